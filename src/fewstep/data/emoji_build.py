@@ -1,0 +1,155 @@
+"""Builds the emoji world's files from public npm packages (``fewstep data emoji``).
+
+Five packages go in: the images of three emoji sets and the English and Chinese names of the Unicode CLDR. Out come one
+lossless WebP sheet a set (64 px tiles, alpha kept) and ``things.json``. The same packages give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from fewstep.errors import UserError
+
+PACKAGES = {
+    "emoji-datasource-google": "16.0.0",
+    "emoji-datasource-twitter": "16.0.0",
+    "@lobehub/fluent-emoji-3d": "1.1.0",
+    "cldr-annotations-full": "48.2.0",
+}
+TILE = 64
+COLUMNS = 40
+LEFT_OUT = {"Flags", "Component", "People & Body"}
+
+#: Things that look unlike each other at 64 px, in both drawn sets: what the micro teacher and the judge are trained on.
+CORE = """
+red apple, banana, watermelon, grapes, lemon, pineapple, strawberry, cherries, peach, pear, tomato, eggplant, carrot,
+ear of corn, broccoli, mushroom, avocado, croissant, pretzel, cheese wedge, hamburger, french fries, pizza, hot dog,
+doughnut, cookie, birthday cake, lollipop, ice cream, popcorn,
+dog face, cat face, fox, lion, panda, pig face, frog, monkey face, rabbit face, koala, cow face, penguin, owl,
+baby chick, flamingo, turtle, snake, spouting whale, dolphin, tropical fish, octopus, crab, snail, butterfly, honeybee,
+lady beetle, spider, elephant, unicorn, shark,
+rose, sunflower, tulip, cactus, evergreen tree, palm tree, maple leaf, four leaf clover, cherry blossom, seedling,
+automobile, bus, tractor, bicycle, rocket, airplane, helicopter, sailboat, locomotive, flying saucer,
+sun, crescent moon, star, cloud, rainbow, snowflake, fire, droplet, high voltage, ringed planet,
+umbrella, balloon, wrapped gift, Christmas tree, jack-o-lantern, trophy, soccer ball, basketball, game die, guitar,
+trumpet, drum, bell, key, light bulb, candle, camera, alarm clock, scissors, hammer, anchor, crown, top hat, gem stone,
+necktie, jeans, glasses, books, envelope, telephone, bomb, magnet, locked, red heart, ghost, skull, alien, robot,
+house, teddy bear
+"""
+
+
+def core_names() -> list[str]:
+    return [name.strip() for name in CORE.replace("\n", " ").split(",")]
+
+
+def download(packages: Path) -> None:
+    """Fetch the pinned packages with ``npm pack`` into ``packages``."""
+    packages.mkdir(parents=True, exist_ok=True)
+    wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
+    try:
+        subprocess.run(["npm", "pack", "--silent", *wanted], cwd=packages, check=True, stdout=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise UserError("npm was not found: install Node.js, or give --packages a folder with the five .tgz") from error
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"npm pack failed with status {error.returncode}: is there a network?") from error
+
+
+def read_package(packages: Path, name: str, *folders: str) -> dict[str, bytes]:
+    """The files of a package below some of its folders, by path; read in one go, since a .tgz cannot be jumped in."""
+    archive = packages / f"{name.lstrip('@').replace('/', '-')}-{PACKAGES[name]}.tgz"
+    if not archive.exists():
+        raise UserError(f"{archive} is missing: run without --packages to download it")
+    files: dict[str, bytes] = {}
+    with tarfile.open(archive, "r|gz") as entries:
+        for entry in entries:
+            path = entry.name.removeprefix("package/")
+            if entry.isfile() and path.startswith(folders):
+                handle = entries.extractfile(entry)
+                assert handle is not None
+                files[path] = handle.read()
+    return files
+
+
+def read_tile(files: dict[str, bytes], path: str) -> Image.Image | None:
+    """The image at ``path`` as a 64 px RGBA tile, or None where the package lacks it."""
+    if path not in files:
+        return None
+    image = Image.open(io.BytesIO(files[path])).convert("RGBA")
+    return image if image.size == (TILE, TILE) else image.resize((TILE, TILE), Image.Resampling.LANCZOS)
+
+
+def build(out: Path, packages: Path | None = None) -> dict[str, int]:
+    """Write ``noto.webp``, ``twemoji.webp``, ``fluent.webp`` and ``things.json`` into ``out``; returns counts.
+
+    A thing is taken when all three sets draw it and CLDR names it in both languages; flags, people and skin tones are
+    left out.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if packages is None:
+            packages = Path(scratch)
+            download(packages)
+        return _build(out, packages)
+
+
+def _build(out: Path, packages: Path) -> dict[str, int]:
+    google = read_package(packages, "emoji-datasource-google", "emoji.json", "img/google/64/")
+    twitter = read_package(packages, "emoji-datasource-twitter", "img/twitter/64/")
+    fluent = read_package(packages, "@lobehub/fluent-emoji-3d", "assets/")
+    cldr = read_package(packages, "cldr-annotations-full", "annotations/en/", "annotations/zh/")
+    english, chinese = (
+        json.loads(cldr[f"annotations/{language}/annotations.json"])["annotations"]["annotations"]
+        for language in ("en", "zh")
+    )
+
+    things: list[dict[str, object]] = []
+    tiles: dict[str, list[Image.Image]] = {"noto": [], "twemoji": [], "fluent": []}
+    core = set(core_names())
+    taken: set[str] = set()
+    listing = json.loads(google["emoji.json"])
+    for entry in sorted(listing, key=lambda item: item["sort_order"]):
+        if entry["category"] in LEFT_OUT:
+            continue
+        file = entry["image"]
+        code = file.removesuffix(".png")
+        bare = code.replace("-fe0f", "")
+        text = "".join(chr(int(point, 16)) for point in bare.split("-"))
+        if text not in english or text not in chinese:
+            continue
+        name_en, name_zh = english[text]["tts"][0], chinese[text]["tts"][0]
+        if name_en in taken or name_zh in taken:  # two things of one name could not be told apart by a prompt
+            continue
+        drawn = {
+            "noto": read_tile(google, f"img/google/64/{file}"),
+            "twemoji": read_tile(twitter, f"img/twitter/64/{file}"),
+            "fluent": read_tile(fluent, f"assets/{code}.webp") or read_tile(fluent, f"assets/{bare}.webp"),
+        }
+        if any(tile is None for tile in drawn.values()):
+            continue
+        taken |= {name_en, name_zh}
+        for style, tile in drawn.items():
+            assert tile is not None
+            tiles[style].append(tile)
+        group = entry["category"]
+        things.append({"code": bare, "en": name_en, "zh": name_zh, "group": group, "core": name_en in core})
+
+    missing = core - {str(thing["en"]) for thing in things}
+    if missing:
+        raise UserError(f"things named in CORE that the packages lack: {', '.join(sorted(missing))}")
+
+    out.mkdir(parents=True, exist_ok=True)
+    for style, images in tiles.items():
+        rows = -(-len(images) // COLUMNS)
+        sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
+        for index, image in enumerate(images):
+            sheet.paste(image, (index % COLUMNS * TILE, index // COLUMNS * TILE))
+        sheet.save(out / f"{style}.webp", lossless=True, quality=100, method=6)
+    lines = ",\n".join(json.dumps(thing, ensure_ascii=False) for thing in things)
+    (out / "things.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return {"things": len(things), "core": len(core), "bytes": sum(file.stat().st_size for file in out.iterdir())}

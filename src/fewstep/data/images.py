@@ -1,0 +1,36 @@
+"""Tensors and pictures: grids, PNG files."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], rounded as diffusers does."""
+    return (images.clamp(0, 1).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 [H, W, 3] -> a PIL image."""
+    return Image.fromarray(np.ascontiguousarray(image.cpu().numpy()))
+
+
+def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Lay images out in rows of ``columns``.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1], or uint8 [B, H, W, 3].
+    """
+    if images.dtype != torch.uint8:
+        images = to_uint8(images)
+    count, height, width, _ = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return to_pil(canvas)

@@ -1,0 +1,22 @@
+"""Prompts from text files."""
+
+from pathlib import Path
+
+from fewstep.errors import UserError
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts in a UTF-8 text file, one a line; blank lines are left out.
+
+    Raises: UserError if the file cannot be read, is not UTF-8 or holds no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a UTF-8 text file") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it; write one a line")
+    return prompts
