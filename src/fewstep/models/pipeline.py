@@ -1,0 +1,180 @@
+"""A text-to-image model in Z-Image's folder layout: loading, saving, and the parts put together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3Model
+
+from fewstep import flow
+from fewstep.errors import UserError
+from fewstep.models import vae as vae_tools
+from fewstep.models.prompts import EncodedPrompts, PromptEncoder, PromptTooLong
+from fewstep.models.zimage import PATCH, ZImageDenoiser
+
+CARD = "fewstep.json"
+SHIPPED = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
+
+
+class ModelCard(BaseModel):
+    """How a model wants to be run: ``fewstep.json`` in its folder. diffusers does not read it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(50, ge=1, description="Steps it was trained for, or is best sampled with.")
+    guidance_scale: float = Field(0.0, ge=0, description="Best guidance as in cond + g (cond - null); 0 is none.")
+    guidance_distilled: bool = Field(False, description="Guidance is inside already: more of it over-bakes.")
+    sigmas: list[float] | None = Field(None, description="Its sigmas from 1 down, without the final 0.")
+    sampler: str = Field("euler", description='"euler", or "renoise" between steps.')
+    teacher: str | None = Field(None, description="The model it was made from: a folder, or a shipped one's name.")
+    height: int = Field(1024, ge=1, description="Pixels.")
+    width: int = Field(1024, ge=1, description="Pixels.")
+
+
+class TextToImage:
+    """All parts of a model, and the few things one does with them."""
+
+    def __init__(
+        self,
+        transformer: ZImageTransformer2DModel,
+        vae: AutoencoderKL,
+        text_encoder: Qwen3Model,
+        tokenizer: Any,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        card: ModelCard,
+    ) -> None:
+        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        self.tokenizer, self.scheduler, self.card = tokenizer, scheduler, card
+        self.denoiser = ZImageDenoiser(transformer)
+        self._encoder = PromptEncoder(tokenizer, text_encoder)
+
+    @property
+    def shift(self) -> float:
+        """The shift of its noise levels (3 for Z-Image-Turbo)."""
+        return float(self.scheduler.config["shift"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def to(self, device: torch.device | str) -> TextToImage:
+        for module in (self.transformer, self.vae, self.text_encoder):
+            module.to(device)  # type: ignore[arg-type]
+        return self
+
+    def sigmas(self, steps: int) -> list[float]:
+        """The noise levels of ``steps`` steps, from 1 down, without the final 0: the card's own where they fit."""
+        if self.card.sigmas is not None and len(self.card.sigmas) == steps:
+            return self.card.sigmas
+        return flow.schedule(steps, self.shift)
+
+    def encode(self, texts: Sequence[str]) -> EncodedPrompts:
+        """Encoded prompts, each encoded once; "" is the null prompt.
+
+        Raises:
+            UserError: a prompt is too long.
+        """
+        try:
+            return self._encoder(texts)
+        except PromptTooLong as error:
+            raise UserError(str(error)) from error
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, rows and columns of the latent of an image.
+
+        Raises:
+            UserError: a side is no multiple of what a patch of latents covers (16 pixels for Z-Image).
+        """
+        unit = vae_tools.downscale(self.vae)
+        for name, side in (("height", height), ("width", width)):
+            if side < 1 or side % (unit * PATCH):
+                raise UserError(f"{name} {side} is not a multiple of {unit * PATCH}")
+        return self.transformer.in_channels, height // unit, width // unit
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> latents."""
+        return vae_tools.encode_images(self.vae, images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> [B, 3, H, W] in [0, 1]."""
+        return vae_tools.decode_latents(self.vae, latents)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder that ``diffusers.ZImagePipeline.from_pretrained`` opens. It appears whole or not at all."""
+        folder = Path(folder)
+        draft = folder.with_name(f".{folder.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        pipeline = ZImagePipeline(
+            scheduler=self.scheduler,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            transformer=self.transformer,
+        )
+        pipeline.save_pretrained(draft, safe_serialization=True)
+        (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+        return folder
+
+
+def find(path_or_name: str | Path) -> Path:
+    """The folder of a model: a path, or the name of one that ships.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = SHIPPED.get(str(path_or_name), Path(path_or_name))
+    if not (folder / "model_index.json").is_file():
+        names = ", ".join(SHIPPED)
+        raise UserError(f"{folder}: no model there (model_index.json is missing); give a folder, or a name: {names}")
+    return folder
+
+
+def read_card(folder: Path, transformer: ZImageTransformer2DModel) -> ModelCard:
+    """``fewstep.json``, or for a folder that others wrote what its class is known for."""
+    file = folder / CARD
+    if not file.exists():
+        return ModelCard(guidance_scale=4.0)
+    try:
+        return ModelCard.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+
+
+def load(path_or_name: str | Path, device: str | torch.device = "cpu") -> TextToImage:
+    """Load a model in fp32 for inference: all its weights frozen, in eval mode.
+
+    Args:
+        path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
+
+    Raises:
+        UserError: no model there, or a file of it is missing or corrupt.
+    """
+    folder = find(path_or_name)
+    parts: dict[str, Any] = {}
+    loaders = {
+        "transformer": lambda path: ZImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32),
+        "vae": lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32),
+        "text_encoder": lambda path: Qwen3Model.from_pretrained(path, dtype=torch.float32),
+        "tokenizer": Qwen2Tokenizer.from_pretrained,
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained,
+    }
+    for name, loader in loaders.items():
+        try:
+            parts[name] = loader(folder / name)
+        except Exception as error:  # whatever a library makes of a bad file, the user needs its name
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{folder / name}: cannot be loaded: {reason}") from error
+    for name in ("transformer", "vae", "text_encoder"):
+        parts[name].eval().requires_grad_(False)
+    vae_tools.as_channels_last(parts["vae"])
+    return TextToImage(**parts, card=read_card(folder, parts["transformer"])).to(device)

@@ -1,0 +1,29 @@
+"""Images to normalised latents and back, as diffusers' pipelines do it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] -> latents [B, C, H/8, W/8], deviation about 1: the posterior's mode."""
+    latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents -> images [B, 3, H, W] in [0, 1]; gradients pass, except where a pixel is clipped."""
+    raw = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def downscale(vae: AutoencoderKL) -> int:
+    """How many pixels across one latent covers."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def as_channels_last(vae: AutoencoderKL) -> AutoencoderKL:
+    """The memory layout in which convolutions are fastest, here and on GPUs."""
+    return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

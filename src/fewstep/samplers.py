@@ -1,0 +1,77 @@
+"""From noise to data: ``sample_*(denoiser, x, sigmas, prompts)``.
+
+``sigmas`` runs from the level of ``x`` down, without the final 0, which every sampler goes on to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep import flow
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.prompts import EncodedPrompts
+
+Callback = Callable[[int], object]
+
+
+def step_euler(x: Tensor, sigma: float, following: float, velocity: Tensor) -> Tensor:
+    """One Euler step along the flow's ordinary differential equation."""
+    return x + (following - sigma) * velocity
+
+
+def step_renoise(x: Tensor, sigma: float, following: float, velocity: Tensor, noise: Tensor) -> Tensor:
+    """Predict the data, and bring it to the next level with the given noise."""
+    x0 = flow.x0_from_velocity(x, sigma, velocity)
+    return flow.renoise(x0, following, noise)
+
+
+def sample_euler(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    prompts: EncodedPrompts,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Euler's method: deterministic; what ``FlowMatchEulerDiscreteScheduler`` does.
+
+    Args:
+        x: [B, C, H, W] at ``sigmas[0]``; pure noise where that is 1.
+        callback: called with the number of each step that was done.
+
+    Returns:
+        [B, C, H, W], data.
+    """
+    levels = [*sigmas, 0.0]
+    for index, sigma in enumerate(sigmas):
+        velocity = denoiser(x, torch.full((len(x),), sigma, device=x.device), prompts)
+        x = step_euler(x, sigma, levels[index + 1], velocity)
+        if callback is not None:
+            callback(index)
+    return x
+
+
+def sample_renoise(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    prompts: EncodedPrompts,
+    callback: Callback | None = None,
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor:
+    """Data is predicted at each level and brought to the next with fresh noise (consistency models, arXiv 2303.01469,
+    algorithm 1; DMD2, arXiv 2405.14867, section 4.4).
+
+    Args and returns as :func:`sample_euler`; ``noise(x)`` gives noise of its argument's shape.
+    """
+    levels = [*sigmas, 0.0]
+    for index, sigma in enumerate(sigmas):
+        velocity = denoiser(x, torch.full((len(x),), sigma, device=x.device), prompts)
+        following = levels[index + 1]
+        fresh = noise(x) if following > 0 else torch.zeros_like(x)
+        x = step_renoise(x, sigma, following, velocity, fresh)
+        if callback is not None:
+            callback(index)
+    return x
