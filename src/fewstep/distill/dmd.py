@@ -1,0 +1,155 @@
+"""Decoupled Distribution Matching Distillation (arXiv 2511.22677).
+
+Two players. The student moves along ``CA + DM``: the spear (CFG augmentation) converts it, the shield (distribution
+matching) keeps its images among the teacher's. The fake learns the student's distribution all along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep import flow
+from fewstep.distill.renoise import Renoise
+from fewstep.distill.rollout import Sampler, rollout
+from fewstep.distill.shields import distribution_matching
+from fewstep.distill.spear import cfg_augmentation
+from fewstep.models.denoiser import Denoiser, predict_x0
+from fewstep.models.prompts import EncodedPrompts
+from fewstep.training.method import Batch, Player
+
+
+@dataclass(frozen=True)
+class DmdSettings:
+    """What the algorithm may be told.
+
+    Attributes:
+        anchors: the student's own noise levels before the shift, from 1 down.
+        alpha: the teacher's guidance, as in ``null + alpha (cond - null)``.
+        spear, shield: weights of CA and DM; 0 switches one off, and saves its forwards.
+        normaliser_floor: lower bound of the per-sample normalisers; without one they have given NaNs.
+        fake_updates: the fake's moves for each of the student's (the two-time-scale rule of arXiv 2405.14867).
+        fake_follow: share by which the fake is pulled to the student after each step.
+        sampler: how the student will be run.
+    """
+
+    anchors: tuple[float, ...]
+    alpha: float
+    renoise: Renoise
+    spear: float = 1.0
+    shield: float = 1.0
+    normaliser_floor: float = 0.1
+    fake_updates: int = 5
+    fake_follow: float = 0.0
+    sampler: Sampler = "euler"
+
+
+def normaliser(x0_teacher: Tensor, x: Tensor, floor: float) -> Tensor:
+    """``mean|x0_teacher - x|`` of each sample, at least ``floor``: [B, 1, 1, 1] (DMD, arXiv 2311.18828, eq. 8)."""
+    return (x0_teacher - x).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=floor)
+
+
+def regress(x: Tensor, delta: Tensor) -> Tensor:
+    """``1/2 ||x - stop_gradient(x + delta)||^2``, mean over elements: its gradient is ``-delta`` over their number."""
+    return 0.5 * (x - (x + delta).detach()).square().mean()
+
+
+class DecoupledDmd:
+    """Decoupled-DMD of a frozen teacher into ``student``, with ``fake`` beside it.
+
+    A batch is (noise [B, C, H, W], B encoded prompts). Teacher, student and fake are denoisers; student and fake are
+    modules too, and the parameters of the teacher take no gradient.
+
+    Args:
+        null: the encoded empty prompt, a batch of one.
+    """
+
+    def __init__(
+        self, teacher: Denoiser, student: nn.Module, fake: nn.Module, null: EncodedPrompts, settings: DmdSettings
+    ) -> None:
+        self.teacher, self.student, self.fake, self.null, self.settings = teacher, student, fake, null, settings
+        self.sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in settings.anchors]
+        self._players = [Player("student", student, self.student_loss)]
+        if settings.shield:  # without the shield nobody asks the fake
+            self._players.append(Player("fake", fake, self.fake_loss, updates=settings.fake_updates))
+
+    @property
+    def players(self) -> list[Player]:
+        return self._players
+
+    def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of the student: ``1/2 ||x - sg(x + CA / n_CA + DM / n_DM)||^2``."""
+        noise, prompts = batch
+        x, anchor = self.one_step(noise, prompts)
+        delta, metrics = self.direction(x.detach(), anchor, prompts)
+        return regress(x, delta), metrics
+
+    def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow matching of the fake on fresh images of the student."""
+        noise, prompts = batch
+        with torch.no_grad():
+            x, _ = self.one_step(noise, prompts)
+        sigma = self.settings.renoise.anywhere(len(x), x.device)
+        eps = torch.randn_like(x)
+        velocity = self.fake(flow.renoise(x, sigma, eps), sigma, prompts)
+        return (velocity - (eps - x)).square().mean(), {}
+
+    def one_step(self, noise: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
+        """The student's data prediction [B, C, H, W] at an anchor drawn for the whole batch, and that anchor [B]."""
+        index = int(torch.randint(len(self.sigmas), ()))
+        z = rollout(self.student, noise, self.sigmas, index, prompts, self.settings.sampler)
+        sigma = torch.full((len(z),), self.sigmas[index], device=z.device)
+        x = predict_x0(self.student, z, sigma, prompts)
+        return x, torch.full_like(sigma, self.settings.anchors[index])
+
+    @torch.no_grad()
+    def direction(self, x: Tensor, anchor: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, dict[str, Tensor]]:
+        """``CA / n_CA + DM / n_DM`` at the student's images ``x`` [B, C, H, W], and metrics of both."""
+        settings = self.settings
+        sigma_ca, sigma_dm = settings.renoise.draw(anchor)
+        x_ca = flow.renoise(x, sigma_ca, torch.randn_like(x))
+        x_dm = flow.renoise(x, sigma_dm, torch.randn_like(x))
+        delta = torch.zeros_like(x)
+        metrics: dict[str, Tensor] = {}
+
+        ca_cond, ca_null, dm_cond = self._ask_teacher(x_ca, sigma_ca, x_dm, sigma_dm, prompts)
+        if settings.spear:
+            ca = cfg_augmentation(ca_cond, ca_null, settings.alpha)
+            delta = delta + settings.spear * ca / normaliser(ca_cond, x, settings.normaliser_floor)
+            metrics["ca"] = ca.abs().mean()
+        if settings.shield:
+            dm = distribution_matching(dm_cond, predict_x0(self.fake, x_dm, sigma_dm, prompts))
+            delta = delta + settings.shield * dm / normaliser(dm_cond, x, settings.normaliser_floor)
+            metrics["dm"] = dm.abs().mean()
+        if settings.spear and settings.shield:
+            metrics["cosine"] = torch.cosine_similarity(ca.flatten(1), dm.flatten(1)).mean()
+        return delta, metrics
+
+    def _ask_teacher(
+        self, x_ca: Tensor, sigma_ca: Tensor, x_dm: Tensor, sigma_dm: Tensor, prompts: EncodedPrompts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's data at x_CA with prompt and null prompt, and at x_DM with the prompt: one batch, one forward.
+
+        What a switched-off part would need is not computed; its place holds an empty batch.
+        """
+        wanted_ca, wanted_dm = bool(self.settings.spear), bool(self.settings.shield)
+        count = len(x_ca)
+        asked = [(x_ca, sigma_ca, prompts), (x_ca, sigma_ca, self.null.repeat(count))] if wanted_ca else []
+        asked += [(x_dm, sigma_dm, prompts)] if wanted_dm else []
+        xs, sigmas, encoded = zip(*asked, strict=True)
+        answers = list(
+            predict_x0(self.teacher, torch.cat(xs), torch.cat(sigmas), EncodedPrompts.cat(encoded)).split(count)
+        )
+        empty = x_ca[:0]
+        ca_cond, ca_null = (answers.pop(0), answers.pop(0)) if wanted_ca else (empty, empty)
+        return ca_cond, ca_null, answers.pop(0) if wanted_dm else empty
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> dict[str, float]:
+        if self.settings.shield and self.settings.fake_follow:
+            pairs = zip(self.fake.parameters(), self.student.parameters(), strict=True)
+            for mine, others in pairs:
+                mine.lerp_(others, self.settings.fake_follow)
+        return {}

@@ -1,0 +1,49 @@
+"""Backward simulation: the student's own way from pure noise down to an anchor (DMD2, arXiv 2405.14867, section 4.5).
+
+What the student meets here is what it will meet when it generates: never a real image with noise on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.prompts import EncodedPrompts
+from fewstep.samplers import step_euler, step_renoise
+
+Sampler = Literal["euler", "renoise"]
+
+
+@torch.no_grad()
+def rollout(
+    student: Denoiser,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    stop: int,
+    prompts: EncodedPrompts,
+    sampler: Sampler = "euler",
+) -> Tensor:
+    """The student's input at its anchor number ``stop``, reached by its own steps from ``noise``.
+
+    Args:
+        noise: [B, C, H, W], pure noise.
+        sigmas: all the student's levels, from 1 down, without the final 0.
+        stop: 0 gives the noise back.
+        sampler: how the student will be run; the same steps as in ``samplers``.
+
+    Returns:
+        [B, C, H, W] at ``sigmas[stop]``.
+    """
+    x = noise
+    for index in range(stop):
+        sigma = torch.full((len(x),), sigmas[index], device=x.device)
+        velocity = student(x, sigma, prompts)
+        if sampler == "renoise":
+            x = step_renoise(x, sigmas[index], sigmas[index + 1], velocity, torch.randn_like(x))
+        else:
+            x = step_euler(x, sigmas[index], sigmas[index + 1], velocity)
+    return x

@@ -1,0 +1,149 @@
+"""A distillation from recipe to student: loads the roles, feeds prompts, trains, saves the student."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep import flow
+from fewstep.data.emoji import TEMPLATES, EmojiWorld
+from fewstep.data.images import grid
+from fewstep.data.prompts import read_prompts
+from fewstep.distill.dmd import DecoupledDmd, DmdSettings
+from fewstep.distill.renoise import Renoise
+from fewstep.errors import UserError
+from fewstep.generate import generate
+from fewstep.models.pipeline import ModelCard, TextToImage, load
+from fewstep.models.prompts import EncodedPrompts
+from fewstep.models.zimage import ZImageDenoiser
+from fewstep.recipes.schema import DistillRecipe, PromptSettings
+from fewstep.training.run import Run
+from fewstep.training.trainer import Trainer
+
+SHOWN = 32  # images of a preview
+
+
+def distill(recipe: DistillRecipe, run: Run) -> Path:
+    """Distil, and save the student (its moving average) as ``<run>/student``, an ordinary diffusers folder.
+
+    Goes on from the run's last checkpoint. Returns the student's folder.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load(recipe.teacher, device)
+    student = student_of(teacher, recipe)
+    fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
+    student.denoiser.requires_grad_(True)
+
+    settings = settings_of(recipe, teacher.shift)
+    method = DecoupledDmd(teacher.denoiser, student.denoiser, fake, teacher.encode([""]), settings)
+    prompts = training_prompts(recipe.prompts)
+    trainer = Trainer(
+        method,
+        batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed),
+        run,
+        train=recipe.train,
+        optim={"student": recipe.optim.student, "fake": recipe.optim.fake},
+        preview=preview_of(student, shown_prompts(recipe.prompts, prompts)),
+    )
+    trainer.fit()
+    with trainer.averaged():
+        return student.save(run.directory / "student")
+
+
+def student_of(teacher: TextToImage, recipe: DistillRecipe) -> TextToImage:
+    """A copy of the teacher that shares its frozen parts, with the card of the few-step model it is to become."""
+    anchors = anchors_of(recipe)
+    card = ModelCard(
+        steps=len(anchors),
+        guidance_scale=0.0,
+        guidance_distilled=True,
+        sigmas=[flow.shift_sigma(u, teacher.shift) for u in anchors],
+        sampler=recipe.student.sampler,
+        teacher=recipe.teacher,
+        height=teacher.card.height,
+        width=teacher.card.width,
+    )
+    transformer = copy.deepcopy(teacher.transformer)
+    return TextToImage(transformer, teacher.vae, teacher.text_encoder, teacher.tokenizer, teacher.scheduler, card)
+
+
+def anchors_of(recipe: DistillRecipe) -> list[float]:
+    """The student's pre-shift levels: the recipe's own, or evenly spaced.
+
+    Raises:
+        UserError: they do not start at 1 and fall, or are not as many as the steps.
+    """
+    anchors = recipe.student.anchors
+    if anchors is None:
+        return flow.uniform_anchors(recipe.student.steps)
+    falling = all(a > b > 0 for a, b in pairwise(anchors))
+    if len(anchors) != recipe.student.steps or anchors[0] != 1 or not falling:
+        raise UserError(f"student.anchors {anchors}: give student.steps levels that start at 1 and fall, without the 0")
+    return anchors
+
+
+def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
+    spear = recipe.spear.weight if recipe.spear.enabled else 0.0
+    shield = recipe.shield.weight if recipe.shield.enabled else 0.0
+    if not spear and not shield:
+        raise UserError("spear and shield are both off: the student would learn nothing")
+    renoise = Renoise(recipe.renoise.schedule, shift, recipe.renoise.sigma_min, recipe.renoise.sigma_max)
+    return DmdSettings(
+        anchors=tuple(anchors_of(recipe)),
+        alpha=recipe.spear.alpha,
+        renoise=renoise,
+        spear=spear,
+        shield=shield,
+        normaliser_floor=recipe.normaliser_floor,
+        fake_updates=recipe.fake_updates,
+        fake_follow=recipe.fake_follow,
+        sampler=recipe.student.sampler,
+    )
+
+
+def training_prompts(settings: PromptSettings) -> list[str]:
+    """The emoji world's prompts in every wording, or the lines of a text file."""
+    if settings.source != "emoji":
+        return read_prompts(settings.source)
+    world = EmojiWorld.load()
+    concepts = world.concepts(settings.split)
+    return [world.prompt(concept, wording) for concept in concepts for wording in range(len(TEMPLATES["en"]))]
+
+
+def batches(
+    model: TextToImage, prompts: list[str], size: int, seed: int
+) -> Callable[[int], tuple[Tensor, EncodedPrompts]]:
+    """Batch number -> (pure noise, encoded prompts): prompts alone, no images. Each prompt is encoded once, here."""
+    encoded = model.encode(prompts)
+    shape = model.latent_shape(model.card.height, model.card.width)
+
+    def data(position: int) -> tuple[Tensor, EncodedPrompts]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        chosen = torch.randint(len(prompts), (size,), generator=generator)
+        noise = torch.randn(size, *shape, generator=generator)
+        return noise.to(model.device), encoded[chosen]
+
+    return data
+
+
+def shown_prompts(settings: PromptSettings, prompts: list[str]) -> list[str]:
+    """What previews show: held-out prompts of the emoji world, or the first of the user's own."""
+    if settings.source != "emoji":
+        return prompts[:SHOWN]
+    world = EmojiWorld.load()
+    return [world.prompt(concept, i % 3) for i, concept in enumerate(world.sample(SHOWN, "heldout", seed=0))]
+
+
+def preview_of(student: TextToImage, prompts: list[str]) -> Callable[[int], Image.Image]:
+    """The same prompts and seeds each time, as the student of that moment draws them."""
+
+    def preview(step: int) -> Image.Image:
+        return grid(generate(student, prompts).images, columns=8)
+
+    return preview
