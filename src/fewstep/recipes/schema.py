@@ -1,0 +1,241 @@
+"""What a recipe may say: pydantic models that refuse unknown keys and describe each field.
+
+Units: learning rates per update, lengths of training in steps, noise levels as `sigma` in [0, 1] (1 is noise) or as its
+pre-shift value `u`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys, infinities and NaN are refused; assignments are checked too."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+class TrainSettings(Settings):
+    steps: int = Field(ge=1, description="Length of the training, in steps of the trainer.")
+    batch_size: int = Field(ge=1, description="Samples in a batch; every update of a player takes a new batch.")
+    seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of all noise.")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32", description="bf16: losses under autocast, weights stay fp32; auto: where the device is faster with it."
+    )
+    log_every: int = Field(
+        default=10, ge=1, description="Steps between lines in metrics.jsonl; each is the mean over them."
+    )
+    preview_every: int = Field(default=0, ge=0, description="Steps between preview images; 0 makes none.")
+    checkpoint_every: int = Field(
+        default=200, ge=1, description="Steps between checkpoints; the last step always makes one."
+    )
+    checkpoint_minutes: float | None = Field(
+        default=None, gt=0, description="Also a checkpoint when this many minutes passed."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints to keep; older ones are deleted.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of torch; unset leaves torch's own choice."
+    )
+
+
+class OptimSettings(Settings):
+    """AdamW with a learning rate that warms up linearly, then decays over the rest of the steps."""
+
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="Decay of AdamW's first and second moments."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, on every parameter.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0 to lr.")
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="Shape of the decay after warm-up."
+    )
+    final_lr_ratio: Fraction = Field(default=0.0, description="Learning rate at the last step over the peak one.")
+    grad_clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm; null does not clip.")
+    ema: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Decay of the weights' moving average for previews and export; null keeps none.",
+    )
+
+
+class EmojiSettings(Settings):
+    things: int | None = Field(
+        default=None, ge=1, description="Take the first N things of the world; null takes them all."
+    )
+    variants: int = Field(
+        default=4, ge=1, description="Different placements of each emoji that are rendered for training."
+    )
+
+
+# --- the parts of a model --------------------------------------------------------------------------------------------
+
+
+class VaeSettings(Settings):
+    """diffusers' AutoencoderKL."""
+
+    block_out_channels: list[int] = Field(min_length=1, description="Channels of each level; each but the last halves.")
+    layers_per_block: int = Field(default=1, ge=1, description="Residual blocks at each level.")
+    latent_channels: int = Field(default=16, ge=1, description="Channels of the latents.")
+    norm_num_groups: int = Field(default=8, ge=1, description="Groups of the group normalisation.")
+
+
+class VaeLossSettings(Settings):
+    l1: Weight = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
+    l2: Weight = Field(default=0.0, description="Weight of the mean squared error of pixels.")
+    kl: Weight = Field(default=1e-6, description="Weight of the divergence of the latents from a standard normal.")
+    edge: Weight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
+
+
+class TextSettings(Settings):
+    """transformers' Qwen3 and its byte-level BPE tokenizer."""
+
+    vocab_size: int = Field(ge=260, description="Tokens of the tokenizer, bytes and special tokens included.")
+    hidden_size: int = Field(ge=1, description="Width of the text encoder, and of the features that condition.")
+    layers: int = Field(ge=2, description="Layers; the last but one's output conditions.")
+    heads: int = Field(ge=1, description="Attention heads.")
+    head_dim: int = Field(ge=1, description="Width of an attention head.")
+    intermediate_size: int = Field(ge=1, description="Width of the feed-forward layers.")
+
+
+class TransformerSettings(Settings):
+    """diffusers' ZImageTransformer2DModel."""
+
+    dim: int = Field(ge=1, description="Width.")
+    n_layers: int = Field(ge=1, description="Layers over image and caption together.")
+    n_refiner_layers: int = Field(ge=0, description="Layers over the image alone and over the caption alone, before.")
+    n_heads: int = Field(ge=1, description="Attention heads; dim / n_heads must be the sum of axes_dims.")
+    axes_dims: tuple[int, int, int] = Field(description="Rotary dimensions of caption position, row and column.")
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+class BaseRecipe(Settings):
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="Name of the run; its directory is runs/<name>.")
+    train: TrainSettings = Field(description="Length, batches, cadence.")
+
+
+class VaeRecipe(BaseRecipe):
+    kind: Literal["vae"] = Field(description="Trains an image autoencoder.")
+    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images.")
+    model: VaeSettings = Field(description="The autoencoder.")
+    loss: VaeLossSettings = Field(default_factory=VaeLossSettings, description="Weights of the loss's terms.")
+    optim: OptimSettings = Field(description="Optimizer.")
+
+
+class TextRecipe(BaseRecipe):
+    kind: Literal["text"] = Field(description="Trains a text encoder by contrast with images.")
+    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their prompts.")
+    model: TextSettings = Field(description="The text encoder.")
+    vae: str = Field(description="Folder that holds vae/: the run that trained it, or a whole model.")
+    temperature: float = Field(default=0.07, gt=0, description="Initial temperature of the contrastive loss.")
+    optim: OptimSettings = Field(description="Optimizer.")
+
+
+class FlowRecipe(BaseRecipe):
+    kind: Literal["flow"] = Field(description="Trains a multi-step teacher by flow matching.")
+    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their prompts.")
+    model: TransformerSettings = Field(description="The denoiser.")
+    vae: str = Field(description="Folder that holds vae/: the run that trained it, or a whole model.")
+    text: str = Field(description="Folder that holds text_encoder/ and tokenizer/: likewise.")
+    guidance_scale: float = Field(
+        3.0, ge=0, description="Guidance of the previews, and the card's: cond + g (cond - null)."
+    )
+    shift: float = Field(default=3.0, gt=0, description="Shift of the noise levels.")
+    logit_mean: float = Field(default=0.0, description="Mean of logit(u).")
+    logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u).")
+    prompt_dropout: Fraction = Field(default=0.1, description="Share of prompts replaced by the encoded empty prompt.")
+    optim: OptimSettings = Field(description="Optimizer.")
+
+
+class JudgeRecipe(BaseRecipe):
+    kind: Literal["judge"] = Field(description="Trains the classifier of name, style and colour.")
+    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their labels.")
+    width: int = Field(default=64, ge=8, description="Channels of the first layer.")
+    optim: OptimSettings = Field(description="Optimizer.")
+
+
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+class PromptSettings(Settings):
+    source: str = Field(
+        default="emoji", description='"emoji" for the emoji world\'s, or the path of a text file, one a line.'
+    )
+    split: Literal["train", "heldout"] = Field(default="train", description="Which of the emoji world's prompts.")
+
+
+class StudentSettings(Settings):
+    steps: int = Field(default=4, ge=1, le=64, description="Steps of the student.")
+    anchors: list[Fraction] | None = Field(
+        default=None,
+        description="The student's noise levels before the shift, descending from 1; null spaces them evenly.",
+    )
+    sampler: Literal["euler", "renoise"] = Field(
+        default="euler", description="How a step leads to the next noise level."
+    )
+
+
+class SpearSettings(Settings):
+    enabled: bool = Field(default=True, description="Whether there is a spear (CFG augmentation).")
+    weight: Weight = Field(default=1.0, description="Weight of its direction.")
+    alpha: float = Field(default=4.0, ge=1, description="Guidance as in null + alpha (cond - null); 1 is none.")
+
+
+class ShieldSettings(Settings):
+    enabled: bool = Field(default=True, description="Whether there is a shield (distribution matching).")
+    weight: Weight = Field(default=1.0, description="Weight of its direction.")
+
+
+class RenoiseSettings(Settings):
+    schedule: Literal["shared", "full", "constrained", "hybrid"] = Field(
+        default="hybrid", description="Where the noise levels of spear and shield are drawn."
+    )
+    sigma_min: Fraction = Field(default=0.02, description="Lowest sigma drawn.")
+    sigma_max: Fraction = Field(default=0.98, description="Highest sigma drawn.")
+
+
+class DistillOptimSettings(Settings):
+    student: OptimSettings = Field(description="Optimizer of the student.")
+    fake: OptimSettings = Field(description="Optimizer of the fake.")
+
+
+class EvaluateSettings(Settings):
+    enabled: bool = Field(default=True, description="Whether the run ends with an evaluation and its report.")
+    prompts: int = Field(default=200, ge=1, description="How many of the held-out prompts to evaluate on.")
+
+
+class DistillRecipe(BaseRecipe):
+    kind: Literal["distill"] = Field(description="Makes a few-step student by Decoupled-DMD.")
+    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
+    prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to distil on.")
+    student: StudentSettings = Field(default_factory=StudentSettings, description="The student's schedule.")
+    spear: SpearSettings = Field(default_factory=SpearSettings, description="The engine.")
+    shield: ShieldSettings = Field(default_factory=ShieldSettings, description="The regulariser.")
+    renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
+    normaliser_floor: float = Field(default=0.1, gt=0, description="Lower bound of the per-sample normalisers.")
+    fake_updates: int = Field(default=5, ge=1, description="Updates of the fake for each one of the student.")
+    fake_follow: Fraction = Field(
+        default=0.0, description="Share by which the fake is pulled to the student after each step."
+    )
+    optim: DistillOptimSettings = Field(description="Optimizers.")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="The final report.")
+
+
+Recipe = VaeRecipe | TextRecipe | FlowRecipe | JudgeRecipe | DistillRecipe
+RECIPES: dict[str, type[Recipe]] = {
+    "vae": VaeRecipe,
+    "text": TextRecipe,
+    "flow": FlowRecipe,
+    "judge": JudgeRecipe,
+    "distill": DistillRecipe,
+}

@@ -1,0 +1,106 @@
+"""One player as the trainer sees it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.recipes.schema import OptimSettings, TrainSettings
+from fewstep.training.ema import Ema
+from fewstep.training.method import Batch, Player
+from fewstep.training.optim import adamw, learning_rate
+from fewstep.training.precision import uses_bf16
+
+# After so many useless updates in a row the training has diverged, and more of them will not help.
+MAX_SKIPPED = 20
+
+
+class Learner:
+    """A player with all it takes to move it: optimizer, learning rate, clipping, EMA."""
+
+    def __init__(self, player: Player, optim: OptimSettings, train: TrainSettings) -> None:
+        self.player, self.optim, self.train = player, optim, train
+        # The parameters that move, by name, in the optimizer's order.
+        self.weights = {name: p for name, p in player.module.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(list(self.weights.values()), optim)
+        self.ema = Ema(player.module, optim.ema) if optim.ema is not None else None
+        self.device = next(player.module.parameters()).device
+        self.bf16 = uses_bf16(train.precision, self.device)
+        self.counters = {"updates": 0, "skipped": 0, "skipped_in_a_row": 0}
+
+    @property
+    def name(self) -> str:
+        return self.player.name
+
+    @property
+    def module(self) -> nn.Module:
+        return self.player.module
+
+    def update(self, batch: Batch, step: int) -> dict[str, float]:
+        """One update; skipped, and only counted, if its loss or gradient is not finite. Returns the metrics."""
+        rate = learning_rate(self.optim, step, self.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss, metrics = self.player.loss(batch)
+        loss.backward()
+        clip = self.optim.grad_clip if self.optim.grad_clip is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), clip)
+        if not torch.isfinite(loss.detach() + norm):
+            return self._skip()
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.counters["updates"])
+        self.counters["updates"] += 1
+        self.counters["skipped_in_a_row"] = 0
+        values = {"loss": loss, **metrics, "grad_norm": norm}
+        return {key: float(value.detach()) for key, value in values.items()} | {"lr": rate, "skipped": 0.0}
+
+    def _skip(self) -> dict[str, float]:
+        self.counters["skipped"] += 1
+        self.counters["skipped_in_a_row"] += 1
+        if self.counters["skipped_in_a_row"] >= MAX_SKIPPED:
+            raise UserError(
+                f"{self.name}: {MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; start over "
+                "(--fresh) with a lower learning rate, more warm-up, or precision fp32"
+            )
+        return {"skipped": 1.0}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint needs: trainable weights and buffers, EMA, optimizer."""
+        moving = self.weights.keys() | {name for name, _ in self.module.named_buffers()}
+        weights = {name: tensor for name, tensor in self.module.state_dict().items() if name in moving}
+        moments = {
+            f"{name}/{key}": value
+            for name, p in self.weights.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+        return {"weights": weights, "optimizer": moments} | ({"ema": self.ema.weights} if self.ema else {})
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: dict[str, int]) -> None:
+        """Puts back what `tensors` gave. Raises: RuntimeError if names or shapes differ."""
+        expected = self.tensors()
+        for part, live in (("weights", expected["weights"]), ("ema", expected.get("ema", {}))):
+            _copy_into(live, tensors[part])
+        index = {name: i for i, name in enumerate(self.weights)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            name, _, moment = key.rpartition("/")
+            if value.shape == self.weights[name].shape:
+                # In the memory layout of its weight: another one may round otherwise in the last bit.
+                value = torch.empty_like(self.weights[name], requires_grad=False).copy_(value)
+            state.setdefault(index[name], {})[moment] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.counters = counters
+
+
+@torch.no_grad()
+def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if live.keys() != saved.keys():
+        raise RuntimeError(f"its tensors differ: {', '.join(sorted(live.keys() ^ saved.keys())[:3])}, ...")
+    for name, tensor in live.items():
+        if tensor.shape != saved[name].shape:
+            raise RuntimeError(f"{name} is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here")
+        tensor.copy_(saved[name])

@@ -1,0 +1,42 @@
+"""What the trainer asks of an algorithm: its players, and nothing about optimizers, devices or files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+# Whatever the data function returns and the losses take; the trainer never looks inside.
+Batch = Any
+Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Player:
+    """One network that learns.
+
+    name: names its optimizer, its EMA and its part of a checkpoint; unique within a method.
+    module: the parameters with `requires_grad` are those it moves.
+    loss: batch -> (scalar loss, metrics of scalar tensors). Its gradient must reach this module alone.
+    updates: how many times it moves in one step, each time on a new batch; at least 1.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Loss
+    updates: int = 1
+
+
+class Method(Protocol):
+    """An algorithm: in every step its players move in turn, then `after_step` is called.
+
+    A method may keep no state of its own between steps other than its players' modules: nothing else is saved.
+    All its randomness comes from torch's global generators, whose state is saved.
+    """
+
+    @property
+    def players(self) -> list[Player]: ...
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called after step number `step` (the first is 1); returns further metrics, often none."""
+        ...

@@ -1,0 +1,83 @@
+"""Where the numbers of a run go: one JSON object a line, and TensorBoard."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+class Means:
+    """Running means of metrics, since they were last taken."""
+
+    def __init__(self, state: Mapping[str, tuple[float, int]] | None = None) -> None:
+        self._sums: dict[str, tuple[float, int]] = {key: (total, n) for key, (total, n) in (state or {}).items()}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            total, n = self._sums.get(key, (0.0, 0))
+            self._sums[key] = (total + value, n + 1)
+
+    def take(self) -> dict[str, float]:
+        means = {key: total / n for key, (total, n) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def state(self) -> dict[str, Any]:
+        return dict(self._sums)
+
+
+class Tracker:
+    """Appends to metrics.jsonl and to TensorBoard events in `directory`.
+
+    `step` is the step that the run goes on from: later lines, of an interrupted sitting, are dropped, since those steps
+    will be taken again.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        # Imported here: it costs a second, which commands that only read a run need not pay.
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = directory / "metrics.jsonl"
+        _truncate(path, step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics; values that are not finite become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        self._lines.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def image(self, step: int, image: Image.Image) -> None:
+        pixels = np.asarray(image.convert("RGB"))
+        self._board.add_image("preview", pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off while it was written is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _truncate(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)

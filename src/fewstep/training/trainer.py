@@ -1,0 +1,207 @@
+"""The loop: lets a method's players move in turn, and looks after everything around that."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.recipes.schema import OptimSettings, TrainSettings
+from fewstep.training import checkpoint
+from fewstep.training.learner import Learner
+from fewstep.training.method import Batch, Method
+from fewstep.training.progress import display, notice
+from fewstep.training.run import Run
+from fewstep.training.tracking import Means
+
+
+class Trainer:
+    """Trains a method's players for `train.steps` steps, from the newest checkpoint of `run` if it has one.
+
+    method: its modules are on their device already; seed torch before making them, for runs that can be repeated.
+    data: batch number -> batch, a pure function: the position in the data is then one integer.
+    optim: settings of the optimizer by player's name.
+    preview: step -> image or None, called every `train.preview_every` steps with averaged weights in place.
+
+    On the CPU a training that was interrupted and resumed gives, bit for bit, what an uninterrupted one gives.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: Callable[[int], Batch],
+        run: Run,
+        *,
+        train: TrainSettings,
+        optim: Mapping[str, OptimSettings],
+        preview: Callable[[int], Image.Image | None] | None = None,
+    ) -> None:
+        self.method, self.data, self.run, self.train, self.preview = method, data, run, train, preview
+        self.learners = [Learner(player, optim[player.name], train) for player in method.players]
+        self.step = 0  # steps done
+        self.position = 0  # batches taken
+        self.seconds = 0.0  # spent training, over all sittings
+        self._means = Means()
+        self._saved = (0, time.monotonic())  # step and time of the last checkpoint
+
+    def fit(self) -> None:
+        """Trains to the last step. At the end the players have their live weights; see `averaged`.
+
+        Ctrl-C (or SIGTERM) lets the present step finish and saves a checkpoint.
+
+        Raises: KeyboardInterrupt, with what to tell the user, after such a save; UserError if losses stay non-finite or
+        a checkpoint cannot be written or does not fit the method.
+        """
+        if self.train.threads is not None:
+            torch.set_num_threads(self.train.threads)
+        torch.manual_seed(self.train.seed)
+        self._restore()
+        self.run.track(self.step)
+        if self.step >= self.train.steps:
+            return
+        sitting = time.monotonic() - self.seconds
+        with ExitStack() as stack:
+            show = stack.enter_context(display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every))
+            stop = stack.enter_context(_stop_requests())
+            while self.step < self.train.steps:
+                losses = self._take_step()
+                self.seconds = time.monotonic() - sitting
+                show.update(self.step, losses)
+                self._log_and_save()
+                if stop.is_set():
+                    break
+        if stop.is_set():
+            self._save()
+            raise KeyboardInterrupt(f"saved step {self.step}/{self.train.steps}; to go on: {self.run.resume_command}")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, each player with an EMA has its averaged weights, and all are in eval mode."""
+        modes = [(module, module.training) for learner in self.learners for module in learner.module.modules()]
+        with ExitStack() as stack:
+            for learner in self.learners:
+                if learner.ema is not None:
+                    stack.enter_context(learner.ema.swapped_in())
+                learner.module.eval()
+            try:
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    def _take_step(self) -> dict[str, float]:
+        """One step; returns the players' last losses."""
+        losses = {}
+        for learner in self.learners:
+            for _ in range(learner.player.updates):
+                batch = self.data(self.position)
+                self.position += 1
+                metrics = learner.update(batch, self.step + 1)
+                for other in self.learners:
+                    other.optimizer.zero_grad()
+                self._means.add({f"{learner.name}/{key}": value for key, value in metrics.items()})
+                losses[learner.name] = metrics.get("loss", float("nan"))
+        self.step += 1
+        self._means.add(self.method.after_step(self.step))
+        return losses
+
+    def _log_and_save(self) -> None:
+        train, last = self.train, self.step == self.train.steps
+        if self.step % train.log_every == 0 or last:
+            self.run.log(self.step, self._means.take() | {"seconds": self.seconds})
+        if self.preview is not None and train.preview_every and (self.step % train.preview_every == 0 or last):
+            self._preview(self.preview)
+        late = train.checkpoint_minutes is not None and (
+            time.monotonic() - self._saved[1] >= 60 * train.checkpoint_minutes
+        )
+        if self.step % train.checkpoint_every == 0 or late or last:
+            self._save()
+
+    def _preview(self, preview: Callable[[int], Image.Image | None]) -> None:
+        # The random state is put back, so that a run is the same however often one looks at it.
+        with torch.random.fork_rng(), torch.no_grad(), self.averaged():
+            image = preview(self.step)
+        if image is not None:
+            self.run.preview(self.step, image)
+
+    def _save(self) -> None:
+        if self.step == self._saved[0]:
+            return
+        groups: dict[str, dict[str, Tensor]] = {"random": _random_state()}
+        for learner in self.learners:
+            groups |= {f"{learner.name}.{part}": tensors for part, tensors in learner.tensors().items()}
+        state = {
+            "position": self.position,
+            "seconds": self.seconds,
+            "means": self._means.state(),
+            "players": {learner.name: learner.counters for learner in self.learners},
+        }
+        checkpoint.save(self.run.checkpoints, self.step, groups, state, self.train.keep_checkpoints)
+        self._saved = (self.step, time.monotonic())
+
+    def _restore(self) -> None:
+        found = checkpoint.latest(self.run.checkpoints, notice)
+        self._saved = (found.step if found else 0, time.monotonic())
+        if found is None:
+            return
+        try:
+            for learner in self.learners:
+                parts = ("weights", "ema", "optimizer")
+                tensors = {part: found.groups.get(f"{learner.name}.{part}", {}) for part in parts}
+                learner.restore(tensors, found.state["players"][learner.name])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{self.run.checkpoints}: step {found.step} is not of this method and model ({error}); "
+                "use another --out, or --fresh"
+            ) from error
+        self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
+        self._means = Means(found.state["means"])
+        _set_random_state(found.groups["random"])
+        notice(f"{self.run.directory}: going on from step {self.step}")
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda{index}": rng for index, rng in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda{index}" in state:
+                torch.cuda.set_rng_state(state[f"cuda{index}"], index)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Inside, the first Ctrl-C or SIGTERM sets the event; a second one interrupts at once, as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        # Not print: it may have been interrupted itself, and cannot be entered twice.
+        os.write(2, b"\nstopping after this step ...\n")
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

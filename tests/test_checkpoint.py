@@ -1,0 +1,242 @@
+"""Checkpoints: whole or skipped, never half; and run directories: gone on with, refused or cleared."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import fit, tiny_recipe, tiny_trainer
+
+from fewstep.errors import UserError
+from fewstep.recipes.load import load_recipe
+from fewstep.training import checkpoint
+from fewstep.training.run import Run
+from fewstep.training.tracking import Means, Tracker, read_metrics
+
+
+def write(directory: Path, step: int, keep: int = 9) -> Path:
+    groups = {"random": {"cpu": torch.arange(5)}, "one.weights": {"w": torch.full((2, 3), float(step)).T}}
+    return checkpoint.save(directory, step, groups, {"position": 3 * step}, keep)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    found = checkpoint.load(write(tmp_path, 7))
+    assert (found.step, found.state) == (7, {"position": 21})
+    assert torch.equal(found.groups["one.weights"]["w"], torch.full((3, 2), 7.0))
+    assert torch.equal(found.groups["random"]["cpu"], torch.arange(5))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (9, 10, 100, 1000):
+        write(tmp_path, step, keep=2)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_00000100", "step_00001000"]
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray((path / "one.weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "one.weights.safetensors").write_bytes(data)
+
+
+DAMAGE = {
+    "damaged": (flip_a_byte, "one.weights.safetensors is damaged"),
+    "cut off": (lambda path: (path / "random.safetensors").write_bytes(b"abc"), "random.safetensors is damaged"),
+    "file missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+    "half a manifest": (lambda path: (path / "manifest.json").write_text('{"format": 1, "st'), "cannot be read"),
+    "other format": (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "has format 99"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_broken_one_is_skipped_and_named(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, 5)
+    newest = write(tmp_path, 10)
+    damage, reason = DAMAGE[kind]
+    damage(newest)
+    said: list[str] = []
+    found = checkpoint.latest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 5
+    assert len(said) == 1
+    assert "step_00000010: skipped" in said[0]
+    assert reason in said[0]
+
+
+def test_torn_write_is_not_seen_and_cleared_away(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    torn = tmp_path / ".step_00000010.partial"
+    torn.mkdir()
+    (torn / "manifest.json").write_text("{}")
+    found = checkpoint.latest(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.step == 5
+    write(tmp_path, 10)
+    assert not torn.exists()
+
+
+def test_broken_newer_one_does_not_push_out_good_ones(tmp_path: Path) -> None:
+    """After a fall back from a broken step 20 to 10, saving 15 keeps 10 and 15; 20 is replaced when its turn comes."""
+    write(tmp_path, 10)
+    flip_a_byte(write(tmp_path, 20))
+    write(tmp_path, 15, keep=2)
+    assert [path.name[-2:] for path in checkpoint.steps(tmp_path)] == ["10", "15", "20"]
+    assert checkpoint.load(write(tmp_path, 20, keep=2)).step == 20
+
+
+def test_training_goes_on_from_the_last_whole_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = tiny_trainer(tmp_path / "whole", steps=10)
+    fit(whole)
+    expected = whole.learners[0].weights["0.weight"].detach().clone()
+    fit(tiny_trainer(tmp_path / "run", steps=10))
+    flip_a_byte_of = tmp_path / "run" / "checkpoints" / "step_00000010" / "first.weights.safetensors"
+    flip_a_byte_of.write_bytes(flip_a_byte_of.read_bytes()[:-1] + b"x")
+    again = tiny_trainer(tmp_path / "run", steps=10)
+    fit(again)
+    said = capfd.readouterr().err
+    assert "step_00000010: skipped, first.weights.safetensors is damaged" in said
+    assert "going on from step 5" in said
+    assert torch.equal(again.learners[0].weights["0.weight"], expected)
+
+
+def test_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_checkpoint
+from fewstep.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file may grow beyond 100 bytes, as on a full disk
+try:
+    test_checkpoint.write(Path({str(tmp_path)!r}), 10, keep=1)
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "step_00000010: cannot write this checkpoint" in done.stdout, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+    assert checkpoint.load(tmp_path / "step_00000005").step == 5
+    assert resource.RLIM_INFINITY  # the limit was the other process's
+
+
+# --- run directories ---
+
+
+def test_recipe_is_saved_resolved(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    Run(tmp_path, recipe)
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert "keep_checkpoints: 2" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_another_recipe_is_refused_showing_what_differs(tmp_path: Path) -> None:
+    Run(tmp_path, tiny_recipe(seed=1))
+    before = (tmp_path / "recipe.yaml").read_text()
+    changed = tiny_recipe(seed=2, log_every=3)
+    changed.optim.lr = 0.5
+    with pytest.raises(UserError) as refused:
+        Run(tmp_path, changed)
+    message = str(refused.value)
+    assert "train.seed: 1 -> 2" in message
+    assert "optim.lr: 0.01 -> 0.5" in message
+    assert "log_every" not in message
+    assert "--fresh" in message
+    assert "\n" not in message
+    assert (tmp_path / "recipe.yaml").read_text() == before
+
+
+def test_longer_is_the_same_recipe_and_shorter_is_not(tmp_path: Path) -> None:
+    Run(tmp_path, tiny_recipe(steps=12))
+    Run(tmp_path, tiny_recipe(steps=20, checkpoint_every=7, preview_every=3, threads=1, keep_checkpoints=1))
+    with pytest.raises(UserError, match=r"train\.steps: 20 -> 12"):
+        Run(tmp_path, tiny_recipe(steps=12))
+
+
+def test_longer_training_goes_on(tmp_path: Path) -> None:
+    fit(tiny_trainer(tmp_path, steps=5))
+    longer = tiny_trainer(tmp_path, steps=8)
+    fit(longer)
+    assert (longer.step, longer.learners[1].counters["updates"]) == (8, 16)
+
+
+def test_recipe_saved_by_an_older_version_is_known_again(tmp_path: Path) -> None:
+    """A key that it lacks has its default."""
+    Run(tmp_path, tiny_recipe())
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "weight_decay" not in line))
+    Run(tmp_path, tiny_recipe())
+
+
+def test_fresh_deletes_only_what_a_run_makes(tmp_path: Path) -> None:
+    fit(tiny_trainer(tmp_path, steps=5))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "student").mkdir()
+    fresh = tiny_trainer(tmp_path, fresh=True, steps=6, seed=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "recipe.yaml"]
+    fit(fresh)
+    assert fresh.position == 18
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 6]
+
+
+def test_directory_that_is_no_run_keeps_its_files(tmp_path: Path) -> None:
+    """ "--fresh" in somebody's project must not delete their `model` folder."""
+    (tmp_path / "model").mkdir()
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="model is in the way"):
+            Run(tmp_path, tiny_recipe(), fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write here"):
+        Run(tmp_path / "file" / "run", tiny_recipe())
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    with Run(tmp_path, tiny_recipe()), pytest.raises(UserError, match="another process"):
+        Run(tmp_path, tiny_recipe())
+    Run(tmp_path, tiny_recipe())
+
+
+def test_interruption_outside_of_training_says_how_to_go_on(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt, match="to go on: make it"),
+        Run(tmp_path, tiny_recipe(), resume_command="make it"),
+    ):
+        raise KeyboardInterrupt
+
+
+# --- metrics ---
+
+
+def test_metrics_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0)
+    tracker.log(1, {"loss": float("nan"), "rate": 0.5})
+    tracker.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "rate": 0.5}
+
+
+def test_going_on_drops_later_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    Tracker(tmp_path, 2).close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_means_are_over_what_was_added() -> None:
+    means = Means()
+    means.add({"a": 1.0, "b": 5.0})
+    means.add({"a": 2.0})
+    means = Means(json.loads(json.dumps(means.state())))
+    means.add({"a": 6.0})
+    assert means.take() == {"a": 3.0, "b": 5.0}
+    assert means.take() == {}

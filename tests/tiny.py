@@ -1,0 +1,77 @@
+"""A training of a few milliseconds a step, for the tests of the trainer; also a program that tests can interrupt."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.recipes.schema import JudgeRecipe, OptimSettings
+from fewstep.training.method import Batch, Player
+from fewstep.training.run import Run
+from fewstep.training.trainer import Trainer
+
+
+class TinyMethod:
+    """Two linear players of unlike pace; the second learns from the first. Dropout and noise draw on the global RNG."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        self.first[3].bias.requires_grad_(False)
+        self.second = nn.Linear(3, 3)
+        self.players = [
+            Player("first", self.first, self.first_loss),
+            Player("second", self.second, self.second_loss, 2),
+        ]
+        self.pause = 0.0
+
+    def first_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        noisy = batch + 0.1 * torch.randn_like(batch)
+        loss = (self.first(noisy) - batch).square().mean()
+        return loss, {"double": 2 * loss}
+
+    def second_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return (self.second(batch) - self.first(batch).detach()).square().mean(), {}
+
+    def after_step(self, step: int) -> dict[str, float]:
+        time.sleep(self.pause)
+        return {"steps": float(step)}
+
+
+def tiny_data(position: int) -> Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(position))
+
+
+def tiny_recipe(**train: object) -> JudgeRecipe:
+    settings = {"steps": 12, "batch_size": 8, "log_every": 4, "checkpoint_every": 5, **train}
+    return JudgeRecipe.model_validate({"kind": "judge", "name": "tiny", "optim": {"lr": 0.01}, "train": settings})
+
+
+def tiny_trainer(directory: Path, fresh: bool = False, **train: object) -> Trainer:
+    recipe = tiny_recipe(**train)
+    optim = {
+        "first": OptimSettings(lr=0.01, ema=0.9, warmup_steps=3, decay="cosine", weight_decay=0.01),
+        "second": OptimSettings(lr=0.02),
+    }
+    run = Run(directory, recipe, fresh=fresh, resume_command="the same again")
+    return Trainer(TinyMethod(), tiny_data, run, train=recipe.train, optim=optim)
+
+
+def fit(trainer: Trainer) -> Trainer:
+    """Trains, and lets the directory go as the end of a process would."""
+    with trainer.run:
+        trainer.fit()
+    return trainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    trainer = tiny_trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), checkpoint_every=1000, log_every=1)
+    trainer.method.pause = float(sys.argv[3])
+    try:
+        fit(trainer)
+    except KeyboardInterrupt as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
