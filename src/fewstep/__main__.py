@@ -1,0 +1,6 @@
+"""`python -m fewstep` is the same program as `fewstep`."""
+
+from fewstep.cli.main import main
+
+if __name__ == "__main__":
+    main()

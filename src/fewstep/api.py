@@ -1,0 +1,119 @@
+"""The Python API: four functions. The command line is a thin layer over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+from fewstep.evaluate.evaluate import emoji_prompts
+from fewstep.evaluate.evaluate import evaluate as _evaluate
+from fewstep.evaluate.results import Metrics
+from fewstep.generate import Generated
+from fewstep.generate import generate as _generate
+from fewstep.models.pipeline import TextToImage, load
+from fewstep.recipes.load import load_recipe
+from fewstep.recipes.schema import DistillRecipe
+from fewstep.training.run import Run
+
+__all__ = ["Distilled", "distill", "evaluate", "generate", "load"]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a distillation leaves.
+
+    Attributes:
+        student: its folder, which ``fewstep.load`` and ``diffusers.ZImagePipeline.from_pretrained`` open.
+        metrics: the evaluation beside the teacher; None where the recipe says ``evaluate.enabled: false``.
+        report: the page that shows it, likewise.
+    """
+
+    student: Path
+    metrics: Metrics | None = None
+    report: Path | None = None
+
+
+def distill(
+    recipe: str | Path | DistillRecipe,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+) -> Distilled:
+    """Make a few-step student of a teacher; called again, it goes on from the last checkpoint.
+
+    Args:
+        recipe: a YAML file, the name of a shipped recipe, or a recipe in memory.
+        out: the run's directory; ``runs/<the recipe's name>`` unless given.
+        overrides: fields to change, as ``"train.steps=100"``.
+        fresh: start over.
+
+    Raises:
+        UserError: a mistake in the recipe or the directory.
+        KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved; its text says how to go on.
+    """
+    from fewstep.distill.run import distill as distill_into
+
+    resolved = recipe if isinstance(recipe, DistillRecipe) else load_recipe(recipe, list(overrides))
+    if not isinstance(resolved, DistillRecipe):
+        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep train {recipe}")
+    with Run(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
+        student = distill_into(resolved, run)
+        if not resolved.evaluate.enabled:
+            return Distilled(student)
+        report = run.directory / "report"
+        try:
+            metrics = evaluate(
+                student,
+                emoji_prompts(resolved.evaluate.prompts),
+                teacher=resolved.teacher,
+                out=report,
+                curves=run.directory / "metrics.jsonl",
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the student is made, not yet evaluated; to go on: {run.resume_command}") from None
+    return Distilled(student, metrics, report / "index.html")
+
+
+def generate(model: str | Path | TextToImage, prompts: str | Sequence[str], **options: Any) -> Generated:
+    """Generate one image a prompt; options as in :func:`fewstep.generate.generate` (seed, steps, ...).
+
+    >>> fewstep.generate("micro", "a noto emoji of a red apple on a blue background", seed=1).images.shape
+    torch.Size([1, 64, 64, 3])
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return _generate(_loaded(model), texts, **options)
+
+
+def evaluate(
+    model: str | Path | TextToImage,
+    prompts: Sequence[str] | None = None,
+    *,
+    teacher: str | Path | TextToImage | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Metrics:
+    """Measure a model on fixed prompts and seeds, beside its teacher where there is one.
+
+    Args:
+        prompts: 200 held-out ones of the emoji world unless given.
+        teacher: unset, the one that the model's card names.
+        out: folder of metrics.json and index.html; nothing is written unless given.
+        options: as in :func:`fewstep.evaluate.evaluate.evaluate`.
+    """
+    measured = _loaded(model)
+    teacher = teacher if teacher is not None else measured.card.teacher
+    return _evaluate(
+        measured,
+        prompts=emoji_prompts(200) if prompts is None else prompts,
+        teacher=None if teacher is None else _loaded(teacher),
+        out=out,
+        **options,
+    )
+
+
+def _loaded(model: str | Path | TextToImage) -> TextToImage:
+    return model if isinstance(model, TextToImage) else load(model)

@@ -1,0 +1,81 @@
+"""`fewstep generate`: images from prompts."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's folder, or a shipped one's name (\"micro\").")
+    ],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One image is made of each.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A text file with more prompts, one a line.")] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="An image file, for a grid of all; or a folder, for a file of each.")
+    ] = Path("out.png"),
+    seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler. [default: the model's]")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="cond + g (cond - null); 0 is none. [default: the model's]")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler or renoise. [default: the model's]")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Generate images from prompts."""
+    import sys
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fewstep.data.images import grid, to_pil
+    from fewstep.data.prompts import read_prompts
+    from fewstep.errors import UserError
+    from fewstep.generate import generate as make
+    from fewstep.models.pipeline import load
+
+    texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    if not texts:
+        raise UserError("no prompts: give some, or --prompts-file")
+    _check_writable(out)
+    pipeline = load(model, device)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("images", total=len(texts))
+        made = make(
+            pipeline,
+            texts,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            sampler=sampler,
+            progress=lambda count: progress.advance(task, count),
+        )
+    if out.suffix:
+        grid(made.images, columns or math.ceil(math.sqrt(len(texts)))).save(out)
+    else:
+        for index, image in enumerate(made.images):
+            to_pil(image).save(out / f"{index:04d}.png")
+    each = made.seconds / len(texts)
+    typer.echo(f"{out}: {len(texts)} images, {made.forwards_per_image} forwards and {each:.3f} s each")
+
+
+def _check_writable(out: Path) -> None:
+    """Before minutes are spent on images for it. Raises: UserError."""
+    from PIL import Image
+
+    from fewstep.errors import UserError
+
+    if out.suffix and out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{out}: {out.suffix} is no kind of image; use .png, or a folder")
+    folder = out.parent if out.suffix else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here ({error.strerror})") from None

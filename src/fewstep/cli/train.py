@@ -1,0 +1,38 @@
+"""`fewstep train`: the parts of a small model, from data."""
+
+from pathlib import Path
+
+import typer
+
+from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
+
+
+def train(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train a model from data, as a recipe says. The same command again goes on from the last checkpoint."""
+    from fewstep.errors import UserError
+    from fewstep.recipes import schema
+    from fewstep.recipes.load import load_recipe
+    from fewstep.training.run import Run
+
+    resolved = load_recipe(recipe, overrides or [])
+    if isinstance(resolved, schema.DistillRecipe):
+        raise UserError(f"{recipe}: its kind is distill; use: fewstep distill {recipe}")
+    with Run(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
+        if isinstance(resolved, schema.VaeRecipe):
+            from fewstep.micro import vae
+
+            made = vae.train(resolved, run)
+        elif isinstance(resolved, schema.TextRecipe):
+            from fewstep.micro import text
+
+            made = text.train(resolved, run)
+        elif isinstance(resolved, schema.FlowRecipe):
+            from fewstep.micro import teacher
+
+            made = teacher.train(resolved, run)
+        else:
+            from fewstep.evaluate import train_judge
+
+            train_judge.train(resolved, run)
+            made = run.directory / "model"
+    typer.echo(made)

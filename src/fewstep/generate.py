@@ -1,0 +1,133 @@
+"""Images from prompts, with what the model's card says wherever the caller says nothing."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.callable_module import make_callable
+from fewstep.data.images import to_uint8
+from fewstep.errors import UserError
+from fewstep.models.denoiser import Denoiser, Guided
+from fewstep.models.pipeline import TextToImage
+from fewstep.samplers import sample_euler, sample_renoise
+
+SAMPLERS = ("euler", "renoise")
+
+
+@dataclass
+class Generated:
+    """Images and what they cost.
+
+    Attributes:
+        images: uint8 [N, H, W, 3].
+        forwards_per_image: runs of the transformer; guidance takes two a step.
+        seconds: wall time of sampling and decoding together, prompts already encoded.
+    """
+
+    images: Tensor
+    forwards_per_image: int
+    seconds: float
+
+
+def initial_noise(model: TextToImage, seeds: Sequence[int], height: int, width: int) -> Tensor:
+    """Pure noise as a diffusers user would draw it: image i from ``torch.Generator("cpu").manual_seed(seeds[i])``."""
+    shape = model.latent_shape(height, width)
+    each = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    return torch.cat(each).to(model.device)
+
+
+@torch.no_grad()
+def generate(
+    model: TextToImage,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    sampler: str | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Generated:
+    """Generate one image a prompt.
+
+    Args:
+        seed: image i starts from seed ``seed + i``, unless ``seeds`` gives each its own.
+        steps, guidance_scale, height, width, sampler: unset, the model's card decides. ``guidance_scale`` is
+            diffusers': ``cond + g (cond - null)``, 0 is none.
+        progress: called with the number of images done since the last call.
+
+    Raises:
+        UserError: no prompts, an unknown sampler, a size the model cannot take, or guidance asked of a
+            guidance-distilled model.
+    """
+    card = model.card
+    steps = card.steps if steps is None else steps
+    guidance = card.guidance_scale if guidance_scale is None else guidance_scale
+    sampler = card.sampler if sampler is None else sampler
+    height, width = height or card.height, width or card.width
+    _check(model, prompts, steps, guidance, sampler)
+    seeds = [seed + i for i in range(len(prompts))] if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
+
+    encoded = model.encode(prompts)
+    denoiser: Denoiser = model.denoiser
+    if guidance > 0:
+        denoiser = Guided(model.denoiser, model.encode([""]), alpha=guidance + 1)
+    sigmas = model.sigmas(steps)
+    images = []
+    start = time.perf_counter()
+    for first in range(0, len(prompts), batch_size):
+        part = slice(first, first + batch_size)
+        noise = initial_noise(model, seeds[part], height, width)
+        if sampler == "renoise":
+            fresh = _NoiseStreams(seeds[part])
+            latents = sample_renoise(denoiser, noise, sigmas, encoded[part], noise=fresh)
+        else:
+            latents = sample_euler(denoiser, noise, sigmas, encoded[part])
+        images.append(to_uint8(model.decode(latents)).cpu())
+        if progress is not None:
+            progress(len(images[-1]))
+    seconds = time.perf_counter() - start
+    return Generated(torch.cat(images), steps * (2 if guidance > 0 else 1), seconds)
+
+
+def _check(model: TextToImage, prompts: Sequence[str], steps: int, guidance: float, sampler: str) -> None:
+    if not prompts:
+        raise UserError("no prompts: give at least one")
+    if steps < 1:
+        raise UserError(f"steps {steps}: at least 1 is needed")
+    if guidance < 0:
+        raise UserError(f"guidance_scale {guidance}: it cannot be negative; 0 is none")
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler {sampler!r} is not known; there are: {', '.join(SAMPLERS)}")
+    card = model.card
+    if card.guidance_distilled and guidance > 0:
+        raise UserError(
+            f"guidance_scale {guidance}: this model has guidance distilled into it; leave it out, or give 0"
+        )
+    if card.guidance_distilled and steps != card.steps:
+        warnings.warn(f"this model was trained for {card.steps} steps, not {steps}: expect worse images", stacklevel=3)
+
+
+class _NoiseStreams:
+    """Fresh noise for each image from a stream of its own, so that results do not depend on who shares the batch."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.streams = [torch.Generator("cpu").manual_seed(seed + 2**32) for seed in seeds]
+
+    def __call__(self, like: Tensor) -> Tensor:
+        each = [torch.randn(like.shape[1:], generator=stream) for stream in self.streams]
+        return torch.stack(each).to(like)
+
+
+make_callable(__name__)

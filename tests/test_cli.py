@@ -1,0 +1,223 @@
+"""The program as its user meets it: one clear line for a mistake, exit codes, and how to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TinyMethod, tiny_data
+from typer.testing import CliRunner, Result
+
+from fewstep.cli.main import app
+from fewstep.errors import UserError
+from fewstep.recipes.schema import DistillRecipe
+from fewstep.training.run import Run, present_command
+from fewstep.training.trainer import Trainer
+
+RECIPE = """\
+kind: distill
+name: tiny
+teacher: micro
+optim: {student: {lr: 0.01}, fake: {lr: 0.02}}
+train: {steps: 6, batch_size: 4, log_every: 1}
+evaluate: {enabled: false}
+"""
+
+
+def fewstep(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe in the present directory, and a distillation that trains two linear layers in its place."""
+    monkeypatch.chdir(tmp_path)
+    replace_distillation(monkeypatch.setitem)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def replace_distillation(setitem: Callable[[dict[str, types.ModuleType], str, types.ModuleType], None]) -> None:
+    def distill(recipe: DistillRecipe, run: Run) -> Path:
+        method = TinyMethod()
+        method.pause = float(os.environ.get("PAUSE", 0))
+        if recipe.teacher == "bug":
+            raise ZeroDivisionError("a bug")
+        if recipe.teacher == "full":
+            raise OSError(28, "No space left on device", str(run.directory / "x"))
+        optim = {"first": recipe.optim.student, "second": recipe.optim.fake}
+        Trainer(method, tiny_data, run, train=recipe.train, optim=optim).fit()
+        return run.directory / "student"
+
+    module = types.ModuleType("fewstep.distill.run")
+    module.distill = distill  # type: ignore[attr-defined]
+    setitem(sys.modules, "fewstep.distill.run", module)
+
+
+def test_run_goes_where_it_should_and_is_gone_on_with(recipe: Path) -> None:
+    first = fewstep("distill", "tiny.yaml")
+    assert first.exit_code == 0, first.output
+    assert first.stdout == f"student: {Path('runs/tiny/student')}\n"
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints"} <= {path.name for path in Path("runs/tiny").iterdir()}
+    again = fewstep("distill", "tiny.yaml", "-s", "train.steps=8")
+    assert "going on from step 6" in again.stderr
+    assert Path("runs/tiny/checkpoints/step_00000008").is_dir()
+
+
+def test_other_recipe_is_refused_until_fresh(recipe: Path) -> None:
+    assert fewstep("distill", recipe, "--out", "here").exit_code == 0
+    refused = fewstep("distill", recipe, "--out", "here", "-s", "optim.fake.lr=0.5", "--set", "train.seed=3")
+    assert refused.exit_code == 1
+    assert "optim.fake.lr: 0.02 -> 0.5" in refused.stderr
+    assert "train.seed: 0 -> 3" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    fresh = fewstep("distill", recipe, "--out", "here", "-s", "optim.fake.lr=0.5", "--fresh")
+    assert fresh.exit_code == 0
+    assert "going on" not in fresh.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill", "nothing.yaml"], "error: nothing.yaml: no such recipe file"),
+        (["distill", "tiny.yaml", "-s", "train.step=4"], "unknown key train.step; did you mean train.steps?"),
+        (["train", "tiny.yaml"], "its kind is distill; use: fewstep distill tiny.yaml"),
+        (["distill", "judge"], "its kind is judge; use: fewstep train judge"),
+        (["distill", "tiny.yaml", "--out", "tiny.yaml"], "error: tiny.yaml: cannot write here"),
+        (["distill", "tiny.yaml", "-s", "teacher=full"], "x: No space left on device"),
+        (["generate", "nowhere", "a cat"], "error: nowhere: "),
+        (["generate", "nowhere"], "error: no prompts"),
+        (["generate", "nowhere", "--prompts-file", "empty.txt"], "error: empty.txt: no prompts in it"),
+        (["generate", "nowhere", "--prompts-file", "missing.txt"], "error: missing.txt: No such file"),
+        (["generate", "nowhere", "a cat", "-o", "cat.docx"], "error: cat.docx: .docx is no kind of image"),
+        (["generate", "nowhere", "a cat", "-o", "tiny.yaml/cat.png"], "error: tiny.yaml: cannot write here"),
+        (["evaluate", "nowhere", "--prompts", "empty.txt"], "error: empty.txt: no prompts in it"),
+        (["evaluate", "nowhere"], "error: nowhere: "),
+    ],
+)
+def test_mistake_is_one_line_and_status_1(recipe: Path, words: list[str], message: str) -> None:
+    Path("empty.txt").write_text("\n  \n")
+    done = fewstep(*words)
+    assert done.exit_code == 1, done.output
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_bug_shows_itself(recipe: Path) -> None:
+    done = fewstep("distill", recipe, "-s", "teacher=bug")
+    assert isinstance(done.exception, ZeroDivisionError)
+
+
+def test_wrong_usage_is_status_2() -> None:
+    assert fewstep("generate").exit_code == 2
+    assert fewstep("generate", "micro", "x", "--steps", "0").exit_code == 2
+    assert fewstep("conjure").exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["vae", "text", "flow", "judge"])
+def test_train_calls_what_the_kind_says(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = {"vae": "micro.vae", "text": "micro.text", "flow": "micro.teacher", "judge": "evaluate.train_judge"}[kind]
+    recipe = {"vae": "micro-vae", "text": "micro-text", "flow": "micro-teacher", "judge": "judge"}[kind]
+    called: list[str] = []
+
+    def train(recipe: object, run: Run) -> Path:
+        called.append(type(recipe).__name__)
+        return run.directory / "model"
+
+    module = types.ModuleType(owner)
+    module.train = train  # type: ignore[attr-defined]
+    package, name = f"fewstep.{owner}".rsplit(".", 1)
+    monkeypatch.setitem(sys.modules, f"fewstep.{owner}", module)
+    monkeypatch.setattr(f"{package}.{name}", module, raising=False)
+    done = fewstep("train", recipe, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert called == [f"{kind.capitalize()}Recipe"]
+    assert done.stdout == f"{tmp_path / 'run' / 'model'}\n"
+
+
+def test_help_is_quick_and_complete() -> None:
+    """No torch for --help: checked in a process of its own."""
+    program = (
+        "import sys, fewstep.cli.main as m; assert 'torch' not in sys.modules; "
+        "sys.argv = ['fewstep', '--help']; m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("distill", "generate", "evaluate", "train", "data"):
+        assert command in done.stdout
+
+
+def test_module_is_the_same_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep", "train", "nothing.yaml"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: nothing.yaml: no such recipe file")
+    assert done.stderr.count("\n") == 1
+
+
+def test_command_to_go_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FEWSTEP_RESUME_COMMAND", raising=False)
+    monkeypatch.setattr(sys, "argv", ["/x/fewstep/__main__.py", "distill", "a b.yaml", "--fresh", "-s", "train.seed=1"])
+    assert present_command().endswith("-m fewstep distill 'a b.yaml' -s train.seed=1")
+    program = tmp_path / "bin" / "fewstep"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(program), "distill", "r.yaml"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert present_command() == f"{Path('bin/fewstep')} distill r.yaml"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert present_command() == "fewstep distill r.yaml"
+    monkeypatch.setenv("FEWSTEP_RESUME_COMMAND", "make demo")
+    assert present_command() == "make demo"
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path) -> None:
+    """The whole program in a process of its own; then the same again."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cli, fewstep.cli.main as m; "
+        "test_cli.replace_distillation(dict.__setitem__); sys.argv[0] = 'fewstep'; m.main()"
+    )
+    words = [sys.executable, "-c", program, "distill", "tiny.yaml", "--fresh"]
+    process = subprocess.Popen(words, env=os.environ | {"PAUSE": "0.5"}, stderr=subprocess.PIPE, text=True)
+    while not (Path("runs/tiny/metrics.jsonl").exists() and Path("runs/tiny/metrics.jsonl").read_text()):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("saved step ")
+    assert said.splitlines()[-1].endswith("to go on: fewstep distill tiny.yaml")
+    torch.set_num_threads(1)
+    again = fewstep("distill", "tiny.yaml")
+    assert again.exit_code == 0
+    assert "going on from step" in again.stderr
+    assert "step 6/6" in again.stderr
+
+
+def test_ctrl_c_before_the_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def distill(recipe: DistillRecipe, run: Run) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fewstep.distill.run"], "distill", distill)
+    monkeypatch.setenv("FEWSTEP_RESUME_COMMAND", "make demo")
+    done = fewstep("distill", recipe)
+    assert (done.exit_code, done.stderr) == (130, "interrupted; to go on: make demo\n")
+
+
+def test_user_error_from_within_is_a_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def distill(recipe: DistillRecipe, run: Run) -> Path:
+        raise UserError("the teacher is asleep")
+
+    monkeypatch.setattr(sys.modules["fewstep.distill.run"], "distill", distill)
+    done = fewstep("distill", recipe)
+    assert (done.exit_code, done.stderr) == (1, "error: the teacher is asleep\n")
