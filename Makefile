@@ -8,7 +8,7 @@ DEMO := runs/demo
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/ready
-	$(BIN)/fewstep distill recipes/micro-turbo.yaml --out $(DEMO)
+	FEWSTEP_RESUME_COMMAND="make demo" $(BIN)/fewstep distill recipes/micro-turbo.yaml --out $(DEMO)
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest

@@ -61,12 +61,21 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.type_as(x), norm.eps)  # type: ignore[arg-type]
 
 
+def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention over [B, heads, L, head_dim]."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # there the fused kernel's backward is so slow that a training step takes half as long again
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.softmax(dim=-1).type_as(value) @ value
+    return F.scaled_dot_product_attention(query, key, value)
+
+
 def attend(attention: Attention, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Self-attention of one block, over all tokens of [B, L, D]."""
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (project(x).unflatten(-1, (attention.heads, -1)) for project in projections)
     query, key = (rotate(rms_norm(t, n), angles) for t, n in ((query, attention.norm_q), (key, attention.norm_k)))
-    mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    mixed = mix(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,130 @@
+"""Steps a second of a Decoupled-DMD distillation, beside the plain way, in one run.
+
+The plain way does what one would write first: the teacher is asked three times (spear with prompt, spear with null
+prompt, shield), every model runs through diffusers' own forward, which goes through a batch sample by sample, and
+prompts are encoded when they are needed, padded to 512 tokens as diffusers' pipeline does. Each row takes one back.
+
+    python benchmarks/distill_speed.py [--model micro] [--batch 32] [--steps 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from diffusers import ZImagePipeline
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fewstep.distill.dmd import DecoupledDmd
+from fewstep.distill.run import settings_of, training_prompts
+from fewstep.models.denoiser import predict_x0
+from fewstep.models.pipeline import TextToImage, load
+from fewstep.models.prompts import EncodedPrompts
+from fewstep.models.zimage import ZImageDenoiser
+from fewstep.recipes.load import load_recipe
+
+
+class PlainDenoiser(nn.Module):
+    """diffusers' own forward: a list of samples in, a list out."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        captions = [f[:n] for f, n in zip(prompts.features, prompts.lengths.tolist(), strict=True)]
+        out = self.transformer([sample[:, None] for sample in x], 1 - sigma, captions, return_dict=False)[0]
+        return -torch.stack(out).squeeze(2).float()
+
+
+class PlainDmd(DecoupledDmd):
+    """The same algorithm with three separate calls of the teacher."""
+
+    def _ask_teacher(self, x_ca, sigma_ca, x_dm, sigma_dm, prompts):  # type: ignore[no-untyped-def]
+        null = self.null.repeat(len(x_ca))
+        return (
+            predict_x0(self.teacher, x_ca, sigma_ca, prompts),
+            predict_x0(self.teacher, x_ca, sigma_ca, null),
+            predict_x0(self.teacher, x_dm, sigma_dm, prompts),
+        )
+
+
+class Arm:
+    """One way to distil: a step is timed as a whole, optimizers included."""
+
+    def __init__(
+        self, model: TextToImage, texts: list[str], batch: int, denoiser: type, method: type, encode: bool
+    ) -> None:
+        recipe = load_recipe("micro-turbo", [])
+        roles = [denoiser(copy.deepcopy(model.transformer)) for _ in range(3)]
+        teacher, student, fake = roles[0].requires_grad_(False), *(role.requires_grad_(True) for role in roles[1:])
+        self.method = method(teacher, student, fake, model.encode([""]), settings_of(recipe, model.shift))
+        self.optimizers = {p.name: torch.optim.AdamW(p.module.parameters(), lr=1e-5) for p in self.method.players}
+        self.model, self.texts, self.batch, self.encode = model, texts, batch, encode
+        self.encoded = model.encode(texts)
+        self.shape = model.latent_shape(model.card.height, model.card.width)
+        self.pipeline = ZImagePipeline(
+            scheduler=model.scheduler, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
+            transformer=model.transformer,
+        )  # fmt: skip
+
+    def prompts(self, chosen: Tensor) -> EncodedPrompts:
+        if not self.encode:
+            return self.encoded[chosen]
+        with torch.no_grad():
+            each, _ = self.pipeline.encode_prompt([self.texts[i] for i in chosen], do_classifier_free_guidance=False)
+        return EncodedPrompts(nn.utils.rnn.pad_sequence(each, batch_first=True), torch.tensor([len(e) for e in each]))
+
+    def step(self, seed: int) -> float:
+        torch.manual_seed(seed)  # the same anchors in every arm, so the same number of forwards
+        start = time.perf_counter()
+        for player in self.method.players:
+            for _ in range(player.updates):
+                chosen = torch.randint(len(self.texts), (self.batch,))
+                loss, _ = player.loss((torch.randn(self.batch, *self.shape), self.prompts(chosen)))
+                loss.backward()
+                self.optimizers[player.name].step()
+                self.optimizers[player.name].zero_grad()
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="micro")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8)
+    arguments = parser.parse_args()
+    model = load(arguments.model)
+    texts = training_prompts(load_recipe("micro-turbo", []).prompts)[::16]
+    arms = {
+        "plain: all below": (PlainDenoiser, PlainDmd, True),
+        "prompts encoded once": (PlainDenoiser, PlainDmd, False),
+        "and the teacher asked once": (PlainDenoiser, DecoupledDmd, False),
+        "and batched forwards (fewstep)": (ZImageDenoiser, DecoupledDmd, False),
+    }
+    built = {name: Arm(model, texts, arguments.batch, *parts) for name, parts in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for seed in range(arguments.steps + 1):
+        for name, arm in built.items():  # in turn, so that a machine whose speed drifts drifts for all
+            times[name].append(arm.step(seed))
+    table = Table(
+        title=f"Decoupled-DMD, batch {arguments.batch}, {torch.get_num_threads()} threads, {arguments.steps} steps"
+    )
+    for column in ("", "s/step (median)", "steps/s", "times the plain way"):
+        table.add_column(column, justify="left" if not column else "right")
+    plain = None
+    for name, seconds in times.items():
+        median = statistics.median(seconds[1:])  # the first warms up
+        plain = plain or seconds[1:]
+        ratio = statistics.median(p / s for p, s in zip(plain, seconds[1:], strict=True))
+        table.add_row(name, f"{median:.3f}", f"{1 / median:.3f}", f"{ratio:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Models small enough to build in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fewstep.micro.teacher import build_transformer
+from fewstep.micro.text import build_text_encoder
+from fewstep.micro.vae import build_vae
+from fewstep.models.pipeline import SHIPPED, ModelCard, TextToImage
+from fewstep.recipes.schema import TextSettings, TransformerSettings
+
+torch.set_num_threads(1)  # tests run side by side
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TextToImage:
+    """All of Z-Image's parts with random weights, 64 px; the tokenizer is the shipped model's."""
+    from transformers import Qwen2Tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = Qwen2Tokenizer.from_pretrained(SHIPPED["micro"] / "tokenizer")
+    text = TextSettings(
+        vocab_size=len(tokenizer), hidden_size=32, layers=3, heads=2, head_dim=16, intermediate_size=48
+    )
+    transformer = build_transformer(
+        TransformerSettings(dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, axes_dims=(8, 8, 8)), 32, 16
+    )
+    for parameter in transformer.parameters():  # its last layer starts at 0; here it must say something
+        torch.nn.init.normal_(parameter, std=0.1)
+    vae = build_vae([8, 8, 16, 16], 1, 16, 4)
+    encoder = build_text_encoder(text, tokenizer)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    card = ModelCard(steps=6, guidance_scale=2.0, height=64, width=64)
+    for module in (transformer, vae, encoder):
+        module.eval().requires_grad_(False)
+    return TextToImage(transformer, vae, encoder, tokenizer, scheduler, card)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny")

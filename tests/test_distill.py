@@ -1,0 +1,121 @@
+"""A whole distillation on a tiny model: exact resume, mistakes, and a student that diffusers opens."""
+
+import json
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from safetensors.torch import load_file
+
+from fewstep import api
+from fewstep.distill.run import anchors_of, batches, training_prompts
+from fewstep.errors import UserError
+from fewstep.models.pipeline import load
+from fewstep.recipes.load import load_recipe
+
+SHORT = [
+    *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
+    *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false"),
+]
+
+
+def distil(folder, out, *more):
+    return api.distill("micro-turbo", out, overrides=[f"teacher={folder}", *SHORT, *more])
+
+
+def weights(run):
+    files = sorted(run.glob("student/*/*.safetensors"))
+    assert len(files) == 3
+    return {f"{file.parent.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tmp_path):
+    distil(tiny_folder, tmp_path / "whole", "train.steps=4")
+    distil(tiny_folder, tmp_path / "parts", "train.steps=2")
+    distil(tiny_folder, tmp_path / "parts", "train.steps=4")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+
+    # it did learn something, in the transformer alone
+    moved = {name.split("/")[0] for name, tensor in weights(tmp_path / "whole").items() if changed(name, tensor, tiny)}
+    assert moved == {"transformer"}
+    card = load(tmp_path / "whole" / "student").card
+    assert (card.steps, card.guidance_scale, card.guidance_distilled) == (4, 0.0, True)
+    assert card.sigmas == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert card.teacher == str(tiny_folder)
+    assert ZImagePipeline.from_pretrained(tmp_path / "whole" / "student").transformer is not None
+
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"student/loss", "fake/loss", "student/ca", "student/dm", "student/cosine"} <= set(lines[0])
+    for name in ("recipe.yaml", "checkpoints", "student"):
+        assert (tmp_path / "whole" / name).exists()
+
+
+def changed(name, tensor, model):
+    part, _, key = name.partition("/")
+    return not torch.equal(tensor, getattr(model, part).state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("renoise.schedule=shared",),
+        ("renoise.schedule=constrained", "student.sampler=renoise", "student.steps=2"),
+        ("renoise.schedule=full", "shield.enabled=false"),
+        ("spear.enabled=false", "fake_follow=0.01", "student.steps=1"),
+    ],
+)
+def test_every_option_runs(tiny_folder, tmp_path, more):
+    made = distil(tiny_folder, tmp_path / "run", "train.steps=1", *more)
+    student = load(made.student)
+    assert api.generate(student, "a fox").images.shape == (1, 64, 64, 3)
+
+
+def test_own_prompts(tiny_folder, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox\n一只狐狸\n", encoding="utf-8")
+    made = distil(tiny_folder, tmp_path / "run", "train.steps=1", "train.preview_every=1", f"prompts.source={file}")
+    assert made.student.is_dir()
+    assert (tmp_path / "run" / "previews" / "step_000001.png").is_file()
+
+
+def test_mistakes(tiny_folder, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for more, message in [
+        (("spear.enabled=false", "shield.enabled=false"), "both off"),
+        (("student.anchors=[0.9, 0.5]", "student.steps=2"), "start at 1 and fall"),
+        (("student.anchors=[1, 0.5]",), "student.steps levels"),
+        ((f"prompts.source={empty}",), "no prompts in it"),
+        (("teacher=nowhere",), "no model there"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            distil(tiny_folder, tmp_path / "run", *more)
+
+
+def test_anchors():
+    recipe = load_recipe("micro-turbo", ["student.steps=8"])
+    assert anchors_of(recipe) == [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    recipe = load_recipe("micro-turbo", ["student.steps=2", "student.anchors=[1, 0.4]"])
+    assert anchors_of(recipe) == [1, 0.4]
+
+
+def test_batches_depend_on_their_number_alone(tiny):
+    prompts = training_prompts(load_recipe("micro-turbo", []).prompts)[:50]
+    data, again = (batches(tiny, prompts, size=4, seed=1) for _ in range(2))
+    for position in (3, 0, 3):
+        (noise, encoded), (noise_again, encoded_again) = data(position), again(position)
+        assert torch.equal(noise, noise_again)
+        assert torch.equal(encoded.features, encoded_again.features)
+    assert not torch.equal(data(0)[0], data(1)[0])
+
+
+def test_heldout_prompts_are_not_trained_on():
+    from fewstep.evaluate.evaluate import emoji_prompts
+
+    trained = set(training_prompts(load_recipe("micro-turbo", []).prompts))
+    assert len(trained) > 5000
+    assert not trained & set(emoji_prompts(500))

@@ -1,0 +1,186 @@
+"""Loading, saving and generating, against diffusers' own pipeline; and the mistakes a user can make on the way."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from typer.testing import CliRunner
+
+from fewstep.cli.main import app
+from fewstep.errors import UserError
+from fewstep.generate import generate
+from fewstep.models.pipeline import load
+from fewstep.models.prompts import chat
+
+PROMPTS = ["a noto emoji of a red apple on a blue background", "蓝色背景上的红苹果，twemoji 风格", "a fox " * 12]
+
+
+def diffusers_images(folder, steps, guidance, seed):
+    pipeline = ZImagePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(PROMPTS))]
+    made = pipeline(
+        list(PROMPTS), height=64, width=64, num_inference_steps=steps, guidance_scale=guidance, generator=generators
+    )
+    return np.stack([np.array(image) for image in made.images])
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 0.0), (8, 0.0), (5, 2.5)])
+def test_same_images_as_diffusers(tiny_folder, steps, guidance):
+    ours = generate(load(tiny_folder), PROMPTS, seed=7, steps=steps, guidance_scale=guidance)
+    theirs = diffusers_images(tiny_folder, steps, guidance, seed=7)
+    assert ours.images.shape == theirs.shape == (3, 64, 64, 3)
+    assert theirs.std() > 1
+    # an average rounding apart would do; here at most single pixels may fall on the other side of a half
+    difference = np.abs(ours.images.numpy().astype(int) - theirs.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+    assert ours.forwards_per_image == steps * (2 if guidance else 1)
+
+
+def test_prompts_are_encoded_as_diffusers_does(tiny, tiny_folder):
+    pipeline = ZImagePipeline.from_pretrained(tiny_folder)
+    theirs, null = pipeline.encode_prompt(list(PROMPTS))
+    ours = tiny.encode([*PROMPTS, ""])
+    for row, expected in enumerate([*theirs, null[0]]):
+        assert ours.lengths[row] == len(expected)
+        torch.testing.assert_close(ours.features[row, : len(expected)], expected, atol=1e-5, rtol=1e-5)
+        assert (ours.features[row, len(expected) :] == 0).all()
+
+
+def test_null_prompt_is_the_encoded_empty_prompt(tiny):
+    null = tiny.encode([""])
+    assert null.lengths.item() > 3  # the template's own tokens
+    assert null.features.abs().mean() > 0.01
+    assert chat(tiny.tokenizer, "").startswith("<|im_start|>user\n<|im_end|>")
+
+
+def test_image_does_not_depend_on_its_batch(tiny):
+    together = generate(tiny, PROMPTS, seeds=[1, 2, 3], steps=3).images
+    alone = torch.cat([generate(tiny, [p], seeds=[s], steps=3).images for p, s in zip(PROMPTS, [1, 2, 3], strict=True)])
+    assert (together.int() - alone.int()).abs().max() <= 1
+    for size in (1, 2):
+        parts = generate(tiny, PROMPTS, seeds=[1, 2, 3], steps=3, batch_size=size, sampler="renoise").images
+        whole = generate(tiny, PROMPTS, seeds=[1, 2, 3], steps=3, sampler="renoise").images
+        assert (parts.int() - whole.int()).abs().max() <= 1
+
+
+def test_seeds(tiny):
+    first = generate(tiny, PROMPTS[:2], seed=5, steps=2).images
+    assert torch.equal(first, generate(tiny, PROMPTS[:2], seeds=[5, 6], steps=2).images)
+    assert not torch.equal(first, generate(tiny, PROMPTS[:2], seed=6, steps=2).images)
+
+
+def test_card_decides_what_is_unset(tiny):
+    assert generate(tiny, PROMPTS[:1]).forwards_per_image == 12  # 6 steps, guided
+    assert generate(tiny, PROMPTS[:1], guidance_scale=0).forwards_per_image == 6
+
+
+def test_saving_is_loading_back(tiny, tiny_folder):
+    back = load(tiny_folder)
+    assert back.card == tiny.card
+    for mine, theirs in ((tiny.transformer, back.transformer), (tiny.vae, back.vae)):
+        for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+    assert not list(tiny_folder.parent.glob(".*draft"))
+    files = [file for file in tiny_folder.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    assert not files
+
+
+def test_guidance_distilled_models(tiny_folder, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(tiny_folder, folder)
+    card = json.loads((folder / "fewstep.json").read_text())
+    card |= {"steps": 4, "guidance_scale": 0.0, "guidance_distilled": True, "sigmas": [1.0, 0.9, 0.75, 0.5]}
+    (folder / "fewstep.json").write_text(json.dumps(card))
+    student = load(folder)
+    assert generate(student, PROMPTS[:1]).forwards_per_image == 4
+    with pytest.raises(UserError, match="guidance distilled into it"):
+        generate(student, PROMPTS[:1], guidance_scale=3)
+    with pytest.warns(UserWarning, match="trained for 4 steps, not 9"):
+        generate(student, PROMPTS[:1], steps=9)
+
+
+def test_opens_where_fewstep_is_not_installed(tiny_folder):
+    """A process that cannot import fewstep opens the folder and runs it."""
+    program = f"""
+import sys
+sys.modules["fewstep"] = None
+import torch
+from diffusers import ZImagePipeline
+pipeline = ZImagePipeline.from_pretrained({str(tiny_folder)!r})
+image = pipeline("a fox", height=64, width=64, num_inference_steps=4, guidance_scale=0,
+                 generator=torch.Generator("cpu").manual_seed(3)).images[0]
+print(image.size)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "(64, 64)", done.stderr
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def one_line(done, *parts):
+    assert done.exit_code == 1, done.output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.output
+    for part in parts:
+        assert str(part) in lines[0]
+
+
+@pytest.fixture
+def damaged(tiny_folder, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder, folder)
+    return folder
+
+
+def test_corrupt_weights(damaged, tmp_path):
+    file = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    out = tmp_path / "out.png"
+    out.write_text("mine")
+    one_line(run("generate", damaged, "a fox", "-o", out), damaged / "transformer", "cannot be loaded")
+    assert out.read_text() == "mine"  # what was there is not lost
+
+
+def test_missing_part(damaged, tmp_path):
+    shutil.rmtree(damaged / "vae")
+    one_line(run("generate", damaged, "a fox", "-o", tmp_path / "out.png"), damaged / "vae")
+
+
+def test_bad_card(damaged, tmp_path):
+    (damaged / "fewstep.json").write_text('{"steps": 0}')
+    one_line(run("generate", damaged, "a fox", "-o", tmp_path / "out.png"), damaged / "fewstep.json", "steps")
+
+
+def test_prompt_too_long(tiny_folder, tmp_path):
+    one_line(run("generate", tiny_folder, "fox " * 3000, "-o", tmp_path / "out.png"), "tokens, at most 512")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_sizes_that_do_not_fit(tiny_folder, tmp_path):
+    one_line(run("generate", tiny_folder, "a fox", "--height", 65, "-o", tmp_path / "o.png"), "height 65", "multiple of 16")
+
+
+def test_command_line(tiny_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n\n一只狐狸\n", encoding="utf-8")
+    out = tmp_path / "grid.png"
+    done = run("generate", tiny_folder, "a bear", "--prompts-file", prompts, "-o", out, "--seed", 1, "--steps", 2)
+    assert done.exit_code == 0, done.output
+    assert "3 images" in done.stdout
+    assert out.is_file()
+    done = run("generate", tiny_folder, "a bear", "-o", tmp_path / "many", "--guidance-scale", 0, "--width", 32)
+    assert done.exit_code == 0, done.output
+    assert [file.name for file in (tmp_path / "many").iterdir()] == ["0000.png"]
