@@ -13,6 +13,7 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from diffusers import ZImagePipeline
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fewstep.distill.dmd import DecoupledDmd
+from fewstep.distill.dmd import DecoupledDmd, Question
 from fewstep.distill.run import settings_of, training_prompts
 from fewstep.models.denoiser import predict_x0
 from fewstep.models.pipeline import TextToImage, load
@@ -45,13 +46,8 @@ class PlainDenoiser(nn.Module):
 class PlainDmd(DecoupledDmd):
     """The same algorithm with three separate calls of the teacher."""
 
-    def _ask_teacher(self, x_ca, sigma_ca, x_dm, sigma_dm, prompts):  # type: ignore[no-untyped-def]
-        null = self.null.repeat(len(x_ca))
-        return (
-            predict_x0(self.teacher, x_ca, sigma_ca, prompts),
-            predict_x0(self.teacher, x_ca, sigma_ca, null),
-            predict_x0(self.teacher, x_dm, sigma_dm, prompts),
-        )
+    def ask_teacher(self, questions: Sequence[Question]) -> list[Tensor]:
+        return [predict_x0(self.teacher, *question) for question in questions]
 
 
 class Arm:

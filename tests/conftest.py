@@ -24,9 +24,7 @@ def tiny() -> TextToImage:
 
     torch.manual_seed(0)
     tokenizer = Qwen2Tokenizer.from_pretrained(SHIPPED["micro"] / "tokenizer")
-    text = TextSettings(
-        vocab_size=len(tokenizer), hidden_size=32, layers=3, heads=2, head_dim=16, intermediate_size=48
-    )
+    text = TextSettings(vocab_size=len(tokenizer), hidden_size=32, layers=3, heads=2, head_dim=16, intermediate_size=48)
     transformer = build_transformer(
         TransformerSettings(dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, axes_dims=(8, 8, 8)), 32, 16
     )

@@ -1,5 +1,6 @@
 """A whole distillation on a tiny model: exact resume, mistakes, and a student that diffusers opens."""
 
+import copy
 import json
 
 import pytest
@@ -8,9 +9,15 @@ from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
 from fewstep import api
-from fewstep.distill.run import anchors_of, batches, training_prompts
+from fewstep.distill.dmd import DecoupledDmd
+from fewstep.distill.run import anchors_of, batches, settings_of, training_prompts
 from fewstep.errors import UserError
+from fewstep.evaluate.evaluate import emoji_prompts
+from fewstep.evaluate.judge import Judge
+from fewstep.evaluate.metrics import frechet_distance
+from fewstep.generate import generate
 from fewstep.models.pipeline import load
+from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.load import load_recipe
 
 SHORT = [
@@ -94,6 +101,7 @@ def test_mistakes(tiny_folder, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             distil(tiny_folder, tmp_path / "run", *more)
+    distil(tiny_folder, tmp_path / "run", "train.steps=1")  # and none of them is in the way of the mended recipe
 
 
 def test_anchors():
@@ -114,8 +122,38 @@ def test_batches_depend_on_their_number_alone(tiny):
 
 
 def test_heldout_prompts_are_not_trained_on():
-    from fewstep.evaluate.evaluate import emoji_prompts
-
     trained = set(training_prompts(load_recipe("micro-turbo", []).prompts))
     assert len(trained) > 5000
     assert not trained & set(emoji_prompts(500))
+
+
+def test_thirty_steps_bring_the_student_nearer_to_its_teacher(tmp_path):
+    """The real micro teacher, a short run: the few-step images move towards the teacher's many-step ones."""
+    teacher = load("micro")
+    prompts = emoji_prompts(64)
+    options = {"teacher=micro", *SHORT, "train.steps=30", "train.batch_size=8", "student.steps=2"}
+    more = ["train.checkpoint_every=30", "optim.student.lr=3.0e-4", "optim.student.ema=null"]
+    made = api.distill("micro-turbo", tmp_path / "run", overrides=[*options, *more])
+    judge = Judge.load()
+
+    def seen(model, steps, guidance):
+        return judge(generate(model, prompts, seed=0, steps=steps, guidance_scale=guidance).images).embedding
+
+    target = seen(teacher, 16, teacher.card.guidance_scale)
+    before = frechet_distance(seen(teacher, 2, 0), target)
+    after = frechet_distance(seen(load(made.student), 2, 0), target)
+    assert after < 0.8 * before
+
+
+def test_bf16_gradients_survive_the_rollout(tiny):
+    """Autocast keeps cast weights; those it kept during a rollout without gradient must not be the ones trained with."""
+    student = ZImageDenoiser(copy.deepcopy(tiny.transformer)).requires_grad_(True)
+    settings = settings_of(load_recipe("micro-turbo", []), tiny.shift)
+    method = DecoupledDmd(tiny.denoiser, student, copy.deepcopy(tiny.denoiser), tiny.encode([""]), settings)
+    seed = next(s for s in range(100) if int(torch.randint(4, (), generator=torch.Generator().manual_seed(s))) == 3)
+    torch.manual_seed(seed)  # three steps of rollout
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = method.student_loss((torch.randn(2, 16, 8, 8), tiny.encode(["a fox", "a bear"])))
+    loss.backward()
+    silent = [n for n, p in student.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert not silent

@@ -170,7 +170,9 @@ def test_prompt_too_long(tiny_folder, tmp_path):
 
 
 def test_sizes_that_do_not_fit(tiny_folder, tmp_path):
-    one_line(run("generate", tiny_folder, "a fox", "--height", 65, "-o", tmp_path / "o.png"), "height 65", "multiple of 16")
+    one_line(
+        run("generate", tiny_folder, "a fox", "--height", 65, "-o", tmp_path / "o.png"), "height 65", "multiple of 16"
+    )
 
 
 def test_command_line(tiny_folder, tmp_path):

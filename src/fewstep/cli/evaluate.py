@@ -14,9 +14,7 @@ def evaluate(
         str, typer.Option(help='"emoji" for held-out prompts of the emoji world, or a text file, one a line.')
     ] = "emoji",
     count: Annotated[int, typer.Option(min=2, help="How many of the emoji world's prompts.")] = 200,
-    teacher: Annotated[
-        str | None, typer.Option(help="The model it was made from, measured beside it. [default: the one its card names]")
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="The model it was made from. [default: as its card says]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. [default: runs/evaluate-<model>]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",

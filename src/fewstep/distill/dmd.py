@@ -6,6 +6,7 @@ matching) keeps its images among the teacher's. The fake learns the student's di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,9 @@ from fewstep.distill.spear import cfg_augmentation
 from fewstep.models.denoiser import Denoiser, predict_x0
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.training.method import Batch, Player
+
+#: What a denoiser is asked: x [B, C, H, W], sigma [B], B prompts.
+Question = tuple[Tensor, Tensor, EncodedPrompts]
 
 
 @dataclass(frozen=True)
@@ -114,37 +118,32 @@ class DecoupledDmd:
         delta = torch.zeros_like(x)
         metrics: dict[str, Tensor] = {}
 
-        ca_cond, ca_null, dm_cond = self._ask_teacher(x_ca, sigma_ca, x_dm, sigma_dm, prompts)
+        questions: list[Question] = []
         if settings.spear:
-            ca = cfg_augmentation(ca_cond, ca_null, settings.alpha)
-            delta = delta + settings.spear * ca / normaliser(ca_cond, x, settings.normaliser_floor)
+            questions += [(x_ca, sigma_ca, prompts), (x_ca, sigma_ca, self.null.repeat(len(x)))]
+        if settings.shield:
+            questions += [(x_dm, sigma_dm, prompts)]
+        answers = iter(self.ask_teacher(questions))
+
+        if settings.spear:
+            x0_cond, x0_null = next(answers), next(answers)
+            ca = cfg_augmentation(x0_cond, x0_null, settings.alpha)
+            delta = delta + settings.spear * ca / normaliser(x0_cond, x, settings.normaliser_floor)
             metrics["ca"] = ca.abs().mean()
         if settings.shield:
-            dm = distribution_matching(dm_cond, predict_x0(self.fake, x_dm, sigma_dm, prompts))
-            delta = delta + settings.shield * dm / normaliser(dm_cond, x, settings.normaliser_floor)
+            x0_teacher = next(answers)
+            dm = distribution_matching(x0_teacher, predict_x0(self.fake, x_dm, sigma_dm, prompts))
+            delta = delta + settings.shield * dm / normaliser(x0_teacher, x, settings.normaliser_floor)
             metrics["dm"] = dm.abs().mean()
         if settings.spear and settings.shield:
             metrics["cosine"] = torch.cosine_similarity(ca.flatten(1), dm.flatten(1)).mean()
         return delta, metrics
 
-    def _ask_teacher(
-        self, x_ca: Tensor, sigma_ca: Tensor, x_dm: Tensor, sigma_dm: Tensor, prompts: EncodedPrompts
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's data at x_CA with prompt and null prompt, and at x_DM with the prompt: one batch, one forward.
-
-        What a switched-off part would need is not computed; its place holds an empty batch.
-        """
-        wanted_ca, wanted_dm = bool(self.settings.spear), bool(self.settings.shield)
-        count = len(x_ca)
-        asked = [(x_ca, sigma_ca, prompts), (x_ca, sigma_ca, self.null.repeat(count))] if wanted_ca else []
-        asked += [(x_dm, sigma_dm, prompts)] if wanted_dm else []
-        xs, sigmas, encoded = zip(*asked, strict=True)
-        answers = list(
-            predict_x0(self.teacher, torch.cat(xs), torch.cat(sigmas), EncodedPrompts.cat(encoded)).split(count)
-        )
-        empty = x_ca[:0]
-        ca_cond, ca_null = (answers.pop(0), answers.pop(0)) if wanted_ca else (empty, empty)
-        return ca_cond, ca_null, answers.pop(0) if wanted_dm else empty
+    def ask_teacher(self, questions: Sequence[Question]) -> list[Tensor]:
+        """The teacher's data predictions for all questions, in one forward."""
+        xs, sigmas, prompts = zip(*questions, strict=True)
+        x0 = predict_x0(self.teacher, torch.cat(xs), torch.cat(sigmas), EncodedPrompts.cat(prompts))
+        return list(x0.split([len(x) for x in xs]))
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:

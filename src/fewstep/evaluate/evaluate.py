@@ -54,15 +54,15 @@ class Arm:
         return f"{self.name.split('_')[0]}, {self.steps} {'step' if self.steps == 1 else 'steps'}, {guidance}"
 
 
-def default_arms(model: TextToImage, teacher: TextToImage | None = None) -> list[Arm]:
+def default_arms(model: TextToImage, teacher: TextToImage | None = None, many: int = TEACHER_STEPS) -> list[Arm]:
     """A student beside its teacher at many steps and, without and with guidance, at the student's few; or one alone."""
     if teacher is None:
         if model.card.guidance_distilled:
             return [Arm(f"student_{model.card.steps}", model, model.card.steps, 0.0)]
-        return [Arm(f"teacher_{TEACHER_STEPS}", model, TEACHER_STEPS, model.card.guidance_scale)]
+        return [Arm(f"teacher_{many}", model, many, model.card.guidance_scale)]
     few, best = model.card.steps, teacher.card.guidance_scale
     return [
-        Arm(f"teacher_{TEACHER_STEPS}", teacher, TEACHER_STEPS, best),
+        Arm(f"teacher_{many}", teacher, many, best),
         Arm(f"teacher_{few}", teacher, few, 0.0),
         Arm(f"teacher_{few}_guided", teacher, few, best),
         Arm(f"student_{few}", model, few, 0.0),
@@ -84,6 +84,7 @@ def evaluate(
     arms: Sequence[Arm] | None = None,
     out: str | Path | None = None,
     seed: int = 0,
+    many_steps: int = TEACHER_STEPS,
     diversity_prompts: int = 16,
     diversity_seeds: int = 4,
     judge: Judge | None = None,
@@ -95,6 +96,7 @@ def evaluate(
     teacher: the model a student was made from; adds its arms and the claims.
     arms: other arms than `default_arms`; the first is the reference of `fd_teacher`.
     out: a folder for metrics.json, index.html and grid.png.
+    many_steps: the teacher's own number of steps, the reference of all else.
     diversity_prompts, diversity_seeds: diversity is measured on so many of the prompts, so many seeds each.
     judge: the shipped one by default.
     curves: a run's metrics.jsonl, drawn in the report.
@@ -106,7 +108,7 @@ def evaluate(
     if diversity_seeds < 2:
         raise UserError(f"diversity needs at least 2 seeds, got {diversity_seeds}")
     folder = _writable(out)
-    chosen = list(arms) if arms is not None else default_arms(model, teacher)
+    chosen = list(arms) if arms is not None else default_arms(model, teacher, many_steps)
     sets: dict[str, _Images] = {}
     figures: dict[str, Figures] = {}
     real: dict[str, _Images] = {}

@@ -1,6 +1,6 @@
 """Packs a trained micro teacher for shipping: half-precision files, its best guidance, and a model card.
 
-    python -m fewstep.micro.ship runs/micro-teacher --out src/fewstep/assets/micro
+python -m fewstep.micro.ship runs/micro-teacher --out src/fewstep/assets/micro
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ language: [en, zh]
 
 # micro: a Z-Image small enough for a laptop
 
-The teacher of fewstep's emoji world: the classes and folder layout of Z-Image with small numbers. It draws 130 things in two
-styles on eight background colours at 64x64, from English or Chinese prompts such as "a noto emoji of a red apple on a blue background"
-or "蓝色背景上的红苹果，twemoji 风格". It is made to be distilled, measured and taken apart, and for nothing else.
+The teacher of fewstep's emoji world: the classes and folder layout of Z-Image with small numbers. It draws 130 things
+in two styles on eight background colours at 64x64, from English or Chinese prompts such as
+"a noto emoji of a red apple on a blue background" or "蓝色背景上的红苹果，twemoji 风格". It is made to be distilled,
+measured and taken apart, and for nothing else.
 
-`fewstep generate micro "a noto emoji of a red apple on a blue background"`; `diffusers.ZImagePipeline.from_pretrained` opens it too.
+`fewstep generate micro "a noto emoji of a red apple on a blue background"`; diffusers' `ZImagePipeline` opens it too.
 
 | part | class | parameters |
 |---|---|---|
@@ -95,9 +96,9 @@ The files are fp16; `fewstep.load` brings fp32 back.
 
 ## Quality
 
-{steps} steps, guidance_scale {guidance:g}; {prompts} prompts a row, seeds of their own. The judge is a classifier that was never a
-reward; on real images of unseen combinations it is right itself for {judge[name_top1]:.1%} of names, {judge[style_top1]:.1%} of styles and
-{judge[colour_top1]:.1%} of colours.
+{steps} steps, guidance_scale {guidance:g}; {prompts} prompts a row, seeds of their own. The judge is a classifier that
+was never a reward; on real images of unseen combinations it is right itself for {judge[name_top1]:.1%} of names,
+{judge[style_top1]:.1%} of styles and {judge[colour_top1]:.1%} of colours.
 
 | combinations, language | name (of 130) | style | colour |
 |---|---|---|---|
@@ -115,7 +116,8 @@ The guidance was chosen by the names on other prompts of the training combinatio
 
 ![Loss](loss.png)
 
-Data: `docs/emoji-world.md`; images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0), names Unicode CLDR (Unicode-3.0).
+Data: `docs/emoji-world.md`; images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0), names Unicode CLDR
+(Unicode-3.0).
 
 ```yaml
 {recipe}```
@@ -124,6 +126,11 @@ Data: `docs/emoji-world.md`; images are Noto Emoji (Apache-2.0) and Twemoji (CC-
 
 def percent_row(first: str, figures: dict[str, float]) -> str:
     return f"| {first} | " + " | ".join(f"{figures[key]:.1%}" for key in KEYS) + " |"
+
+
+def processor() -> str:
+    """The CPU's name."""
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
 
 
 def ship(run: Path, out: Path, prompts: int) -> None:
@@ -154,11 +161,11 @@ def ship(run: Path, out: Path, prompts: int) -> None:
         quality="\n".join(percent_row(cell, figures) for cell, figures in quality.items()),
         tried="\n".join(percent_row(f"{row['guidance_scale']:g}", row) for row in tried),
         training=(
-            f"Flow matching, {last['step']} of {recipe['train']['steps']} steps, batch {recipe['train']['batch_size']}, "
-            f"{last['seconds'] / 60:.0f} minutes on {platform.processor() or platform.machine()}, "
-            f"{torch.get_num_threads()} cores, no GPU (the machine was shared; without that it would be less). "
-            "The autoencoder and the text encoder were trained before it, by `recipes/micro-vae.yaml` and "
-            "`recipes/micro-text.yaml`; the text encoder learned by contrast with latents, on training combinations only."
+            f"Flow matching, {last['step']} steps, batch {recipe['train']['batch_size']}, "
+            f"{last['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} cores of a {processor()}, no GPU "
+            "(shared with other work; alone it takes less). Before it, the autoencoder was trained by "
+            "`recipes/micro-vae.yaml`, its decoder further by `recipes/micro-vae-decoder.yaml`, and the text encoder by "
+            "`recipes/micro-text.yaml`: by contrast with latents, on training combinations only."
         ),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
     )

@@ -15,7 +15,7 @@ from fewstep.data.emoji import TEMPLATES, EmojiWorld
 from fewstep.data.images import grid
 from fewstep.data.latents import build_bank
 from fewstep.models.denoiser import Denoiser, Guided
-from fewstep.models.pipeline import ModelCard, TextToImage
+from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.vae import as_channels_last
 from fewstep.recipes.schema import FlowRecipe, TransformerSettings
@@ -101,6 +101,8 @@ def train(recipe: FlowRecipe, run: Run) -> Path:
     tokenizer = Qwen2Tokenizer.from_pretrained(Path(recipe.text) / "tokenizer")
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
+    if recipe.init is not None:
+        transformer.load_state_dict(load(recipe.init).transformer.state_dict())
     card = ModelCard(steps=50, guidance_scale=recipe.guidance_scale, height=IMAGE_SIZE, width=IMAGE_SIZE)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
     model = TextToImage(transformer, vae, text_encoder, tokenizer, scheduler, card)

@@ -73,7 +73,8 @@ class VaeMethod:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images: Tensor = batch
-        posterior = self.vae.encode(images).latent_dist
+        with torch.set_grad_enabled(any(p.requires_grad for p in self.vae.encoder.parameters())):
+            posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.sample()).sample
         reconstruction, pixel = reconstruction_loss(images, decoded.float(), self.weights)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -94,15 +95,23 @@ def train(recipe: VaeRecipe, run: Run) -> Path:
     """Train on every thing in the teacher's styles, on every colour; the style kept for LoRA training is not seen."""
     world = EmojiWorld.everything()
     concepts = world.concepts()
+    core = {thing.code for thing in EmojiWorld.load().things}
+    core_concepts = [c for c in concepts if world.things[c.thing].code in core]
     model = recipe.model
     torch.manual_seed(recipe.train.seed)
     vae = build_vae(model.block_out_channels, model.layers_per_block, model.latent_channels, model.norm_num_groups)
+    if recipe.init is not None:
+        vae = as_channels_last(AutoencoderKL.from_pretrained(Path(recipe.init) / "vae"))
+    vae.encoder.requires_grad_(recipe.train_encoder)
 
     def data(position: int) -> Tensor:
         generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
-        chosen = torch.randint(len(concepts), (recipe.train.batch_size,), generator=generator).tolist()
-        images = world.render([concepts[i] for i in chosen], generator)
-        return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+        chosen = torch.rand(recipe.train.batch_size, 2, generator=generator).tolist()
+        batch = [
+            pool[int(place * len(pool))]
+            for pool, place in ((core_concepts if kind < recipe.core_share else concepts, p) for kind, p in chosen)
+        ]
+        return (world.render(batch, generator) * 2 - 1).contiguous(memory_format=torch.channels_last)
 
     generator = torch.Generator().manual_seed(0)
     shown = world.render([concepts[i] for i in range(0, len(concepts), len(concepts) // 16)][:16], generator) * 2 - 1
@@ -117,7 +126,8 @@ def train(recipe: VaeRecipe, run: Run) -> Path:
     trainer = Trainer(method, data, run, train=recipe.train, optim={"vae": recipe.optim}, preview=preview)
     trainer.fit()
     with trainer.averaged():
-        sample = [concepts[i] for i in torch.randperm(len(concepts), generator=generator)[:2048].tolist()]
-        normalise_latents(vae, world.render(sample, generator) * 2 - 1)
+        if recipe.train_encoder:
+            sample = [concepts[i] for i in torch.randperm(len(concepts), generator=generator)[:2048].tolist()]
+            normalise_latents(vae, world.render(sample, generator) * 2 - 1)
         vae.save_pretrained(run.directory / "vae")
     return run.directory

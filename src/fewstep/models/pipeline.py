@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Model
+from transformers.utils import logging as transformers_logging
 
 from fewstep import flow
 from fewstep.errors import UserError
@@ -22,6 +25,19 @@ from fewstep.models.zimage import PATCH, ZImageDenoiser
 
 CARD = "fewstep.json"
 SHIPPED = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silences the libraries' progress bars for parts that take a moment each."""
+    libraries = (diffusers_logging, transformers_logging)
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 class ModelCard(BaseModel):
@@ -119,7 +135,8 @@ class TextToImage:
             tokenizer=self.tokenizer,
             transformer=self.transformer,
         )
-        pipeline.save_pretrained(draft, safe_serialization=True)
+        with _without_bars():
+            pipeline.save_pretrained(draft, safe_serialization=True)
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -139,15 +156,22 @@ def find(path_or_name: str | Path) -> Path:
     return folder
 
 
-def read_card(folder: Path, transformer: ZImageTransformer2DModel) -> ModelCard:
-    """``fewstep.json``, or for a folder that others wrote what its class is known for."""
+def read_card(folder: Path) -> ModelCard:
+    """``fewstep.json``; a folder that others wrote is taken for a many-step model that wants guidance.
+
+    Raises:
+        UserError: the file says what it cannot mean.
+    """
     file = folder / CARD
     if not file.exists():
         return ModelCard(guidance_scale=4.0)
     try:
         return ModelCard.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{file}: {wrong}") from error
+    except ValueError as error:  # not JSON, not UTF-8
+        raise UserError(f"{file}: {error}") from error
 
 
 def load(path_or_name: str | Path, device: str | torch.device = "cpu") -> TextToImage:
@@ -170,11 +194,12 @@ def load(path_or_name: str | Path, device: str | torch.device = "cpu") -> TextTo
     }
     for name, loader in loaders.items():
         try:
-            parts[name] = loader(folder / name)
+            with _without_bars():
+                parts[name] = loader(folder / name)
         except Exception as error:  # whatever a library makes of a bad file, the user needs its name
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{folder / name}: cannot be loaded: {reason}") from error
     for name in ("transformer", "vae", "text_encoder"):
         parts[name].eval().requires_grad_(False)
     vae_tools.as_channels_last(parts["vae"])
-    return TextToImage(**parts, card=read_card(folder, parts["transformer"])).to(device)
+    return TextToImage(**parts, card=read_card(folder)).to(device)

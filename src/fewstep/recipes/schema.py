@@ -129,6 +129,9 @@ class VaeRecipe(BaseRecipe):
     data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images.")
     model: VaeSettings = Field(description="The autoencoder.")
     loss: VaeLossSettings = Field(default_factory=VaeLossSettings, description="Weights of the loss's terms.")
+    init: str | None = Field(None, description="Folder that holds vae/ to start from; null starts anew.")
+    train_encoder: bool = Field(True, description="false: the decoder learns alone, and latents stay what they are.")
+    core_share: Fraction = Field(0.0, description="Share of images that show core things, beyond their natural one.")
     optim: OptimSettings = Field(description="Optimizer.")
 
 

@@ -122,7 +122,7 @@ class Run:
         if fresh:
             for found in own:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
-        elif path.exists():
+        elif own:  # a recipe that has made nothing yet gives way to another
             changes = differences(_resolved(path), self.recipe.model_dump(mode="json"))
             if changes:
                 shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
