@@ -54,14 +54,14 @@ class Arm:
     """One way to distil: a step is timed as a whole, optimizers included."""
 
     def __init__(
-        self, model: TextToImage, texts: list[str], batch: int, denoiser: type, method: type, encode: bool
+        self, model: TextToImage, texts: list[str], batch: int, denoiser: type, method: type, encode: bool, bf16: bool
     ) -> None:
         recipe = load_recipe("micro-turbo", [])
         roles = [denoiser(copy.deepcopy(model.transformer)) for _ in range(3)]
         teacher, student, fake = roles[0].requires_grad_(False), *(role.requires_grad_(True) for role in roles[1:])
         self.method = method(teacher, student, fake, model.encode([""]), settings_of(recipe, model.shift))
         self.optimizers = {p.name: torch.optim.AdamW(p.module.parameters(), lr=1e-5) for p in self.method.players}
-        self.model, self.texts, self.batch, self.encode = model, texts, batch, encode
+        self.model, self.texts, self.batch, self.encode, self.bf16 = model, texts, batch, encode, bf16
         self.encoded = model.encode(texts)
         self.shape = model.latent_shape(model.card.height, model.card.width)
         self.pipeline = ZImagePipeline(
@@ -82,7 +82,9 @@ class Arm:
         for player in self.method.players:
             for _ in range(player.updates):
                 chosen = torch.randint(len(self.texts), (self.batch,))
-                loss, _ = player.loss((torch.randn(self.batch, *self.shape), self.prompts(chosen)))
+                batch = torch.randn(self.batch, *self.shape), self.prompts(chosen)
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                    loss, _ = player.loss(batch)
                 loss.backward()
                 self.optimizers[player.name].step()
                 self.optimizers[player.name].zero_grad()
@@ -98,10 +100,12 @@ def main() -> None:
     model = load(arguments.model)
     texts = training_prompts(load_recipe("micro-turbo", []).prompts)[::16]
     arms = {
-        "plain: all below": (PlainDenoiser, PlainDmd, True),
-        "prompts encoded once": (PlainDenoiser, PlainDmd, False),
-        "and the teacher asked once": (PlainDenoiser, DecoupledDmd, False),
-        "and batched forwards (fewstep)": (ZImageDenoiser, DecoupledDmd, False),
+        "plain: all below": (PlainDenoiser, PlainDmd, True, False),
+        "prompts encoded once": (PlainDenoiser, PlainDmd, False, False),
+        "and the teacher asked once": (PlainDenoiser, DecoupledDmd, False, False),
+        "and batched forwards (fewstep)": (ZImageDenoiser, DecoupledDmd, False, False),
+        "the same, bf16 autocast": (ZImageDenoiser, DecoupledDmd, False, True),
+        "diffusers' forward, bf16 autocast": (PlainDenoiser, DecoupledDmd, False, True),
     }
     built = {name: Arm(model, texts, arguments.batch, *parts) for name, parts in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in built}

@@ -137,7 +137,7 @@ def test_recipe_is_saved_resolved(tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused_showing_what_differs(tmp_path: Path) -> None:
-    Run(tmp_path, tiny_recipe(seed=1))
+    Run(tmp_path, tiny_recipe(seed=1)).track(0)
     before = (tmp_path / "recipe.yaml").read_text()
     changed = tiny_recipe(seed=2, log_every=3)
     changed.optim.lr = 0.5
@@ -152,8 +152,14 @@ def test_another_recipe_is_refused_showing_what_differs(tmp_path: Path) -> None:
     assert (tmp_path / "recipe.yaml").read_text() == before
 
 
+def test_recipe_that_made_nothing_gives_way(tmp_path: Path) -> None:
+    Run(tmp_path, tiny_recipe(seed=1))
+    Run(tmp_path, tiny_recipe(seed=2))
+    assert "seed: 2" in (tmp_path / "recipe.yaml").read_text()
+
+
 def test_longer_is_the_same_recipe_and_shorter_is_not(tmp_path: Path) -> None:
-    Run(tmp_path, tiny_recipe(steps=12))
+    Run(tmp_path, tiny_recipe(steps=12)).track(0)
     Run(tmp_path, tiny_recipe(steps=20, checkpoint_every=7, preview_every=3, threads=1, keep_checkpoints=1))
     with pytest.raises(UserError, match=r"train\.steps: 20 -> 12"):
         Run(tmp_path, tiny_recipe(steps=12))

@@ -146,7 +146,7 @@ def test_thirty_steps_bring_the_student_nearer_to_its_teacher(tmp_path):
 
 
 def test_bf16_gradients_survive_the_rollout(tiny):
-    """Autocast keeps cast weights; those it kept during a rollout without gradient must not be the ones trained with."""
+    """Autocast keeps cast weights; those kept in a rollout without gradient must not be the ones trained with."""
     student = ZImageDenoiser(copy.deepcopy(tiny.transformer)).requires_grad_(True)
     settings = settings_of(load_recipe("micro-turbo", []), tiny.shift)
     method = DecoupledDmd(tiny.denoiser, student, copy.deepcopy(tiny.denoiser), tiny.encode([""]), settings)

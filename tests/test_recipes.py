@@ -88,7 +88,7 @@ def test_overrides(judge: Path) -> None:
         ("train.steps=many", "train.steps: input should be a valid integer"),
         ("train.steps=0", "train.steps: input should be greater than or equal to 1 (got 0)"),
         ("optim.lr=.nan", "optim.lr: input should be a finite number"),
-        ("train.precision=fp16", "train.precision: input should be 'fp32' or 'bf16' (got 'fp16')"),
+        ("train.precision=fp16", "train.precision: input should be 'fp32', 'bf16' or 'auto' (got 'fp16')"),
         ("name=../elsewhere", "name: string should match pattern"),
         ("train.steps", "expected key=value"),
         ("=5", "expected key=value"),

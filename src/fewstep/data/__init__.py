@@ -1,0 +1,1 @@
+"""Data: the emoji world, prompts, pictures."""

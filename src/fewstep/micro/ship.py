@@ -14,14 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fewstep.data.emoji import TEMPLATES, Concept, EmojiWorld
+from fewstep.data.emoji import LANGUAGES, TEMPLATES, Concept, EmojiWorld, Split
 from fewstep.evaluate.judge import Judge, hits
 from fewstep.generate import generate
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.progress import track
 from fewstep.training.tracking import read_metrics
 
-GUIDANCE = (1.0, 2.0, 3.0, 4.0, 6.0)  # scales that are tried
+GUIDANCE = (2.0, 3.0, 4.0)  # scales that are tried
 STEPS = 50
 KEYS = ("name_top1", "style_top1", "colour_top1")
 
@@ -44,7 +44,8 @@ def best_guidance(model: TextToImage, judge: Judge, prompts: int) -> tuple[float
 def judged(model: TextToImage, judge: Judge, guidance: float, prompts: int) -> dict[str, dict[str, float]]:
     """Accuracy by split and language, on other prompts and seeds than the guidance was chosen with."""
     world = EmojiWorld.load()
-    cells = [(split, language) for split in ("train", "heldout") for language in ("en", "zh")]
+    splits: tuple[Split, ...] = ("train", "heldout")
+    cells = [(split, language) for split in splits for language in LANGUAGES]
     found = {}
     for split, language in track(cells, "judging"):
         pool = world.sample(10_000 if split == "train" else len(world.concepts(split)), split, seed=4)
@@ -66,7 +67,7 @@ def write_loss_curve(metrics: list[dict[str, float]], file: Path) -> None:
     axes = figure.subplots()
     steps = [line["step"] for line in metrics]
     for key, label in (("teacher/loss", "all"), ("teacher/noisy", "sigma > 0.75"), ("teacher/clean", "sigma < 0.75")):
-        axes.plot(steps, [line.get(key) for line in metrics], label=label, linewidth=0.9)
+        axes.plot(steps, [line.get(key, float("nan")) for line in metrics], label=label, linewidth=0.9)
     axes.set(xlabel="step", ylabel="flow matching loss", ylim=(0, 1.2))
     axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
@@ -164,8 +165,8 @@ def ship(run: Path, out: Path, prompts: int) -> None:
             f"Flow matching, {last['step']} steps, batch {recipe['train']['batch_size']}, "
             f"{last['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} cores of a {processor()}, no GPU "
             "(shared with other work; alone it takes less). Before it, the autoencoder was trained by "
-            "`recipes/micro-vae.yaml`, its decoder further by `recipes/micro-vae-decoder.yaml`, and the text encoder by "
-            "`recipes/micro-text.yaml`: by contrast with latents, on training combinations only."
+            "`recipes/micro-vae.yaml`, its decoder further by `recipes/micro-vae-decoder.yaml`, and the text encoder "
+            "by `recipes/micro-text.yaml`: by contrast with latents, on training combinations only."
         ),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
     )

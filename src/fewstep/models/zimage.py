@@ -2,7 +2,7 @@
 
 The modules and weights are diffusers' ``ZImageTransformer2DModel``; only the order of the work is ours. diffusers goes
 through a batch sample by sample to cut patches, pad and join image and caption; here a whole group of samples of equal
-padded caption length runs as one tensor, which needs no attention mask, and rotary angles are made once a shape. The
+padded caption length runs as one tensor, which needs no attention mask, and rotations are made once a shape. The
 results are the same to rounding (a test holds them to 1e-5).
 """
 
@@ -29,10 +29,8 @@ def padded(length: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def rotary(
-    axes: tuple[int, ...], theta: float, caption: int, rows: int, columns: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L, 1, head_dim / 2] of every token's angles: the image's first, then the caption's.
+def rotary(axes: tuple[int, ...], theta: float, caption: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Every token's rotations, complex [L, 1, head_dim / 2]: the image's first, then the caption's.
 
     Caption token i sits at (1 + i, 0, 0), the patch at row r and column c at (caption + 1, r, c), image padding at
     (0, 0, 0).
@@ -46,14 +44,13 @@ def rotary(
         frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles.append((positions[:, axis, None] * frequency).float())
     angle = torch.cat(angles, dim=-1)[:, None, :]
-    return angle.cos().to(device), angle.sin().to(device)
+    return torch.polar(torch.ones_like(angle), angle).to(device)
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn neighbouring pairs of [B, L, heads, head_dim] by their angles, in fp32."""
-    cos, sin = angles
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn neighbouring pairs of [B, L, heads, head_dim], in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -70,24 +67,22 @@ def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def attend(attention: Attention, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def attend(attention: Attention, x: Tensor, rotations: Tensor) -> Tensor:
     """Self-attention of one block, over all tokens of [B, L, D]."""
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (project(x).unflatten(-1, (attention.heads, -1)) for project in projections)
-    query, key = (rotate(rms_norm(t, n), angles) for t, n in ((query, attention.norm_q), (key, attention.norm_k)))
+    query, key = (rotate(rms_norm(t, n), rotations) for t, n in ((query, attention.norm_q), (key, attention.norm_k)))
     mixed = mix(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def run_block(
-    block: ZImageTransformerBlock, x: Tensor, angles: tuple[Tensor, Tensor], condition: Tensor | None
-) -> Tensor:
+def run_block(block: ZImageTransformerBlock, x: Tensor, rotations: Tensor, condition: Tensor | None) -> Tensor:
     """One transformer block on [B, L, D]; ``condition`` [B, D'] modulates, None for the caption's blocks."""
     if condition is None:
-        x = x + rms_norm(attend(block.attention, rms_norm(x, block.attention_norm1), angles), block.attention_norm2)
+        x = x + rms_norm(attend(block.attention, rms_norm(x, block.attention_norm1), rotations), block.attention_norm2)
         return x + rms_norm(block.feed_forward(rms_norm(x, block.ffn_norm1)), block.ffn_norm2)
     scale_msa, gate_msa, scale_mlp, gate_mlp = block.adaLN_modulation(condition).unsqueeze(1).chunk(4, dim=2)
-    attended = attend(block.attention, rms_norm(x, block.attention_norm1) * (1 + scale_msa), angles)
+    attended = attend(block.attention, rms_norm(x, block.attention_norm1) * (1 + scale_msa), rotations)
     x = x + gate_msa.tanh() * rms_norm(attended, block.attention_norm2)
     fed = block.feed_forward(rms_norm(x, block.ffn_norm1) * (1 + scale_mlp))
     return x + gate_mlp.tanh() * rms_norm(fed, block.ffn_norm2)
@@ -119,7 +114,7 @@ class ZImageDenoiser(nn.Module):
         model = self.transformer
         batch, channels, height, width = x.shape
         rows, columns = height // PATCH, width // PATCH
-        angles = rotary(tuple(model.axes_dims), model.rope_theta, caption, rows, columns, x.device)
+        rotations = rotary(tuple(model.axes_dims), model.rope_theta, caption, rows, columns, x.device)
         dtype = model.dtype
 
         time = model.t_embedder((1 - sigma) * model.t_scale).to(dtype)
@@ -130,19 +125,18 @@ class ZImageDenoiser(nn.Module):
         if tokens > rows * columns:
             pad = model.x_pad_token.expand(batch, tokens - rows * columns, -1)
             image = torch.cat([image, pad.type_as(image)], dim=1)
-        image_angles = (angles[0][:tokens], angles[1][:tokens])
         for block in model.noise_refiner:
-            image = run_block(block, image, image_angles, time)
+            image = run_block(block, image, rotations[:tokens], time)
 
-        joined = torch.cat([image, self._caption(prompts, caption, angles, tokens).type_as(image)], dim=1)
+        joined = torch.cat([image, self._caption(prompts, caption, rotations[tokens:]).type_as(image)], dim=1)
         for block in model.layers:
-            joined = run_block(block, joined, angles, time)
+            joined = run_block(block, joined, rotations, time)
 
         final = model.all_final_layer[KEY](joined[:, : rows * columns], c=time)
         output = final.reshape(batch, rows, columns, PATCH, PATCH, channels).permute(0, 5, 1, 3, 2, 4)
         return -output.reshape(batch, channels, height, width).float()
 
-    def _caption(self, prompts: EncodedPrompts, caption: int, angles: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+    def _caption(self, prompts: EncodedPrompts, caption: int, rotations: Tensor) -> Tensor:
         """The caption's tokens [B, caption, D] after its own blocks."""
         model = self.transformer
         features = prompts.features[:, :caption].to(model.dtype)
@@ -151,5 +145,5 @@ class ZImageDenoiser(nn.Module):
         real = torch.arange(caption, device=features.device) < prompts.lengths[:, None]
         text = torch.where(real[..., None], embedded, model.cap_pad_token.type_as(embedded))
         for block in model.context_refiner:
-            text = run_block(block, text, (angles[0][tokens:], angles[1][tokens:]), None)
+            text = run_block(block, text, rotations, None)
         return text

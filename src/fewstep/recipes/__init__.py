@@ -1,0 +1,1 @@
+"""Recipes: the YAML files that ship, and the schema they are checked against."""

@@ -153,6 +153,7 @@ class FlowRecipe(BaseRecipe):
     guidance_scale: float = Field(
         3.0, ge=0, description="Guidance of the previews, and the card's: cond + g (cond - null)."
     )
+    init: str | None = Field(None, description="A model whose transformer to start from: a folder or a shipped name.")
     shift: float = Field(default=3.0, gt=0, description="Shift of the noise levels.")
     logit_mean: float = Field(default=0.0, description="Mean of logit(u).")
     logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u).")
