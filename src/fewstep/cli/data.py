@@ -25,3 +25,21 @@ def emoji(
 
     counts = build(out, packages)
     typer.echo(f"{out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+@app.command()
+def sheet(
+    out: Annotated[Path, typer.Option(help="The image file to write.")] = Path("emoji-world.png"),
+) -> None:
+    """Draw every core thing in each style, on the eight backgrounds in turn."""
+    from fewstep.data.emoji import COLOURS, STYLES, Concept, EmojiWorld
+    from fewstep.data.images import grid
+
+    world, colours = EmojiWorld.load(), list(COLOURS)
+    concepts = [
+        Concept(thing.index, style, colours[(thing.index + shift) % len(colours)], "en")
+        for shift, style in enumerate(STYLES)
+        for thing in world.things
+    ]
+    grid(world.render(concepts, jitter=False), columns=26).save(out)
+    typer.echo(out)
