@@ -39,7 +39,7 @@ def build_vae(channels: list[int], layers_per_block: int, latent_channels: int, 
     )
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
-            # residual branches start at 0: without it colours took twice as many steps to come through
+            # residual branches start at 0, so that the network begins nearly linear: a little faster at first
             nn.init.zeros_(module.conv2.weight)
     return as_channels_last(vae)
 
