@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 
+from fewstep.errors import UserError
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import ZImageDenoiser
 
@@ -87,3 +88,23 @@ def test_pad_tokens_are_attended_to(transformer):
             pad.add_(1.0)
             assert (denoiser(x, sigma, prompts) - before).abs().max() > 1e-4
             pad.copy_(saved)
+
+
+def test_compiling_needs_a_compiler(transformer, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler"):
+        ZImageDenoiser(transformer).compile_blocks()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same(transformer):
+    prompts, x, sigma = prompts_of([5, 9]), torch.randn(2, 16, 8, 8), torch.rand(2)
+    eager, compiled = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
+    compiled.compile_blocks()
+    gradients = []
+    for denoiser in (eager, compiled):
+        transformer.zero_grad()
+        velocity = denoiser(x, sigma, prompts)
+        velocity.square().mean().backward()
+        gradients.append((velocity.detach(), transformer.layers[0].attention.to_q.weight.grad.clone()))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)

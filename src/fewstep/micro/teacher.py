@@ -134,6 +134,8 @@ def train(recipe: FlowRecipe, run: Run) -> Path:
             model.decode(sample_euler(guided, noise, flow.schedule(20, recipe.shift), shown_prompts)), columns=8
         )
 
+    if recipe.compile:
+        model.denoiser.compile_blocks()
     method = FlowMatching(model.denoiser, recipe.logit_mean, recipe.logit_std, recipe.shift)
     trainer = Trainer(method, data, run, train=recipe.train, optim={"teacher": recipe.optim}, preview=preview)
     trainer.fit()

@@ -8,6 +8,9 @@ results are the same to rounding (a test holds them to 1e-5).
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -17,7 +20,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
 from fewstep.models.prompts import EncodedPrompts
+
+#: block, x [B, L, D], rotations, condition [B, D'] or None -> [B, L, D].
+RunBlock = Callable[[ZImageTransformerBlock, Tensor, Tensor, Tensor | None], Tensor]
 
 PATCH = 2
 KEY = f"{PATCH}-1"
@@ -30,7 +37,7 @@ def padded(length: int) -> int:
 
 @lru_cache(maxsize=64)
 def rotary(axes: tuple[int, ...], theta: float, caption: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Every token's rotations, complex [L, 1, head_dim / 2]: the image's first, then the caption's.
+    """Every token's rotations as cosines and sines, [L, 1, 2, head_dim / 2]: the image's first, then the caption's.
 
     Caption token i sits at (1 + i, 0, 0), the patch at row r and column c at (caption + 1, r, c), image padding at
     (0, 0, 0).
@@ -44,13 +51,15 @@ def rotary(axes: tuple[int, ...], theta: float, caption: int, rows: int, columns
         frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles.append((positions[:, axis, None] * frequency).float())
     angle = torch.cat(angles, dim=-1)[:, None, :]
-    return torch.polar(torch.ones_like(angle), angle).to(device)
+    return torch.stack([angle.cos(), angle.sin()], dim=-2).to(device)
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn neighbouring pairs of [B, L, heads, head_dim], in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
+    # real arithmetic: complex products are slower, and the compiler leaves them alone
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rotations.unbind(-2)
+    return torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1).flatten(-2).type_as(x)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -97,6 +106,20 @@ class ZImageDenoiser(nn.Module):
     def __init__(self, transformer: ZImageTransformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
+        self.run_block: RunBlock = run_block
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer block, once for each shape: half a minute first, then about 1.3 times the speed.
+
+        Raises:
+            UserError: on a CPU without a C++ compiler.
+        """
+        compiler = os.environ.get("CXX", "g++")
+        if next(self.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
+            raise UserError(
+                f"compile: needs a C++ compiler, and there is no {compiler}; install one, or set compile=false"
+            )
+        self.run_block = torch.compile(run_block, dynamic=False)
 
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         """x [B, C, H, W] with even H and W, sigma [B], B prompts -> velocity [B, C, H, W] in fp32."""
@@ -126,11 +149,11 @@ class ZImageDenoiser(nn.Module):
             pad = model.x_pad_token.expand(batch, tokens - rows * columns, -1)
             image = torch.cat([image, pad.type_as(image)], dim=1)
         for block in model.noise_refiner:
-            image = run_block(block, image, rotations[:tokens], time)
+            image = self.run_block(block, image, rotations[:tokens], time)
 
         joined = torch.cat([image, self._caption(prompts, caption, rotations[tokens:]).type_as(image)], dim=1)
         for block in model.layers:
-            joined = run_block(block, joined, rotations, time)
+            joined = self.run_block(block, joined, rotations, time)
 
         final = model.all_final_layer[KEY](joined[:, : rows * columns], c=time)
         output = final.reshape(batch, rows, columns, PATCH, PATCH, channels).permute(0, 5, 1, 3, 2, 4)
@@ -145,5 +168,5 @@ class ZImageDenoiser(nn.Module):
         real = torch.arange(caption, device=features.device) < prompts.lengths[:, None]
         text = torch.where(real[..., None], embedded, model.cap_pad_token.type_as(embedded))
         for block in model.context_refiner:
-            text = run_block(block, text, rotations, None)
+            text = self.run_block(block, text, rotations, None)
         return text

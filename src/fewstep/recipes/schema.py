@@ -158,6 +158,7 @@ class FlowRecipe(BaseRecipe):
     logit_mean: float = Field(default=0.0, description="Mean of logit(u).")
     logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u).")
     prompt_dropout: Fraction = Field(default=0.1, description="Share of prompts replaced by the encoded empty prompt.")
+    compile: bool = Field(default=False, description="Compile the transformer's block; needs a C++ compiler on a CPU.")
     optim: OptimSettings = Field(description="Optimizer.")
 
 
