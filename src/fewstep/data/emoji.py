@@ -192,8 +192,8 @@ class EmojiWorld:
     ) -> Tensor:
         """Real images of concepts: the drawing on its background, alpha composed.
 
-        With ``jitter`` each image gets a scale in [0.72, 0.95], a place that keeps it whole and a slightly different
-        shade, so that one prompt has many right images; without, a centred one of scale 0.85.
+        With ``jitter`` each image gets a scale in [0.80, 0.95], a place that keeps it whole and a slightly different
+        shade, so that one prompt has many right images; without, a centred one of scale 0.875.
 
         Returns:
             [B, 3, size, size] in [0, 1].
@@ -203,11 +203,11 @@ class EmojiWorld:
         colours = torch.tensor([COLOURS[c.colour] for c in concepts]).float() / 255
         if jitter:
             noise = torch.rand(count, 6, generator=generator)
-            scale = 0.72 + 0.23 * noise[:, 0]
+            scale = 0.80 + 0.15 * noise[:, 0]
             offset = (2 * noise[:, 1:3] - 1) * (1 - scale)[:, None]
             colours = (colours + 0.10 * (noise[:, 3:6] - 0.5)).clamp(0, 1)
         else:
-            scale, offset = torch.full((count,), 0.85), torch.zeros(count, 2)
+            scale, offset = torch.full((count,), 0.875), torch.zeros(count, 2)
         # premultiplied alpha, or transparent pixels' hidden colours bleed in when the drawing is resized
         drawings = torch.cat([drawings[:, :3] * drawings[:, 3:], drawings[:, 3:]], dim=1)
         affine = torch.zeros(count, 2, 3)
