@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fewstep.data.prompts import training_prompts
 from fewstep.distill.dmd import DecoupledDmd, Question
-from fewstep.distill.run import settings_of, training_prompts
+from fewstep.distill.run import settings_of
 from fewstep.models.denoiser import predict_x0
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import EncodedPrompts

@@ -9,8 +9,9 @@ from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
 from fewstep import api
+from fewstep.data.prompts import training_prompts
 from fewstep.distill.dmd import DecoupledDmd
-from fewstep.distill.run import anchors_of, batches, settings_of, training_prompts
+from fewstep.distill.run import anchors_of, batches, settings_of
 from fewstep.errors import UserError
 from fewstep.evaluate.evaluate import emoji_prompts
 from fewstep.evaluate.judge import Judge

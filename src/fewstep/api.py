@@ -15,7 +15,7 @@ from fewstep.generate import Generated
 from fewstep.generate import generate as _generate
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.recipes.load import load_recipe
-from fewstep.recipes.schema import DistillRecipe
+from fewstep.recipes.schema import DistillRecipe, PhasesRecipe
 from fewstep.training.run import Run
 
 __all__ = ["Distilled", "distill", "evaluate", "generate", "load"]
@@ -37,7 +37,7 @@ class Distilled:
 
 
 def distill(
-    recipe: str | Path | DistillRecipe,
+    recipe: str | Path | DistillRecipe | PhasesRecipe,
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -55,23 +55,25 @@ def distill(
         UserError: a mistake in the recipe or the directory.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved; its text says how to go on.
     """
+    from fewstep.distill.phases import distill_phases
     from fewstep.distill.run import distill as distill_into
 
-    resolved = recipe if isinstance(recipe, DistillRecipe) else load_recipe(recipe, list(overrides))
-    if not isinstance(resolved, DistillRecipe):
-        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep train {recipe}")
+    resolved = recipe if isinstance(recipe, DistillRecipe | PhasesRecipe) else load_recipe(recipe, list(overrides))
+    if not isinstance(resolved, DistillRecipe | PhasesRecipe):
+        command = "cache" if resolved.kind == "cache" else "train"
+        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     with Run(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
-        student = distill_into(resolved, run)
+        student = distill_into(resolved, run) if resolved.kind == "distill" else distill_phases(resolved, run)
         if not resolved.evaluate.enabled:
             return Distilled(student)
-        report = run.directory / "report"
+        report, curves = run.directory / "report", run.directory / "metrics.jsonl"
         try:
             metrics = evaluate(
                 student,
                 emoji_prompts(resolved.evaluate.prompts),
                 teacher=resolved.teacher,
                 out=report,
-                curves=run.directory / "metrics.jsonl",
+                curves=curves if curves.exists() else None,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the student is made, not yet evaluated; to go on: {run.resume_command}") from None

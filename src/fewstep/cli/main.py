@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fewstep.cli.cache import cache
 from fewstep.cli.data import app as data
 from fewstep.cli.distill import distill
 from fewstep.cli.evaluate import evaluate
@@ -73,6 +74,7 @@ app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(train)
+app.command()(cache)
 app.add_typer(data, name="data")
 
 

@@ -15,8 +15,9 @@ def train(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = N
     from fewstep.training.run import Run
 
     resolved = load_recipe(recipe, overrides or [])
-    if isinstance(resolved, schema.DistillRecipe):
-        raise UserError(f"{recipe}: its kind is distill; use: fewstep distill {recipe}")
+    if isinstance(resolved, schema.DistillRecipe | schema.PhasesRecipe | schema.CacheRecipe):
+        command = "cache" if resolved.kind == "cache" else "distill"
+        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     with Run(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
         if isinstance(resolved, schema.VaeRecipe):
             from fewstep.micro import vae

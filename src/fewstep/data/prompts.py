@@ -1,8 +1,10 @@
-"""Prompts from text files."""
+"""Prompts from text files, and those of the emoji world."""
 
 from pathlib import Path
 
+from fewstep.data.emoji import TEMPLATES, EmojiWorld
 from fewstep.errors import UserError
+from fewstep.recipes.schema import PromptSettings
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -20,3 +22,12 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise UserError(f"{path}: no prompts in it; write one a line")
     return prompts
+
+
+def training_prompts(settings: PromptSettings) -> list[str]:
+    """The emoji world's prompts in every wording, or the lines of a text file."""
+    if settings.source != "emoji":
+        return read_prompts(settings.source)
+    world = EmojiWorld.load()
+    concepts = world.concepts(settings.split)
+    return [world.prompt(concept, wording) for concept in concepts for wording in range(len(TEMPLATES["en"]))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,21 +13,33 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep import flow
-from fewstep.data.emoji import TEMPLATES, EmojiWorld
+from fewstep.data.cache import TeacherCache
+from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import grid
-from fewstep.data.prompts import read_prompts
+from fewstep.data.prompts import training_prompts
+from fewstep.distill.caching import cache_fingerprint, make_cache
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings
 from fewstep.distill.renoise import Renoise
+from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
-from fewstep.generate import generate
+from fewstep.generate import generate, initial_noise
 from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import ZImageDenoiser
-from fewstep.recipes.schema import DistillRecipe, PromptSettings
+from fewstep.recipes.schema import CacheRecipe, DistillRecipe, PromptSettings
+from fewstep.training.method import Batch, Method
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
 SHOWN = 32  # images of a preview
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe's method comes to: the algorithm, and where its batches come from."""
+
+    method: Method
+    data: Callable[[int], Batch]
 
 
 def distill(recipe: DistillRecipe, run: Run) -> Path:
@@ -37,23 +50,78 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load(recipe.teacher, device)
     student = student_of(teacher, recipe)
-    fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
+    if recipe.init is not None:
+        start_from(student, recipe.init)
     student.denoiser.requires_grad_(True)
 
-    settings = settings_of(recipe, teacher.shift)
-    method = DecoupledDmd(teacher.denoiser, student.denoiser, fake, teacher.encode([""]), settings)
     prompts = training_prompts(recipe.prompts)
-    trainer = Trainer(
-        method,
-        batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed),
-        run,
-        train=recipe.train,
-        optim={"student": recipe.optim.student, "fake": recipe.optim.fake},
-        preview=preview_of(student, shown_prompts(recipe.prompts, prompts)),
-    )
+    if recipe.method == "trajectory":
+        job = trajectory_job(recipe, teacher, student, run)
+    else:
+        job = dmd_job(recipe, teacher, student, prompts)
+    optim = {"student": recipe.optim.student} | ({"fake": recipe.optim.fake} if recipe.optim.fake else {})
+    preview = preview_of(student, shown_prompts(recipe.prompts, prompts))
+    trainer = Trainer(job.method, job.data, run, train=recipe.train, optim=optim, preview=preview)
     trainer.fit()
     with trainer.averaged():
         return student.save(run.directory / "student")
+
+
+def dmd_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToImage, prompts: list[str]) -> Job:
+    """Decoupled-DMD on prompts alone; the fake starts as the teacher."""
+    fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
+    settings = settings_of(recipe, teacher.shift)
+    method = DecoupledDmd(teacher.denoiser, student.denoiser, fake, teacher.encode([""]), settings)
+    return Job(method, batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed))
+
+
+def trajectory_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToImage, run: Run) -> Job:
+    """Regression on a cache of the teacher's trajectories: the recipe's, or one made in the run's folder."""
+    wanted = recipe.trajectory
+    guidance = teacher.card.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+    folder = Path(wanted.cache) if wanted.cache is not None else run.directory / "cache"
+    if recipe.student.anchors is not None or recipe.student.sampler != "euler":
+        raise UserError("method trajectory: it needs evenly spaced anchors and the euler sampler")
+    anchors = anchors_of(recipe)
+    if wanted.cache is None:
+        make_cache(
+            CacheRecipe(
+                kind="cache",
+                name=recipe.name,
+                teacher=recipe.teacher,
+                prompts=recipe.prompts,
+                steps=len(anchors),
+                substeps=wanted.substeps,
+                guidance_scale=guidance,
+                samples=wanted.samples,
+            ),
+            folder,
+        )
+    cache = TeacherCache(folder, cache_fingerprint(teacher, anchors, wanted.substeps, guidance))
+    sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in anchors)
+    method = TrajectoryDistillation(student.denoiser, TrajectorySettings(sigmas))
+    height, width = teacher.card.height, teacher.card.width
+
+    def data(position: int) -> tuple[Tensor, EncodedPrompts, Tensor]:
+        generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
+        chosen = torch.randint(len(cache), (recipe.train.batch_size,), generator=generator).tolist()
+        states, prompts = cache.read(chosen)
+        noise = initial_noise(teacher, cache.seeds(chosen), height, width)
+        return noise, prompts.to(teacher.device), states.to(teacher.device)
+
+    return Job(method, data)
+
+
+def start_from(student: TextToImage, path_or_name: str) -> None:
+    """Give the student the weights of another model of the same architecture.
+
+    Raises:
+        UserError: its transformer has other shapes.
+    """
+    try:
+        student.transformer.load_state_dict(load(path_or_name).transformer.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"init: {path_or_name} is not of the teacher's architecture ({error})".split("\n")[0]) from None
 
 
 def student_of(teacher: TextToImage, recipe: DistillRecipe) -> TextToImage:
@@ -105,15 +173,6 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
         fake_follow=recipe.fake_follow,
         sampler=recipe.student.sampler,
     )
-
-
-def training_prompts(settings: PromptSettings) -> list[str]:
-    """The emoji world's prompts in every wording, or the lines of a text file."""
-    if settings.source != "emoji":
-        return read_prompts(settings.source)
-    world = EmojiWorld.load()
-    concepts = world.concepts(settings.split)
-    return [world.prompt(concept, wording) for concept in concepts for wording in range(len(TEMPLATES["en"]))]
 
 
 def batches(

@@ -4,12 +4,13 @@ Units: learning rates per update, lengths of training in steps, noise levels as 
 pre-shift value `u`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+NAME = r"^[A-Za-z0-9][\w.-]*$"
 
 
 class Settings(BaseModel):
@@ -120,7 +121,7 @@ class TransformerSettings(Settings):
 
 
 class BaseRecipe(Settings):
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="Name of the run; its directory is runs/<name>.")
+    name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
     train: TrainSettings = Field(description="Length, batches, cadence.")
 
 
@@ -211,7 +212,16 @@ class RenoiseSettings(Settings):
 
 class DistillOptimSettings(Settings):
     student: OptimSettings = Field(description="Optimizer of the student.")
-    fake: OptimSettings = Field(description="Optimizer of the fake.")
+    fake: OptimSettings | None = Field(None, description="Optimizer of the fake, where the method has one.")
+
+
+class TrajectorySettings(Settings):
+    """What method: trajectory learns from."""
+
+    cache: str | None = Field(None, description="Folder that fewstep cache made; null makes one in the run.")
+    samples: int = Field(default=1024, ge=1, description="Trajectories of a cache made in the run.")
+    substeps: int = Field(default=12, ge=1, description="The teacher's steps for each one of the student.")
+    guidance_scale: float | None = Field(None, ge=0, description="The teacher's guidance; null asks its card.")
 
 
 class EvaluateSettings(Settings):
@@ -219,9 +229,12 @@ class EvaluateSettings(Settings):
     prompts: int = Field(default=200, ge=1, description="How many of the held-out prompts to evaluate on.")
 
 
-class DistillRecipe(BaseRecipe):
-    kind: Literal["distill"] = Field(description="Makes a few-step student by Decoupled-DMD.")
-    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
+class Phase(BaseRecipe):
+    """One training of a student: a recipe's only one, or one of several in a row."""
+
+    method: Literal["dmd", "trajectory"] = Field(
+        default="dmd", description="dmd: Decoupled-DMD; trajectory: regression on the teacher's own states."
+    )
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to distil on.")
     student: StudentSettings = Field(default_factory=StudentSettings, description="The student's schedule.")
     spear: SpearSettings = Field(default_factory=SpearSettings, description="The engine.")
@@ -232,15 +245,64 @@ class DistillRecipe(BaseRecipe):
     fake_follow: Fraction = Field(
         default=0.0, description="Share by which the fake is pulled to the student after each step."
     )
+    trajectory: TrajectorySettings = Field(
+        default_factory=TrajectorySettings, description="For method trajectory: the teacher's states."
+    )
     optim: DistillOptimSettings = Field(description="Optimizers.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.method == "dmd" and self.shield.enabled and self.optim.fake is None:
+            raise ValueError("optim.fake is missing: the shield's fake needs an optimizer")
+        return self
+
+
+class DistillRecipe(Phase):
+    kind: Literal["distill"] = Field(description="Makes a few-step student of a teacher.")
+    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
+    init: str | None = Field(None, description="Model that the student starts from; null starts from the teacher.")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="The final report.")
 
 
-Recipe = VaeRecipe | TextRecipe | FlowRecipe | JudgeRecipe | DistillRecipe
+class PhasesRecipe(Settings):
+    kind: Literal["phases"] = Field(description="Several distillations in a row, each from the last one's student.")
+    name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
+    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
+    phases: list[Phase] = Field(min_length=1, description="The distillations, in order; their names are their folders.")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="The final report.")
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two phases have the same name: {', '.join(names)}")
+        return self
+
+
+# --- what a teacher said ---------------------------------------------------------------------------------------------
+
+
+class CacheRecipe(Settings):
+    kind: Literal["cache"] = Field(description="Keeps a teacher's trajectories on disk.")
+    name: str = Field(pattern=NAME, description="Name of the cache; its folder is runs/<name>.")
+    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
+    prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to draw from.")
+    steps: int = Field(default=4, ge=1, le=64, description="The student's steps: one state is kept for each.")
+    substeps: int = Field(default=12, ge=1, description="The teacher's steps for each one of the student.")
+    guidance_scale: float | None = Field(None, ge=0, description="The teacher's guidance; null asks its card.")
+    samples: int = Field(ge=1, description="How many trajectories.")
+    shard_size: int = Field(default=256, ge=1, description="Trajectories in a file.")
+    first_seed: int = Field(default=1_000_000, ge=0, description="Sample i starts from seed first_seed + i.")
+    batch_size: int = Field(default=64, ge=1, description="Trajectories that are sampled together.")
+
+
+Recipe = VaeRecipe | TextRecipe | FlowRecipe | JudgeRecipe | DistillRecipe | PhasesRecipe | CacheRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "vae": VaeRecipe,
     "text": TextRecipe,
     "flow": FlowRecipe,
     "judge": JudgeRecipe,
     "distill": DistillRecipe,
+    "phases": PhasesRecipe,
+    "cache": CacheRecipe,
 }

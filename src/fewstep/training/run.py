@@ -5,6 +5,7 @@ runs/<name>/
     metrics.jsonl, events.out.tfevents.*
     checkpoints/  previews/
     model/ or student/  report/
+    phases/                 a run each, where the recipe has several
 """
 
 import os
@@ -32,7 +33,7 @@ except ImportError:  # Windows
 # What a run writes into its directory besides recipe.yaml: all that `fresh` may delete.
 OWN = (
     *("checkpoints", "previews", "metrics.jsonl", "events.out.tfevents.*"),
-    *("model", "student", "report", "vae", "text_encoder", "tokenizer"),
+    *("model", "student", "report", "vae", "text_encoder", "tokenizer", "cache", "phases"),
 )
 
 # Keys that may change between sittings: they don't change what one step does.

@@ -1,0 +1,97 @@
+"""`fewstep cache`: the teacher's own way from noise to image, asked for once and kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep import flow
+from fewstep.data.cache import Index, fingerprint, shard_file, write_index, write_shard
+from fewstep.data.prompts import training_prompts
+from fewstep.generate import initial_noise
+from fewstep.models.denoiser import Denoiser, Guided
+from fewstep.models.pipeline import TextToImage, load
+from fewstep.models.prompts import EncodedPrompts
+from fewstep.progress import track
+from fewstep.recipes.schema import CacheRecipe
+from fewstep.samplers import step_euler
+
+
+def finer(anchors: list[float], substeps: int) -> list[float]:
+    """Pre-shift levels with each interval between anchors, and the last one to 0, cut into ``substeps`` equal parts."""
+    ends = [*anchors[1:], 0.0]
+    return [
+        start + (end - start) * part / substeps
+        for start, end in zip(anchors, ends, strict=True)
+        for part in range(substeps)
+    ]
+
+
+@torch.no_grad()
+def trajectory(
+    teacher: Denoiser, noise: Tensor, anchors: list[float], substeps: int, shift: float, prompts: EncodedPrompts
+) -> Tensor:
+    """The teacher's states at the student's levels: Euler with ``substeps`` steps between one anchor and the next.
+
+    Args:
+        noise: [B, C, H, W].
+        anchors: K pre-shift levels from 1 down, without the final 0.
+
+    Returns:
+        [B, K, C, H, W]: at anchors 1 to K - 1, then the data.
+    """
+    sigmas = [*(flow.shift_sigma(u, shift) for u in finer(anchors, substeps)), 0.0]
+    x, states = noise, []
+    for index, sigma in enumerate(sigmas[:-1]):
+        velocity = teacher(x, torch.full((len(x),), sigma, device=x.device), prompts)
+        x = step_euler(x, sigma, sigmas[index + 1], velocity)
+        if (index + 1) % substeps == 0:
+            states.append(x)
+    return torch.stack(states, dim=1)
+
+
+def cache_fingerprint(teacher: TextToImage, anchors: list[float], substeps: int, guidance: float) -> dict[str, object]:
+    sigmas = [flow.shift_sigma(u, teacher.shift) for u in finer(anchors, substeps)]
+    return fingerprint(teacher, sigmas, states=len(anchors), guidance_scale=guidance)
+
+
+def make_cache(recipe: CacheRecipe, out: Path, *, fresh: bool = False) -> Path:
+    """Fill ``out`` with the teacher's trajectories; what is there already from an earlier call is kept.
+
+    Raises:
+        UserError: another cache in ``out``, or a mistake in the recipe.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load(recipe.teacher, device)
+    guidance = teacher.card.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
+    anchors = flow.uniform_anchors(recipe.steps)
+    made_by = cache_fingerprint(teacher, anchors, recipe.substeps, guidance)
+    if fresh and (out / "index.json").exists():
+        shutil.rmtree(out)
+    index = Index(made_by, recipe.samples, recipe.shard_size, recipe.first_seed)
+    write_index(out, index)
+
+    texts = training_prompts(recipe.prompts)
+    denoiser: Denoiser = teacher.denoiser
+    if guidance > 0:
+        denoiser = Guided(teacher.denoiser, teacher.encode([""]), 1 + guidance)
+    height, width = teacher.card.height, teacher.card.width
+    missing = [n for n in range(index.shards) if not shard_file(out, n).exists()]
+    for shard in track(missing, "the teacher's trajectories"):
+        members = index.members(shard)
+        shown = [texts[_draw(recipe.first_seed + i, len(texts))] for i in members]
+        prompts, states = teacher.encode(shown), []
+        for start in range(0, len(members), recipe.batch_size):
+            part = slice(start, start + recipe.batch_size)
+            noise = initial_noise(teacher, [recipe.first_seed + i for i in members[part]], height, width)
+            states.append(trajectory(denoiser, noise, anchors, recipe.substeps, teacher.shift, prompts[part]))
+        write_shard(shard_file(out, shard), torch.cat(states), prompts, shown)
+    return out
+
+
+def _draw(seed: int, count: int) -> int:
+    """Which prompt a sample shows: by its own seed, so that a longer cache begins as a shorter one."""
+    return int(torch.randint(count, (), generator=torch.Generator().manual_seed(2**33 + seed)))

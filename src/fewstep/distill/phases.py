@@ -1,0 +1,36 @@
+"""Several distillations in a row: each phase's student starts from the last one's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fewstep.distill.run import distill
+from fewstep.recipes.schema import DistillRecipe, EvaluateSettings, PhasesRecipe
+from fewstep.training.run import Run
+
+
+def distill_phases(recipe: PhasesRecipe, run: Run) -> Path:
+    """Run the phases in order, each in ``<run>/phases/<number>-<name>``; the last student goes to ``<run>/student``.
+
+    Phases that are done are passed over, and one that was interrupted goes on.
+    """
+    student: Path | None = None
+    for number, phase in enumerate(recipe.phases, start=1):
+        folder = run.directory / "phases" / f"{number}-{phase.name}"
+        one = DistillRecipe(
+            **phase.model_dump(),
+            kind="distill",
+            teacher=recipe.teacher,
+            init=None if student is None else str(student),
+            evaluate=EvaluateSettings(enabled=False),
+        )
+        with Run(folder, one, resume_command=run.resume_command) as inner:
+            student = distill(one, inner)
+    assert student is not None  # the schema asks for at least one phase
+    target = run.directory / "student"
+    aside = target.with_name(".student.draft")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(student, aside)
+    shutil.rmtree(target, ignore_errors=True)
+    return aside.rename(target)
