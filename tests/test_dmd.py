@@ -60,7 +60,7 @@ def test_dm_direction_points_from_fake_to_teacher():
     method = method_of(replace(SETTINGS, spear=0.0), fake=Gaussian(offset=2.0))
     delta, metrics = method.direction(torch.randn(COUNT, *SHAPE), torch.ones(COUNT), prompts_of([1.0] * COUNT))
     assert (delta < 0).all()  # the fake's images lie 2 above the teacher's, so the student must go down
-    assert set(metrics) == {"dm"}
+    assert set(metrics) == {"dm", "fake_lag"}
 
 
 def test_no_direction_where_student_is_already_the_teacher():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import flow
+from fewstep.distill import health
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.rollout import Sampler, rollout
 from fewstep.distill.shields import distribution_matching
@@ -88,7 +89,7 @@ class DecoupledDmd:
         noise, prompts = batch
         x, anchor = self.one_step(noise, prompts)
         delta, metrics = self.direction(x.detach(), anchor, prompts)
-        return regress(x, delta), metrics
+        return regress(x, delta), metrics | health.pattern(x.detach())
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow matching of the fake on fresh images of the student."""
@@ -132,11 +133,12 @@ class DecoupledDmd:
             metrics["ca"] = ca.abs().mean()
         if settings.shield:
             x0_teacher = next(answers)
-            dm = distribution_matching(x0_teacher, predict_x0(self.fake, x_dm, sigma_dm, prompts))
+            x0_fake = predict_x0(self.fake, x_dm, sigma_dm, prompts)
+            dm = distribution_matching(x0_teacher, x0_fake)
             delta = delta + settings.shield * dm / normaliser(x0_teacher, x, settings.normaliser_floor)
-            metrics["dm"] = dm.abs().mean()
+            metrics |= {"dm": dm.abs().mean(), "fake_lag": health.fake_lag(x0_fake, x0_teacher, x, sigma_dm)}
         if settings.spear and settings.shield:
-            metrics["cosine"] = torch.cosine_similarity(ca.flatten(1), dm.flatten(1)).mean()
+            metrics |= health.balance(ca, dm)
         return delta, metrics
 
     def ask_teacher(self, questions: Sequence[Question]) -> list[Tensor]:

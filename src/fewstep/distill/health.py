@@ -1,0 +1,37 @@
+"""How a distillation is doing, from tensors that it has at hand anyway: no further forwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fake_lag(x0_fake: Tensor, x0_teacher: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """The fake's flow matching loss on the student's fresh images over the teacher's on the same ones, a scalar.
+
+    The fake is trained on such images and the teacher is not: near 1 it knows no more of them than the teacher, and the
+    shield is blind; well below 1 it keeps up.
+
+    Args:
+        x0_fake, x0_teacher: [B, C, H, W], data predictions at the same noisy images.
+        x: [B, C, H, W], the student's images.
+        sigma: [B], the noise levels; errors of the data are those of the velocity times sigma.
+    """
+    weight = sigma.reshape(-1, *[1] * (x.ndim - 1)).square().reciprocal()
+    return (weight * (x0_fake - x).square()).mean() / (weight * (x0_teacher - x).square()).mean().clamp(min=1e-12)
+
+
+def pattern(x: Tensor) -> dict[str, Tensor]:
+    """Mean, deviation and high-frequency energy of the student's latents [B, C, H, W]: what over-baking moves first.
+
+    The energy is the mean square of the checkerboard part of each 2x2 block, as a share of the variance.
+    """
+    checkerboard = (x[..., ::2, ::2] - x[..., ::2, 1::2] - x[..., 1::2, ::2] + x[..., 1::2, 1::2]) / 4
+    variance = x.var().clamp(min=1e-12)
+    return {"x0_mean": x.mean(), "x0_std": variance.sqrt(), "x0_hf": checkerboard.square().mean() / variance}
+
+
+def balance(ca: Tensor, dm: Tensor) -> dict[str, Tensor]:
+    """How spear and shield lie to each other: the cosine of CA and DM [B, C, H, W], and the ratio of their sizes."""
+    cosine = torch.cosine_similarity(ca.flatten(1), dm.flatten(1)).mean()
+    return {"cosine": cosine, "ca_over_dm": ca.abs().mean() / dm.abs().mean().clamp(min=1e-12)}
