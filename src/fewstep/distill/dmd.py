@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fewstep import flow
 from fewstep.distill import health
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.rollout import Sampler, rollout
-from fewstep.distill.shields import distribution_matching
+from fewstep.distill.shields import Shield, distribution_matching
 from fewstep.distill.spear import cfg_augmentation
 from fewstep.models.denoiser import Denoiser, predict_x0
 from fewstep.models.prompts import EncodedPrompts
@@ -61,39 +62,69 @@ def regress(x: Tensor, delta: Tensor) -> Tensor:
     return 0.5 * (x - (x + delta).detach()).square().mean()
 
 
+def unpack(batch: Batch) -> tuple[Tensor, EncodedPrompts, Tensor | None]:
+    """Noise, prompts, and real latents or None."""
+    noise, prompts, *real = batch
+    return noise, prompts, real[0] if real else None
+
+
 class DecoupledDmd:
     """Decoupled-DMD of a frozen teacher into ``student``, with ``fake`` beside it.
 
-    A batch is (noise [B, C, H, W], B encoded prompts). Teacher, student and fake are denoisers; student and fake are
-    modules too, and the parameters of the teacher take no gradient.
+    A batch is (noise [B, C, H, W], B encoded prompts), and real latents of these prompts where a shield wants them.
+    Teacher, student and fake are denoisers; student and fake are modules too, and the parameters of the teacher take no
+    gradient.
 
     Args:
         null: the encoded empty prompt, a batch of one.
+        shields: further shields, each with its weight.
     """
 
     def __init__(
-        self, teacher: Denoiser, student: nn.Module, fake: nn.Module, null: EncodedPrompts, settings: DmdSettings
+        self,
+        teacher: Denoiser,
+        student: nn.Module,
+        fake: nn.Module,
+        null: EncodedPrompts,
+        settings: DmdSettings,
+        shields: Sequence[tuple[float, Shield]] = (),
     ) -> None:
         self.teacher, self.student, self.fake, self.null, self.settings = teacher, student, fake, null, settings
+        self.shields = shields
         self.sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in settings.anchors]
         self._players = [Player("student", student, self.student_loss)]
-        if settings.shield:  # without the shield nobody asks the fake
+        if settings.shield:  # without distribution matching nobody asks the fake
             self._players.append(Player("fake", fake, self.fake_loss, updates=settings.fake_updates))
+        for _, shield in shields:
+            if shield.module is not None:
+                self._players.append(Player(shield.name, shield.module, partial(self.shield_loss, shield)))
 
     @property
     def players(self) -> list[Player]:
         return self._players
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the student: ``1/2 ||x - sg(x + CA / n_CA + DM / n_DM)||^2``."""
-        noise, prompts = batch
+        """One step of the student: ``1/2 ||x - sg(x + CA / n_CA + DM / n_DM)||^2``, and other shields by weight."""
+        noise, prompts, real = unpack(batch)
         x, anchor = self.one_step(noise, prompts)
         delta, metrics = self.direction(x.detach(), anchor, prompts)
-        return regress(x, delta), metrics | health.pattern(x.detach())
+        loss = regress(x, delta)
+        for weight, shield in self.shields:
+            held = shield.loss(x, prompts, real)
+            loss = loss + weight * held
+            metrics[shield.name] = held.detach()
+        return loss, metrics | health.pattern(x.detach())
+
+    def shield_loss(self, shield: Shield, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a shield's own network learns from fresh images of the student."""
+        noise, prompts, real = unpack(batch)
+        with torch.no_grad():
+            x, _ = self.one_step(noise, prompts)
+        return shield.learn(x, prompts, real)
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow matching of the fake on fresh images of the student."""
-        noise, prompts = batch
+        noise, prompts, _ = unpack(batch)
         with torch.no_grad():
             x, _ = self.one_step(noise, prompts)
         sigma = self.settings.renoise.anywhere(len(x), x.device)

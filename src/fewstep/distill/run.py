@@ -20,6 +20,7 @@ from fewstep.data.prompts import training_prompts
 from fewstep.distill.caching import cache_fingerprint, make_cache
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings
 from fewstep.distill.renoise import Renoise
+from fewstep.distill.shielding import RealLatents, shields_of
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
 from fewstep.generate import generate, initial_noise
@@ -47,6 +48,7 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
 
     Goes on from the run's last checkpoint. Returns the student's folder.
     """
+    torch.manual_seed(recipe.train.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load(recipe.teacher, device)
     student = student_of(teacher, recipe)
@@ -58,8 +60,8 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     if recipe.method == "trajectory":
         job = trajectory_job(recipe, teacher, student, run)
     else:
-        job = dmd_job(recipe, teacher, student, prompts)
-    optim = {"student": recipe.optim.student} | ({"fake": recipe.optim.fake} if recipe.optim.fake else {})
+        job = dmd_job(recipe, teacher, student, prompts, run)
+    optim = {name: settings for name, settings in recipe.optim if settings is not None}
     preview = preview_of(student, shown_prompts(recipe.prompts, prompts))
     trainer = Trainer(job.method, job.data, run, train=recipe.train, optim=optim, preview=preview)
     trainer.fit()
@@ -67,12 +69,18 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
         return student.save(run.directory / "student")
 
 
-def dmd_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToImage, prompts: list[str]) -> Job:
-    """Decoupled-DMD on prompts alone; the fake starts as the teacher."""
+def dmd_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToImage, prompts: list[str], run: Run) -> Job:
+    """Decoupled-DMD on prompts alone; the fake starts as the teacher. Shields that hold the student to real images
+    bring these, with prompts of their own."""
     fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
     settings = settings_of(recipe, teacher.shift)
-    method = DecoupledDmd(teacher.denoiser, student.denoiser, fake, teacher.encode([""]), settings)
-    return Job(method, batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed))
+    real = RealLatents.of(recipe, teacher, prompts, run.directory / "cache")
+    shields = shields_of(recipe, teacher, settings.renoise, real)
+    method = DecoupledDmd(teacher.denoiser, student.denoiser, fake, teacher.encode([""]), settings, shields)
+    size, seed = recipe.train.batch_size, recipe.train.seed
+    if real is not None and any(shield.wants_real for _, shield in shields):
+        return Job(method, real.batches(teacher, size, seed))
+    return Job(method, batches(teacher, prompts, size, seed))
 
 
 def trajectory_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToImage, run: Run) -> Job:
@@ -159,7 +167,8 @@ def anchors_of(recipe: DistillRecipe) -> list[float]:
 def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
     spear = recipe.spear.weight if recipe.spear.enabled else 0.0
     shield = recipe.shield.weight if recipe.shield.enabled else 0.0
-    if not spear and not shield:
+    others = recipe.shield.enabled and (recipe.shield.mean_variance or recipe.shield.mmd or recipe.shield.gan)
+    if not spear and not shield and not others:
         raise UserError("spear and shield are both off: the student would learn nothing")
     renoise = Renoise(recipe.renoise.schedule, shift, recipe.renoise.sigma_min, recipe.renoise.sigma_max)
     return DmdSettings(

@@ -1,8 +1,20 @@
-"""Shields: what keeps the spear from over-baking the student's images."""
+"""Shields: what keeps the spear from over-baking the student's images.
+
+Distribution matching is a direction, and part of the algorithm in ``dmd.py``. The others are losses on the student's
+images, which can be added to it or stand in its place.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep import flow
+from fewstep.distill.renoise import Renoise
+from fewstep.models.denoiser import FeatureExtractor
+from fewstep.models.prompts import EncodedPrompts
 
 
 def distribution_matching(x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
@@ -13,3 +25,97 @@ def distribution_matching(x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
         x0_teacher, x0_fake: [B, C, H, W], data predictions of both at the same noisy images.
     """
     return x0_teacher - x0_fake
+
+
+class Shield(Protocol):
+    """A loss on the student's images, and perhaps a network of its own that learns along."""
+
+    @property
+    def name(self) -> str:
+        """Names its metric and its player."""
+        ...
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What learns along, or None."""
+        ...
+
+    @property
+    def wants_real(self) -> bool:
+        """Whether batches must bring real latents."""
+        ...
+
+    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
+        """Student's images [B, C, H, W] with gradient, their prompts, real latents of the same prompts -> scalar."""
+        ...
+
+    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of ``module`` on the student's images without gradient."""
+        ...
+
+
+def mean_variance(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
+    """``mean_i 1/2 [ (s_i^2 + (m_i - m*)^2) / s*^2 - 1 - log(s_i^2 / s*^2) ]`` (arXiv 2511.22677, eq. 7).
+
+    The divergence of each sample's own Gaussian (mean m_i and deviation s_i over its elements) from the target's.
+
+    Args:
+        x: [B, C, H, W].
+        mean, std: the targets m* and s*.
+    """
+    flat = x.flatten(1)
+    variance = flat.var(dim=1, correction=0).clamp(min=1e-8)
+    ratio = variance / std**2
+    return 0.5 * (ratio + (flat.mean(dim=1) - mean).square() / std**2 - 1 - ratio.log()).mean()
+
+
+class MeanVariance:
+    """The mean-variance shield: stable, knows nothing of what an image shows."""
+
+    name, module, wants_real = "mean_variance", None, False
+
+    def __init__(self, mean: float, std: float) -> None:
+        self.mean, self.std = mean, std
+
+    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
+        return mean_variance(x, self.mean, self.std)
+
+    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError("nothing of it learns")
+
+
+def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy of two batches of features [B, D], unbiased; three Gaussian kernels around the
+    median distance (Gretton et al. 2012, eq. 3)."""
+    both = torch.cat([a, b])
+    distance = torch.cdist(both, both).square()
+    median = distance.detach()[~torch.eye(len(both), dtype=torch.bool, device=both.device)].median().clamp(min=1e-12)
+    kernel = torch.stack([torch.exp(-distance / (scale * median)) for scale in (0.5, 1.0, 2.0)]).mean(dim=0)
+    n = len(a)
+
+    def within(block: Tensor) -> Tensor:
+        return (block.sum() - block.diagonal().sum()) / (n * (n - 1))
+
+    return within(kernel[:n, :n]) + within(kernel[n:, n:]) - 2 * kernel[:n, n:].mean()
+
+
+class FeatureMmd:
+    """The MMD shield: batches of the student's and of real images should look alike to the teacher's middle layer."""
+
+    name, module, wants_real = "mmd", None, True
+
+    def __init__(self, extractor: FeatureExtractor, renoise: Renoise) -> None:
+        self.extractor, self.renoise = extractor, renoise
+
+    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
+        assert real is not None
+        sigma = self.renoise.anywhere(len(x), x.device)
+        eps = torch.randn_like(x)
+        seen = [
+            self.extractor.features(flow.renoise(images, sigma, eps), sigma, prompts).mean(dim=1)
+            for images in (x, real)
+        ]
+        return feature_mmd(seen[0], seen[1].detach())
+
+    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError("nothing of it learns")

@@ -21,6 +21,12 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
 
 
+class FeatureExtractor(Protocol):
+    """A denoiser's inner view of noisy images: [B, L, D], L tokens of the image; arguments as a denoiser's."""
+
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
+
+
 def predict_x0(denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
     """The data a denoiser sees in ``x``: ``x - sigma * velocity``."""
     return flow.x0_from_velocity(x, sigma, denoiser(x, sigma, prompts))

@@ -26,6 +26,9 @@ from fewstep.models.prompts import EncodedPrompts
 #: block, x [B, L, D], rotations, condition [B, D'] or None -> [B, L, D].
 RunBlock = Callable[[ZImageTransformerBlock, Tensor, Tensor, Tensor | None], Tensor]
 
+#: x, sigma, prompts, padded caption length -> a tensor of as many samples.
+Run = Callable[[Tensor, Tensor, EncodedPrompts, int], Tensor]
+
 PATCH = 2
 KEY = f"{PATCH}-1"
 
@@ -123,17 +126,39 @@ class ZImageDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         """x [B, C, H, W] with even H and W, sigma [B], B prompts -> velocity [B, C, H, W] in fp32."""
+        return self._grouped(self._velocity, x, sigma, prompts)
+
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        """What the middle layer makes of the image: [B, H/2 * W/2, D] in fp32. Arguments as for the velocity."""
+        return self._grouped(self._middle, x, sigma, prompts)
+
+    def _grouped(self, run: Run, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        """``run`` on each group of samples whose captions are padded to the same length, put together again."""
         groups: dict[int, list[int]] = {}
         for index, length in enumerate(prompts.lengths.tolist()):
             groups.setdefault(padded(length), []).append(index)
         if len(groups) == 1:
-            return self._run(x, sigma, prompts, next(iter(groups)))
-        velocity = torch.empty_like(x, dtype=torch.float32)
-        for caption, members in groups.items():
-            velocity[members] = self._run(x[members], sigma[members], prompts[members], caption)
-        return velocity
+            return run(x, sigma, prompts, next(iter(groups)))
+        parts = {caption: run(x[rows], sigma[rows], prompts[rows], caption) for caption, rows in groups.items()}
+        order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
+        return torch.cat(list(parts.values()))[order.argsort()]
 
-    def _run(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
+    def _velocity(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
+        batch, channels, height, width = x.shape
+        rows, columns = height // PATCH, width // PATCH
+        joined, time = self._through(len(self.transformer.layers), x, sigma, prompts, caption)
+        final = self.transformer.all_final_layer[KEY](joined[:, : rows * columns], c=time)
+        output = final.reshape(batch, rows, columns, PATCH, PATCH, channels).permute(0, 5, 1, 3, 2, 4)
+        return -output.reshape(batch, channels, height, width).float()
+
+    def _middle(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
+        joined, _ = self._through(-(-len(self.transformer.layers) // 2), x, sigma, prompts, caption)
+        return joined[:, : x.shape[2] * x.shape[3] // PATCH**2].float()
+
+    def _through(
+        self, depth: int, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int
+    ) -> tuple[Tensor, Tensor]:
+        """Image and caption tokens [B, L, D] after the first ``depth`` layers, and what modulates them [B, D']."""
         model = self.transformer
         batch, channels, height, width = x.shape
         rows, columns = height // PATCH, width // PATCH
@@ -152,12 +177,9 @@ class ZImageDenoiser(nn.Module):
             image = self.run_block(block, image, rotations[:tokens], time)
 
         joined = torch.cat([image, self._caption(prompts, caption, rotations[tokens:]).type_as(image)], dim=1)
-        for block in model.layers:
+        for block in model.layers[:depth]:
             joined = self.run_block(block, joined, rotations, time)
-
-        final = model.all_final_layer[KEY](joined[:, : rows * columns], c=time)
-        output = final.reshape(batch, rows, columns, PATCH, PATCH, channels).permute(0, 5, 1, 3, 2, 4)
-        return -output.reshape(batch, channels, height, width).float()
+        return joined, time
 
     def _caption(self, prompts: EncodedPrompts, caption: int, rotations: Tensor) -> Tensor:
         """The caption's tokens [B, caption, D] after its own blocks."""

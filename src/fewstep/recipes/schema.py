@@ -198,8 +198,19 @@ class SpearSettings(Settings):
 
 
 class ShieldSettings(Settings):
-    enabled: bool = Field(default=True, description="Whether there is a shield (distribution matching).")
-    weight: Weight = Field(default=1.0, description="Weight of its direction.")
+    """Shields by weight; 0 leaves one out. Distribution matching is `weight`, the others add losses of their own."""
+
+    enabled: bool = Field(default=True, description="Whether there is any shield.")
+    weight: Weight = Field(default=1.0, description="Weight of distribution matching's direction.")
+    mean_variance: Weight = Field(default=0.0, description="Weight of the mean-variance shield.")
+    mmd: Weight = Field(default=0.0, description="Weight of the MMD of the teacher's features.")
+    gan: Weight = Field(default=0.0, description="Weight of the GAN on the teacher's features.")
+    gan_penalty: Weight = Field(default=100.0, description="Weight of the GAN's approximate R1 penalty.")
+    real: Literal["teacher", "data"] = Field(
+        default="teacher",
+        description="What GAN and MMD hold the student to: images of the teacher, or the emoji world's.",
+    )
+    real_samples: int = Field(default=1024, ge=2, description="How many of them.")
 
 
 class RenoiseSettings(Settings):
@@ -213,6 +224,7 @@ class RenoiseSettings(Settings):
 class DistillOptimSettings(Settings):
     student: OptimSettings = Field(description="Optimizer of the student.")
     fake: OptimSettings | None = Field(None, description="Optimizer of the fake, where the method has one.")
+    discriminator: OptimSettings | None = Field(None, description="Optimizer of the GAN's head, where there is one.")
 
 
 class TrajectorySettings(Settings):
@@ -252,8 +264,12 @@ class Phase(BaseRecipe):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.method == "dmd" and self.shield.enabled and self.optim.fake is None:
-            raise ValueError("optim.fake is missing: the shield's fake needs an optimizer")
+        if self.method != "dmd" or not self.shield.enabled:
+            return self
+        if self.shield.weight and self.optim.fake is None:
+            raise ValueError("optim.fake is missing: the fake of distribution matching needs an optimizer")
+        if self.shield.gan and self.optim.discriminator is None:
+            raise ValueError("optim.discriminator is missing: the GAN's head needs an optimizer")
         return self
 
 
