@@ -1,12 +1,14 @@
 """The path, the shift, the schedules: against what Z-Image and diffusers have."""
 
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from gaussian import SHAPE, Gaussian, prompts_of
 
 from fewstep import flow
-from fewstep.samplers import sample_euler, sample_renoise
+from fewstep.samplers import sample_euler, sample_renoise, step_euler, step_renoise
 
 TURBO = [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
 
@@ -62,6 +64,22 @@ def test_renoise_sampler_has_the_right_mean_and_ends_on_data():
     out = sample_renoise(model, torch.randn(1, 2, 32, 32), flow.schedule(4, 3.0), prompts)
     assert out.mean().item() == pytest.approx(0.7, abs=0.01)
     assert out.std().item() < 0.02  # no noise left in
+
+
+def test_eta_goes_from_euler_to_fresh_noise():
+    """Data and noise keep their coefficients: the spread at the next level is the same for every eta."""
+    torch.manual_seed(0)
+    x0, eps, fresh = (torch.randn(1, 2, 128, 128) for _ in range(3))
+    sigma, following = 0.8, 0.5
+    x, velocity = flow.renoise(x0, sigma, eps), eps - x0  # what a perfect denoiser would say
+    for eta in (0.0, 0.3, 1.0):
+        moved = step_renoise(x, sigma, following, velocity, fresh, eta)
+        noise = (moved - 0.5 * x0) / 0.5
+        assert noise.std().item() == pytest.approx(1.0, abs=0.02)
+        assert (noise * fresh).mean().item() == pytest.approx(math.sin(eta * math.pi / 2), abs=0.02)
+    torch.testing.assert_close(
+        step_renoise(x, sigma, following, velocity, fresh, 0.0), step_euler(x, sigma, following, velocity)
+    )
 
 
 def test_callback_counts_steps():

@@ -68,6 +68,12 @@ def test_image_does_not_depend_on_its_batch(tiny):
         parts = generate(tiny, PROMPTS, seeds=[1, 2, 3], steps=3, batch_size=size, sampler="renoise").images
         whole = generate(tiny, PROMPTS, seeds=[1, 2, 3], steps=3, sampler="renoise").images
         assert (parts.int() - whole.int()).abs().max() <= 1
+    euler = generate(tiny, PROMPTS, seeds=[1, 2, 3], steps=3).images
+    still = generate(tiny, PROMPTS, seeds=[1, 2, 3], steps=3, sampler="renoise", eta=0.0).images
+    assert (euler.int() - still.int()).abs().max() <= 1
+    assert (euler.int() - whole.int()).abs().max() > 1
+    with pytest.raises(UserError, match="eta 2"):
+        generate(tiny, PROMPTS, eta=2)
 
 
 def test_seeds(tiny):

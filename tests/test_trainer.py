@@ -1,5 +1,6 @@
 """The loop: resuming, skipping, clipping, averaging, stopping."""
 
+import copy
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny import TinyMethod, fit, tiny_trainer
+from torch import nn
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import OptimSettings
+from fewstep.recipes.schema import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
 from fewstep.training.learner import MAX_SKIPPED, Learner
 from fewstep.training.method import Player
@@ -149,6 +151,31 @@ def test_previews_have_averaged_weights_and_leave_no_trace(tmp_path: Path) -> No
     ]
     assert first.module.training
     assert_same(everything(seen), expected)
+
+
+def test_watched_metrics_are_logged_and_leave_no_trace(tmp_path: Path) -> None:
+    plain = tiny_trainer(tmp_path / "plain")
+    fit(plain)
+    seen = tiny_trainer(tmp_path / "seen")
+    seen.watch, seen.watch_every = lambda: {"quality/name": torch.randn(()).item()}, 5
+    fit(seen)
+    assert_same(everything(seen), everything(plain))
+    lines = [json.loads(line) for line in (tmp_path / "seen" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "quality/name" in line] == [5, 10, 12]
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    torch.manual_seed(0)
+    data, start = torch.randn(8, 3), nn.Linear(3, 1)
+    moved = []
+    for parts in (1, 4):
+        module = copy.deepcopy(start)
+        player = Player("one", module, lambda batch, module=module: (module(batch).square().mean(), {}))
+        learner = Learner(player, OptimSettings(lr=0.1), TrainSettings(steps=9, batch_size=8))
+        metrics = [learner.update(data.chunk(parts), step) for step in range(1, 4)]
+        moved.append((module.weight.detach(), torch.tensor([m["loss"] for m in metrics])))
+    torch.testing.assert_close(moved[0], moved[1])
+    assert not torch.equal(moved[0][0], start.weight)
 
 
 def test_average_is_the_recurrence(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fewstep.errors import UserError
 from fewstep.evaluate.evaluate import emoji_prompts
 from fewstep.evaluate.evaluate import evaluate as _evaluate
 from fewstep.evaluate.results import Metrics
+from fewstep.evaluate.watch import quality_of
 from fewstep.generate import Generated
 from fewstep.generate import generate as _generate
 from fewstep.models.pipeline import TextToImage, load
@@ -55,15 +57,20 @@ def distill(
         UserError: a mistake in the recipe or the directory.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved; its text says how to go on.
     """
-    from fewstep.distill.phases import distill_phases
-    from fewstep.distill.run import distill as distill_into
-
     resolved = recipe if isinstance(recipe, DistillRecipe | PhasesRecipe) else load_recipe(recipe, list(overrides))
     if not isinstance(resolved, DistillRecipe | PhasesRecipe):
         command = "cache" if resolved.kind == "cache" else "train"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     with Run(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
-        student = distill_into(resolved, run) if resolved.kind == "distill" else distill_phases(resolved, run)
+        watch = partial(quality_of, count=resolved.evaluate.watched)
+        if resolved.kind == "distill":
+            from fewstep.distill.run import distill as distill_into
+
+            student = distill_into(resolved, run, watch)
+        else:
+            from fewstep.distill.phases import distill_phases
+
+            student = distill_phases(resolved, run, watch)
         if not resolved.evaluate.enabled:
             return Distilled(student)
         report, curves = run.directory / "report", run.directory / "metrics.jsonl"

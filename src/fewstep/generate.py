@@ -54,6 +54,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     sampler: str | None = None,
+    eta: float | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> Generated:
@@ -61,8 +62,9 @@ def generate(
 
     Args:
         seed: image i starts from seed ``seed + i``, unless ``seeds`` gives each its own.
-        steps, guidance_scale, height, width, sampler: unset, the model's card decides. ``guidance_scale`` is
-            diffusers': ``cond + g (cond - null)``, 0 is none.
+        steps, guidance_scale, height, width, sampler, eta: unset, the model's card decides. ``guidance_scale`` is
+            diffusers': ``cond + g (cond - null)``, 0 is none; ``eta`` in [0, 1] is the renoise sampler's share of fresh
+            noise.
         progress: called with the number of images done since the last call.
 
     Raises:
@@ -73,8 +75,9 @@ def generate(
     steps = card.steps if steps is None else steps
     guidance = card.guidance_scale if guidance_scale is None else guidance_scale
     sampler = card.sampler if sampler is None else sampler
+    eta = card.eta if eta is None else eta
     height, width = height or card.height, width or card.width
-    _check(model, prompts, steps, guidance, sampler)
+    _check(model, prompts, steps, guidance, sampler, eta)
     seeds = [seed + i for i in range(len(prompts))] if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
@@ -91,7 +94,7 @@ def generate(
         noise = initial_noise(model, seeds[part], height, width)
         if sampler == "renoise":
             fresh = _NoiseStreams(seeds[part])
-            latents = sample_renoise(denoiser, noise, sigmas, encoded[part], noise=fresh)
+            latents = sample_renoise(denoiser, noise, sigmas, encoded[part], noise=fresh, eta=eta)
         else:
             latents = sample_euler(denoiser, noise, sigmas, encoded[part])
         images.append(to_uint8(model.decode(latents)).cpu())
@@ -101,7 +104,7 @@ def generate(
     return Generated(torch.cat(images), steps * (2 if guidance > 0 else 1), seconds)
 
 
-def _check(model: TextToImage, prompts: Sequence[str], steps: int, guidance: float, sampler: str) -> None:
+def _check(model: TextToImage, prompts: Sequence[str], steps: int, guidance: float, sampler: str, eta: float) -> None:
     if not prompts:
         raise UserError("no prompts: give at least one")
     if steps < 1:
@@ -110,6 +113,8 @@ def _check(model: TextToImage, prompts: Sequence[str], steps: int, guidance: flo
         raise UserError(f"guidance_scale {guidance}: it cannot be negative; 0 is none")
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r} is not known; there are: {', '.join(SAMPLERS)}")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta {eta}: a share of fresh noise, from 0 to 1")
     card = model.card
     if card.guidance_distilled and guidance > 0:
         raise UserError(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,10 +23,18 @@ def step_euler(x: Tensor, sigma: float, following: float, velocity: Tensor) -> T
     return x + (following - sigma) * velocity
 
 
-def step_renoise(x: Tensor, sigma: float, following: float, velocity: Tensor, noise: Tensor) -> Tensor:
-    """Predict the data, and bring it to the next level with the given noise."""
+def step_renoise(
+    x: Tensor, sigma: float, following: float, velocity: Tensor, noise: Tensor, eta: float = 1.0
+) -> Tensor:
+    """Predict the data, and bring it to the next level with noise of which a part is fresh.
+
+    ``x' = (1 - s') x0 + s' [cos(eta pi/2) eps + sin(eta pi/2) noise]``, where eps is the noise that the velocity speaks
+    of. The coefficients of data and noise stay what the level asks for at every eta ("coefficient-preserving",
+    arXiv 2509.05952); 0 is Euler's step, 1 takes fresh noise alone.
+    """
     x0 = flow.x0_from_velocity(x, sigma, velocity)
-    return flow.renoise(x0, following, noise)
+    angle = eta * math.pi / 2
+    return flow.renoise(x0, following, math.cos(angle) * (x0 + velocity) + math.sin(angle) * noise)
 
 
 def sample_euler(
@@ -60,18 +69,20 @@ def sample_renoise(
     prompts: EncodedPrompts,
     callback: Callback | None = None,
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    eta: float = 1.0,
 ) -> Tensor:
     """Data is predicted at each level and brought to the next with fresh noise (consistency models, arXiv 2303.01469,
     algorithm 1; DMD2, arXiv 2405.14867, section 4.4).
 
-    Args and returns as :func:`sample_euler`; ``noise(x)`` gives noise of its argument's shape.
+    Args and returns as :func:`sample_euler`; ``noise(x)`` gives noise of its argument's shape; ``eta`` in [0, 1] is how
+    much of the noise is fresh at each step.
     """
     levels = [*sigmas, 0.0]
     for index, sigma in enumerate(sigmas):
         velocity = denoiser(x, torch.full((len(x),), sigma, device=x.device), prompts)
         following = levels[index + 1]
         fresh = noise(x) if following > 0 else torch.zeros_like(x)
-        x = step_renoise(x, sigma, following, velocity, fresh)
+        x = step_renoise(x, sigma, following, velocity, fresh, eta)
         if callback is not None:
             callback(index)
     return x

@@ -24,6 +24,9 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
     sampler: Annotated[str | None, typer.Option(help="euler or renoise. [default: the model's]")] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of fresh noise for renoise. [default: the model's]")
+    ] = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
 ) -> None:
@@ -55,6 +58,7 @@ def generate(
             height=height,
             width=width,
             sampler=sampler,
+            eta=eta,
             progress=lambda count: progress.advance(task, count),
         )
     if out.suffix:

@@ -38,7 +38,7 @@ class DmdSettings:
         normaliser_floor: lower bound of the per-sample normalisers; without one they have given NaNs.
         fake_updates: the fake's moves for each of the student's (the two-time-scale rule of arXiv 2405.14867).
         fake_follow: share by which the fake is pulled to the student after each step.
-        sampler: how the student will be run.
+        sampler, eta: how the student will be run; eta is the renoise sampler's share of fresh noise.
     """
 
     anchors: tuple[float, ...]
@@ -50,6 +50,7 @@ class DmdSettings:
     fake_updates: int = 5
     fake_follow: float = 0.0
     sampler: Sampler = "euler"
+    eta: float = 1.0
 
 
 def normaliser(x0_teacher: Tensor, x: Tensor, floor: float) -> Tensor:
@@ -135,7 +136,7 @@ class DecoupledDmd:
     def one_step(self, noise: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
         """The student's data prediction [B, C, H, W] at an anchor drawn for the whole batch, and that anchor [B]."""
         index = int(torch.randint(len(self.sigmas), ()))
-        z = rollout(self.student, noise, self.sigmas, index, prompts, self.settings.sampler)
+        z = rollout(self.student, noise, self.sigmas, index, prompts, self.settings.sampler, self.settings.eta)
         sigma = torch.full((len(z),), self.sigmas[index], device=z.device)
         x = predict_x0(self.student, z, sigma, prompts)
         return x, torch.full_like(sigma, self.settings.anchors[index])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fewstep.distill.run import distill
+from fewstep.distill.run import Watch, distill
 from fewstep.recipes.schema import DistillRecipe, EvaluateSettings, PhasesRecipe
 from fewstep.training.run import Run
 
 
-def distill_phases(recipe: PhasesRecipe, run: Run) -> Path:
+def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None) -> Path:
     """Run the phases in order, each in ``<run>/phases/<number>-<name>``; the last student goes to ``<run>/student``.
 
     Phases that are done are passed over, and one that was interrupted goes on.
@@ -23,10 +23,10 @@ def distill_phases(recipe: PhasesRecipe, run: Run) -> Path:
             kind="distill",
             teacher=recipe.teacher,
             init=None if student is None else str(student),
-            evaluate=EvaluateSettings(enabled=False),
+            evaluate=EvaluateSettings(enabled=False, every=recipe.evaluate.every, watched=recipe.evaluate.watched),
         )
         with Run(folder, one, resume_command=run.resume_command) as inner:
-            student = distill(one, inner)
+            student = distill(one, inner, watch)
     assert student is not None  # the schema asks for at least one phase
     target = run.directory / "student"
     aside = target.with_name(".student.draft")

@@ -26,6 +26,7 @@ def rollout(
     stop: int,
     prompts: EncodedPrompts,
     sampler: Sampler = "euler",
+    eta: float = 1.0,
 ) -> Tensor:
     """The student's input at its anchor number ``stop``, reached by its own steps from ``noise``.
 
@@ -33,7 +34,7 @@ def rollout(
         noise: [B, C, H, W], pure noise.
         sigmas: all the student's levels, from 1 down, without the final 0.
         stop: 0 gives the noise back.
-        sampler: how the student will be run; the same steps as in ``samplers``.
+        sampler, eta: how the student will be run; the same steps as in ``samplers``.
 
     Returns:
         [B, C, H, W] at ``sigmas[stop]``.
@@ -43,7 +44,7 @@ def rollout(
         sigma = torch.full((len(x),), sigmas[index], device=x.device)
         velocity = student(x, sigma, prompts)
         if sampler == "renoise":
-            x = step_renoise(x, sigmas[index], sigmas[index + 1], velocity, torch.randn_like(x))
+            x = step_renoise(x, sigmas[index], sigmas[index + 1], velocity, torch.randn_like(x), eta)
         else:
             x = step_euler(x, sigmas[index], sigmas[index + 1], velocity)
     return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,10 +43,17 @@ class Job:
     data: Callable[[int], Batch]
 
 
-def distill(recipe: DistillRecipe, run: Run) -> Path:
+#: A student -> what gives metrics of it whenever it is called.
+Watch = Callable[[TextToImage], Callable[[], Mapping[str, float]]]
+
+
+def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None) -> Path:
     """Distil, and save the student (its moving average) as ``<run>/student``, an ordinary diffusers folder.
 
     Goes on from the run's last checkpoint. Returns the student's folder.
+
+    Args:
+        watch: measures the student every ``evaluate.every`` steps.
     """
     torch.manual_seed(recipe.train.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,7 +70,17 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
         job = dmd_job(recipe, teacher, student, prompts, run)
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
     preview = preview_of(student, shown_prompts(recipe.prompts, prompts))
-    trainer = Trainer(job.method, job.data, run, train=recipe.train, optim=optim, preview=preview)
+    watched, every = (watch(student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)
+    trainer = Trainer(
+        job.method,
+        job.data,
+        run,
+        train=recipe.train,
+        optim=optim,
+        preview=preview,
+        watch=watched,
+        watch_every=every,
+    )
     trainer.fit()
     with trainer.averaged():
         return student.save(run.directory / "student")
@@ -141,6 +158,7 @@ def student_of(teacher: TextToImage, recipe: DistillRecipe) -> TextToImage:
         guidance_distilled=True,
         sigmas=[flow.shift_sigma(u, teacher.shift) for u in anchors],
         sampler=recipe.student.sampler,
+        eta=recipe.student.eta,
         teacher=recipe.teacher,
         height=teacher.card.height,
         width=teacher.card.width,
@@ -181,6 +199,7 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
         fake_updates=recipe.fake_updates,
         fake_follow=recipe.fake_follow,
         sampler=recipe.student.sampler,
+        eta=recipe.student.eta,
     )
 
 

@@ -26,11 +26,14 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.3,
 }
 _UNINTERESTING = ("lr", "skipped", "seconds", "step")
-_PANELS = 12
+_PANELS = 15
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """A run's metrics.jsonl, a panel each, losses first: faint as logged, strong averaged. None if nothing is there."""
+    """A run's metrics.jsonl, a panel each, quality and losses first: faint as logged, strong averaged.
+
+    None if nothing is there.
+    """
     names: dict[str, None] = {}
     for line in lines:
         names |= dict.fromkeys(key for key in line if key.rsplit("/", 1)[-1] not in _UNINTERESTING)
@@ -38,7 +41,10 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
         name: [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         for name in names
     }
-    shown = sorted((name for name in series if len(series[name]) > 1), key=lambda name: not name.endswith("/loss"))
+    shown = sorted(
+        (name for name in series if len(series[name]) > 1),
+        key=lambda name: (not name.startswith("quality/"), not name.endswith("/loss")),
+    )
     shown = shown[:_PANELS]
     if not shown:
         return None

@@ -50,6 +50,7 @@ class ModelCard(BaseModel):
     guidance_distilled: bool = Field(False, description="Guidance is inside already: more of it over-bakes.")
     sigmas: list[float] | None = Field(None, description="Its sigmas from 1 down, without the final 0.")
     sampler: str = Field("euler", description='"euler", or "renoise" between steps.')
+    eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the renoise sampler.")
     teacher: str | None = Field(None, description="The model it was made from: a folder, or a shipped one's name.")
     height: int = Field(1024, ge=1, description="Pixels.")
     width: int = Field(1024, ge=1, description="Pixels.")

@@ -24,7 +24,8 @@ class Settings(BaseModel):
 
 class TrainSettings(Settings):
     steps: int = Field(ge=1, description="Length of the training, in steps of the trainer.")
-    batch_size: int = Field(ge=1, description="Samples in a batch; every update of a player takes a new batch.")
+    batch_size: int = Field(ge=1, description="Samples in a batch; every update of a player takes new ones.")
+    accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged into one update.")
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of all noise.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="bf16: losses under autocast, weights stay fp32; auto: where the device is faster with it."
@@ -189,6 +190,9 @@ class StudentSettings(Settings):
     sampler: Literal["euler", "renoise"] = Field(
         default="euler", description="How a step leads to the next noise level."
     )
+    eta: Fraction = Field(
+        default=1.0, description="Share of fresh noise in each step of the renoise sampler; 0 is Euler."
+    )
 
 
 class SpearSettings(Settings):
@@ -239,6 +243,8 @@ class TrajectorySettings(Settings):
 class EvaluateSettings(Settings):
     enabled: bool = Field(default=True, description="Whether the run ends with an evaluation and its report.")
     prompts: int = Field(default=200, ge=1, description="How many of the held-out prompts to evaluate on.")
+    every: int = Field(default=0, ge=0, description="Steps between short evaluations while training; 0 makes none.")
+    watched: int = Field(default=64, ge=1, description="How many of the held-out prompts these are on.")
 
 
 class Phase(BaseRecipe):

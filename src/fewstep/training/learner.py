@@ -1,6 +1,7 @@
 """One player as the trainer sees it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,25 +38,30 @@ class Learner:
     def module(self) -> nn.Module:
         return self.player.module
 
-    def update(self, batch: Batch, step: int) -> dict[str, float]:
-        """One update; skipped, and only counted, if its loss or gradient is not finite. Returns the metrics."""
+    def update(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
+        """One update by the mean of the batches' gradients; skipped, and only counted, if its loss or gradient is not
+        finite. Returns the metrics, means over the batches."""
         rate = learning_rate(self.optim, step, self.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, metrics = self.player.loss(batch)
-        loss.backward()
+        found: dict[str, list[float]] = {}
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss, metrics = self.player.loss(batch)
+            (loss / len(batches)).backward()
+            for key, value in {"loss": loss, **metrics}.items():
+                found.setdefault(key, []).append(float(value.detach()))
+        means = {key: sum(values) / len(values) for key, values in found.items()}
         clip = self.optim.grad_clip if self.optim.grad_clip is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(self.weights.values(), clip)
-        if not torch.isfinite(loss.detach() + norm):
+        if not math.isfinite(means["loss"] + float(norm)):
             return self._skip()
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.counters["updates"])
         self.counters["updates"] += 1
         self.counters["skipped_in_a_row"] = 0
-        values = {"loss": loss, **metrics, "grad_norm": norm}
-        return {key: float(value.detach()) for key, value in values.items()} | {"lr": rate, "skipped": 0.0}
+        return means | {"grad_norm": float(norm), "lr": rate, "skipped": 0.0}
 
     def _skip(self) -> dict[str, float]:
         self.counters["skipped"] += 1

@@ -29,6 +29,7 @@ class Trainer:
     data: batch number -> batch, a pure function: the position in the data is then one integer.
     optim: settings of the optimizer by player's name.
     preview: step -> image or None, called every `train.preview_every` steps with averaged weights in place.
+    watch: gives metrics of the averaged weights, called every `watch_every` steps; 0 is never.
 
     On the CPU a training that was interrupted and resumed gives, bit for bit, what an uninterrupted one gives.
     """
@@ -42,8 +43,11 @@ class Trainer:
         train: TrainSettings,
         optim: Mapping[str, OptimSettings],
         preview: Callable[[int], Image.Image | None] | None = None,
+        watch: Callable[[], Mapping[str, float]] | None = None,
+        watch_every: int = 0,
     ) -> None:
         self.method, self.data, self.run, self.train, self.preview = method, data, run, train, preview
+        self.watch, self.watch_every = watch, watch_every
         self.learners = [Learner(player, optim[player.name], train) for player in method.players]
         self.step = 0  # steps done
         self.position = 0  # batches taken
@@ -101,9 +105,9 @@ class Trainer:
         losses = {}
         for learner in self.learners:
             for _ in range(learner.player.updates):
-                batch = self.data(self.position)
-                self.position += 1
-                metrics = learner.update(batch, self.step + 1)
+                batches = [self.data(self.position + i) for i in range(self.train.accumulate)]
+                self.position += self.train.accumulate
+                metrics = learner.update(batches, self.step + 1)
                 for other in self.learners:
                     other.optimizer.zero_grad()
                 self._means.add({f"{learner.name}/{key}": value for key, value in metrics.items()})
@@ -114,22 +118,29 @@ class Trainer:
 
     def _log_and_save(self) -> None:
         train, last = self.train, self.step == self.train.steps
-        if self.step % train.log_every == 0 or last:
-            self.run.log(self.step, self._means.take() | {"seconds": self.seconds})
+        watched: Mapping[str, float] = {}
+        if self.watch is not None and self.watch_every and (self.step % self.watch_every == 0 or last):
+            with self._aside():
+                watched = self.watch()
+        if self.step % train.log_every == 0 or last or watched:
+            self.run.log(self.step, {**self._means.take(), **watched, "seconds": self.seconds})
         if self.preview is not None and train.preview_every and (self.step % train.preview_every == 0 or last):
-            self._preview(self.preview)
+            with self._aside():
+                image = self.preview(self.step)
+            if image is not None:
+                self.run.preview(self.step, image)
         late = train.checkpoint_minutes is not None and (
             time.monotonic() - self._saved[1] >= 60 * train.checkpoint_minutes
         )
         if self.step % train.checkpoint_every == 0 or late or last:
             self._save()
 
-    def _preview(self, preview: Callable[[int], Image.Image | None]) -> None:
-        # The random state is put back, so that a run is the same however often one looks at it.
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """A look at the averaged weights; the random state is put back, so that a run is the same however often one
+        looks at it."""
         with torch.random.fork_rng(), torch.no_grad(), self.averaged():
-            image = preview(self.step)
-        if image is not None:
-            self.run.preview(self.step, image)
+            yield
 
     def _save(self) -> None:
         if self.step == self._saved[0]:
