@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from fewstep import api
 from fewstep.data.prompts import training_prompts
+from fewstep.distill.anchors import anchors_of
 from fewstep.distill.dmd import DecoupledDmd
-from fewstep.distill.run import anchors_of, batches, settings_of
+from fewstep.distill.run import batches, settings_of
 from fewstep.errors import UserError
 from fewstep.evaluate.evaluate import emoji_prompts
 from fewstep.evaluate.judge import Judge

@@ -164,6 +164,16 @@ def test_watched_metrics_are_logged_and_leave_no_trace(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "quality/name" in line] == [5, 10, 12]
 
 
+def test_time_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, steps=10_000, minutes=0.005)
+    trainer.method.pause = 0.02
+    fit(trainer)
+    assert 0 < trainer.step < 1000
+    assert checkpoint.load(checkpoint.steps(trainer.run.checkpoints)[-1]).step == trainer.step
+    again = fit(tiny_trainer(tmp_path, steps=10_000, minutes=0.005))
+    assert again.step == trainer.step
+
+
 def test_accumulated_batches_are_one_large_batch() -> None:
     torch.manual_seed(0)
     data, start = torch.randn(8, 3), nn.Linear(3, 1)

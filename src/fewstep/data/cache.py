@@ -48,9 +48,12 @@ class Index:
 
 
 def digest(module: nn.Module) -> str:
-    """A hash of a module's weights: names, shapes, values."""
+    """A hash of a module's weights: names, shapes, values. LoRA stacks on it do not count."""
     total = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
+    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
+    for name, tensor in sorted(weights.items()):
+        if ".lora_" in name:
+            continue
         total.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()

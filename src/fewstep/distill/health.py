@@ -5,6 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.training.alarms import Alarm
+
+#: What a log of Decoupled-DMD says when something is going wrong.
+ALARMS = (
+    Alarm("student/x0_std", "grows", 1.5, 50, "the student's variance rises: shield too weak, or fake's lr too low?"),
+    Alarm("student/x0_hf", "grows", 3.0, 50, "a checkerboard grows: spear.alpha too high, or shield too weak?"),
+    Alarm("student/fake_lag", "above", 0.98, 100, "the fake does not keep up: raise optim.fake.lr or fake_updates"),
+    Alarm("student/skipped", "above", 0.2, 20, "updates are not finite: lower optim.student.lr, or precision fp32"),
+    Alarm("fake/skipped", "above", 0.2, 20, "updates are not finite: lower optim.fake.lr, or precision fp32"),
+)
+
 
 def fake_lag(x0_fake: Tensor, x0_teacher: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """The fake's flow matching loss on the student's fresh images over the teacher's on the same ones, a scalar.

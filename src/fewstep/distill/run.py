@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,16 +15,18 @@ from fewstep.data.cache import TeacherCache
 from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import grid
 from fewstep.data.prompts import training_prompts
+from fewstep.distill import health
+from fewstep.distill.anchors import anchors_of
 from fewstep.distill.caching import cache_fingerprint, make_cache
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings
 from fewstep.distill.renoise import Renoise
+from fewstep.distill.roles import Roles, make_roles
 from fewstep.distill.shielding import RealLatents, shields_of
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
 from fewstep.generate import generate, initial_noise
-from fewstep.models.pipeline import ModelCard, TextToImage, load
+from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
-from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import CacheRecipe, DistillRecipe, PromptSettings
 from fewstep.training.method import Batch, Method
 from fewstep.training.run import Run
@@ -58,19 +58,12 @@ def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None) -> Path
     torch.manual_seed(recipe.train.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load(recipe.teacher, device)
-    student = student_of(teacher, recipe)
-    if recipe.init is not None:
-        start_from(student, recipe.init)
-    student.denoiser.requires_grad_(True)
-
+    roles = make_roles(recipe, teacher)
     prompts = training_prompts(recipe.prompts)
-    if recipe.method == "trajectory":
-        job = trajectory_job(recipe, teacher, student, run)
-    else:
-        job = dmd_job(recipe, teacher, student, prompts, run)
+    job = trajectory_job(recipe, roles, run) if recipe.method == "trajectory" else dmd_job(recipe, roles, prompts, run)
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
-    preview = preview_of(student, shown_prompts(recipe.prompts, prompts))
-    watched, every = (watch(student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)
+    preview = preview_of(roles.student, shown_prompts(recipe.prompts, prompts))
+    watched, every = (watch(roles.student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)
     trainer = Trainer(
         job.method,
         job.data,
@@ -80,29 +73,30 @@ def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None) -> Path
         preview=preview,
         watch=watched,
         watch_every=every,
+        alarms=health.ALARMS if recipe.method == "dmd" else (),
     )
     trainer.fit()
     with trainer.averaged():
-        return student.save(run.directory / "student")
+        return roles.save(run.directory / "student")
 
 
-def dmd_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToImage, prompts: list[str], run: Run) -> Job:
-    """Decoupled-DMD on prompts alone; the fake starts as the teacher. Shields that hold the student to real images
-    bring these, with prompts of their own."""
-    fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
+def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], run: Run) -> Job:
+    """Decoupled-DMD on prompts alone. Shields that hold the student to real images bring these, with prompts of their
+    own."""
+    teacher = roles.teacher
     settings = settings_of(recipe, teacher.shift)
     real = RealLatents.of(recipe, teacher, prompts, run.directory / "cache")
     shields = shields_of(recipe, teacher, settings.renoise, real)
-    method = DecoupledDmd(teacher.denoiser, student.denoiser, fake, teacher.encode([""]), settings, shields)
+    method = DecoupledDmd(teacher.denoiser, roles.student.denoiser, roles.fake, teacher.encode([""]), settings, shields)
     size, seed = recipe.train.batch_size, recipe.train.seed
     if real is not None and any(shield.wants_real for _, shield in shields):
         return Job(method, real.batches(teacher, size, seed))
     return Job(method, batches(teacher, prompts, size, seed))
 
 
-def trajectory_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToImage, run: Run) -> Job:
+def trajectory_job(recipe: DistillRecipe, roles: Roles, run: Run) -> Job:
     """Regression on a cache of the teacher's trajectories: the recipe's, or one made in the run's folder."""
-    wanted = recipe.trajectory
+    wanted, teacher = recipe.trajectory, roles.teacher
     guidance = teacher.card.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
     folder = Path(wanted.cache) if wanted.cache is not None else run.directory / "cache"
     if recipe.student.anchors is not None or recipe.student.sampler != "euler":
@@ -124,7 +118,7 @@ def trajectory_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToI
         )
     cache = TeacherCache(folder, cache_fingerprint(teacher, anchors, wanted.substeps, guidance))
     sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in anchors)
-    method = TrajectoryDistillation(student.denoiser, TrajectorySettings(sigmas))
+    method = TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas))
     height, width = teacher.card.height, teacher.card.width
 
     def data(position: int) -> tuple[Tensor, EncodedPrompts, Tensor]:
@@ -135,51 +129,6 @@ def trajectory_job(recipe: DistillRecipe, teacher: TextToImage, student: TextToI
         return noise, prompts.to(teacher.device), states.to(teacher.device)
 
     return Job(method, data)
-
-
-def start_from(student: TextToImage, path_or_name: str) -> None:
-    """Give the student the weights of another model of the same architecture.
-
-    Raises:
-        UserError: its transformer has other shapes.
-    """
-    try:
-        student.transformer.load_state_dict(load(path_or_name).transformer.state_dict())
-    except RuntimeError as error:
-        raise UserError(f"init: {path_or_name} is not of the teacher's architecture ({error})".split("\n")[0]) from None
-
-
-def student_of(teacher: TextToImage, recipe: DistillRecipe) -> TextToImage:
-    """A copy of the teacher that shares its frozen parts, with the card of the few-step model it is to become."""
-    anchors = anchors_of(recipe)
-    card = ModelCard(
-        steps=len(anchors),
-        guidance_scale=0.0,
-        guidance_distilled=True,
-        sigmas=[flow.shift_sigma(u, teacher.shift) for u in anchors],
-        sampler=recipe.student.sampler,
-        eta=recipe.student.eta,
-        teacher=recipe.teacher,
-        height=teacher.card.height,
-        width=teacher.card.width,
-    )
-    transformer = copy.deepcopy(teacher.transformer)
-    return TextToImage(transformer, teacher.vae, teacher.text_encoder, teacher.tokenizer, teacher.scheduler, card)
-
-
-def anchors_of(recipe: DistillRecipe) -> list[float]:
-    """The student's pre-shift levels: the recipe's own, or evenly spaced.
-
-    Raises:
-        UserError: they do not start at 1 and fall, or are not as many as the steps.
-    """
-    anchors = recipe.student.anchors
-    if anchors is None:
-        return flow.uniform_anchors(recipe.student.steps)
-    falling = all(a > b > 0 for a, b in pairwise(anchors))
-    if len(anchors) != recipe.student.steps or anchors[0] != 1 or not falling:
-        raise UserError(f"student.anchors {anchors}: give student.steps levels that start at 1 and fall, without the 0")
-    return anchors
 
 
 def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:

@@ -24,6 +24,9 @@ class Settings(BaseModel):
 
 class TrainSettings(Settings):
     steps: int = Field(ge=1, description="Length of the training, in steps of the trainer.")
+    minutes: float | None = Field(
+        default=None, gt=0, description="Ends the training earlier, after so much time of it."
+    )
     batch_size: int = Field(ge=1, description="Samples in a batch; every update of a player takes new ones.")
     accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged into one update.")
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of all noise.")
@@ -41,6 +44,10 @@ class TrainSettings(Settings):
         default=None, gt=0, description="Also a checkpoint when this many minutes passed."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints to keep; older ones are deleted.")
+    alarms: Literal["off", "warn", "stop", "rewind"] = Field(
+        default="warn",
+        description="When a metric is wrong for long: say so, end the run, or end it at its last good checkpoint.",
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of torch; unset leaves torch's own choice."
     )
@@ -240,6 +247,22 @@ class TrajectorySettings(Settings):
     guidance_scale: float | None = Field(None, ge=0, description="The teacher's guidance; null asks its card.")
 
 
+class RolesSettings(Settings):
+    """How teacher, student and fake are held in memory."""
+
+    kind: Literal["copies", "lora"] = Field(
+        default="copies", description="copies: three full models; lora: one frozen base, a LoRA stack for each learner."
+    )
+    rank: int = Field(default=32, ge=1, description="Rank of the student's stack.")
+    fake_rank: int | None = Field(None, ge=1, description="Rank of the fake's stack; null is the student's.")
+    scale: float = Field(default=1.0, gt=0, description="Of what a stack adds: W + scale B A.")
+    targets: list[str] = Field(
+        default=["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"],
+        min_length=1,
+        description="Endings of the linear layers' names that get a stack.",
+    )
+
+
 class EvaluateSettings(Settings):
     enabled: bool = Field(default=True, description="Whether the run ends with an evaluation and its report.")
     prompts: int = Field(default=200, ge=1, description="How many of the held-out prompts to evaluate on.")
@@ -258,6 +281,7 @@ class Phase(BaseRecipe):
     spear: SpearSettings = Field(default_factory=SpearSettings, description="The engine.")
     shield: ShieldSettings = Field(default_factory=ShieldSettings, description="The regulariser.")
     renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
+    roles: RolesSettings = Field(default_factory=RolesSettings, description="Full copies, or LoRA on one base.")
     normaliser_floor: float = Field(default=0.1, gt=0, description="Lower bound of the per-sample normalisers.")
     fake_updates: int = Field(default=5, ge=1, description="Updates of the fake for each one of the student.")
     fake_follow: Fraction = Field(

@@ -102,6 +102,22 @@ def latest(directory: Path, notice: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def rewind(directory: Path, step: int) -> Checkpoint | None:
+    """The newest whole checkpoint that is no later than `step`; later ones are deleted. None changes nothing."""
+    for path in reversed(steps(directory)):
+        if _step(path) > step:
+            continue
+        try:
+            found = load(path)
+        except BrokenCheckpoint:
+            continue
+        for later in steps(directory):
+            if _step(later) > found.step:
+                shutil.rmtree(later)
+        return found
+    return None
+
+
 def steps(directory: Path) -> list[Path]:
     """The folders of all checkpoints in `directory`, whole or broken, oldest first."""
     return sorted((path for path in directory.glob(f"{PREFIX}*") if path.is_dir()), key=_step)

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.recipes.schema import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
+from fewstep.training.alarms import Alarm, Raised, Watchdog
 from fewstep.training.learner import Learner
 from fewstep.training.method import Batch, Method
 from fewstep.training.progress import display, notice
@@ -30,6 +31,7 @@ class Trainer:
     optim: settings of the optimizer by player's name.
     preview: step -> image or None, called every `train.preview_every` steps with averaged weights in place.
     watch: gives metrics of the averaged weights, called every `watch_every` steps; 0 is never.
+    alarms: what in the metrics means trouble; `train.alarms` says what follows.
 
     On the CPU a training that was interrupted and resumed gives, bit for bit, what an uninterrupted one gives.
     """
@@ -45,9 +47,12 @@ class Trainer:
         preview: Callable[[int], Image.Image | None] | None = None,
         watch: Callable[[], Mapping[str, float]] | None = None,
         watch_every: int = 0,
+        alarms: Sequence[Alarm] = (),
     ) -> None:
         self.method, self.data, self.run, self.train, self.preview = method, data, run, train, preview
         self.watch, self.watch_every = watch, watch_every
+        self.alarms = alarms
+        self.ended = False  # by an alarm
         self.learners = [Learner(player, optim[player.name], train) for player in method.players]
         self.step = 0  # steps done
         self.position = 0  # batches taken
@@ -60,21 +65,22 @@ class Trainer:
 
         Ctrl-C (or SIGTERM) lets the present step finish and saves a checkpoint.
 
-        Raises: KeyboardInterrupt, with what to tell the user, after such a save; UserError if losses stay non-finite or
-        a checkpoint cannot be written or does not fit the method.
+        Raises: KeyboardInterrupt, with what to tell the user, after such a save; UserError if losses stay non-finite,
+        an alarm stops the run, or a checkpoint cannot be written or does not fit the method.
         """
         if self.train.threads is not None:
             torch.set_num_threads(self.train.threads)
         torch.manual_seed(self.train.seed)
         self._restore()
         self.run.track(self.step)
-        if self.step >= self.train.steps:
+        if self.done:
             return
+        self._watchdog = Watchdog(self.alarms, self.step)
         sitting = time.monotonic() - self.seconds
         with ExitStack() as stack:
             show = stack.enter_context(display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every))
             stop = stack.enter_context(_stop_requests())
-            while self.step < self.train.steps:
+            while not self.done:
                 losses = self._take_step()
                 self.seconds = time.monotonic() - sitting
                 show.update(self.step, losses)
@@ -84,6 +90,13 @@ class Trainer:
         if stop.is_set():
             self._save()
             raise KeyboardInterrupt(f"saved step {self.step}/{self.train.steps}; to go on: {self.run.resume_command}")
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step was taken, the time is up, or an alarm ended it."""
+        minutes = self.train.minutes
+        late = minutes is not None and self.seconds >= 60 * minutes
+        return self.step >= self.train.steps or late or self.ended
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -117,13 +130,16 @@ class Trainer:
         return losses
 
     def _log_and_save(self) -> None:
-        train, last = self.train, self.step == self.train.steps
+        train, last = self.train, self.done
         watched: Mapping[str, float] = {}
+        raised: Raised | None = None
         if self.watch is not None and self.watch_every and (self.step % self.watch_every == 0 or last):
             with self._aside():
                 watched = self.watch()
         if self.step % train.log_every == 0 or last or watched:
-            self.run.log(self.step, {**self._means.take(), **watched, "seconds": self.seconds})
+            metrics = {**self._means.take(), **watched}
+            self.run.log(self.step, {**metrics, "seconds": self.seconds})
+            raised = self._watchdog.look(self.step, metrics) if train.alarms != "off" else None
         if self.preview is not None and train.preview_every and (self.step % train.preview_every == 0 or last):
             with self._aside():
                 image = self.preview(self.step)
@@ -134,6 +150,22 @@ class Trainer:
         )
         if self.step % train.checkpoint_every == 0 or late or last:
             self._save()
+        if raised is not None:
+            self._answer(raised)
+
+    def _answer(self, raised: Raised) -> None:
+        """Says what an alarm says, and does what `train.alarms` wants."""
+        notice(f"step {self.step}: {raised}")
+        if self.train.alarms == "stop":
+            self._save()
+            raise UserError(f"{self.run.directory}: stopped at step {self.step} by an alarm: {raised}")
+        if self.train.alarms == "rewind":
+            good = checkpoint.rewind(self.run.checkpoints, raised.since)
+            if good is None:
+                raise UserError(f"{self.run.directory}: no checkpoint is left from before the trouble: {raised}")
+            self._take_up(good)
+            self.ended = True
+            notice(f"back to step {self.step}, where it ends")
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -159,9 +191,12 @@ class Trainer:
 
     def _restore(self) -> None:
         found = checkpoint.latest(self.run.checkpoints, notice)
-        self._saved = (found.step if found else 0, time.monotonic())
-        if found is None:
-            return
+        if found is not None:
+            self._take_up(found)
+            notice(f"{self.run.directory}: going on from step {self.step}")
+
+    def _take_up(self, found: checkpoint.Checkpoint) -> None:
+        """Everything as it was when the checkpoint was made."""
         try:
             for learner in self.learners:
                 parts = ("weights", "ema", "optimizer")
@@ -174,8 +209,8 @@ class Trainer:
             ) from error
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
         self._means = Means(found.state["means"])
+        self._saved = (found.step, time.monotonic())
         _set_random_state(found.groups["random"])
-        notice(f"{self.run.directory}: going on from step {self.step}")
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -1,0 +1,109 @@
+"""Teacher, student and fake: three full copies, or one frozen base with a LoRA stack for each of the two that learn."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import ZImagePipeline
+from torch import nn
+
+from fewstep import flow
+from fewstep.distill.anchors import anchors_of
+from fewstep.errors import UserError
+from fewstep.models.adapters import LoraRole, add_stack, lora_weights, merged
+from fewstep.models.pipeline import ModelCard, TextToImage, load
+from fewstep.models.zimage import ZImageDenoiser
+from fewstep.recipes.schema import DistillRecipe
+
+
+@dataclass
+class Roles:
+    """The models of a distillation.
+
+    Attributes:
+        teacher: frozen.
+        student: generates as the student of that moment; its denoiser learns.
+        fake: learns too.
+        shared: whether they share a base.
+    """
+
+    teacher: TextToImage
+    student: TextToImage
+    fake: nn.Module
+    shared: bool
+
+    def save(self, folder: Path) -> Path:
+        """The student as an ordinary diffusers folder; where it is a LoRA stack, merged, and the stack beside it as
+        ``lora/pytorch_lora_weights.safetensors``."""
+        if not self.shared:
+            return self.student.save(folder)
+        transformer = self.student.transformer
+        ZImagePipeline.save_lora_weights(
+            folder.parent / "lora", transformer_lora_layers=lora_weights(transformer, "student")
+        )
+        return with_transformer(self.student, merged(transformer, "student"), self.student.card).save(folder)
+
+
+def make_roles(recipe: DistillRecipe, teacher: TextToImage) -> Roles:
+    """The roles as the recipe wants them; student and fake start as the teacher, or the student as ``init``.
+
+    Raises:
+        UserError: ``init`` does not fit.
+    """
+    card = student_card(recipe, teacher)
+    if recipe.roles.kind == "copies":
+        student = with_transformer(teacher, copy.deepcopy(teacher.transformer), card)
+        if recipe.init is not None:
+            start_from(student, recipe.init)
+        student.denoiser.requires_grad_(True)
+        fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
+        return Roles(teacher, student, fake, shared=False)
+
+    roles = recipe.roles
+    if recipe.init is not None:
+        raise UserError(
+            "roles.kind lora: all roles share the teacher's weights, so none can start from init; use copies"
+        )
+    fake_rank = roles.fake_rank or roles.rank
+    if recipe.fake_follow and fake_rank != roles.rank:
+        raise UserError("fake_follow: student and fake need LoRA stacks of the same rank")
+    for name, rank in (("student", roles.rank), ("fake", fake_rank)):
+        add_stack(teacher.transformer, name, rank, roles.scale, roles.targets)
+    student = with_transformer(teacher, teacher.transformer, card)
+    student.denoiser = LoraRole(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
+    return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), shared=True)
+
+
+def with_transformer(model: TextToImage, transformer: nn.Module, card: ModelCard) -> TextToImage:
+    """The model with another transformer and card; the frozen parts are shared."""
+    return TextToImage(transformer, model.vae, model.text_encoder, model.tokenizer, model.scheduler, card)  # type: ignore[arg-type]
+
+
+def student_card(recipe: DistillRecipe, teacher: TextToImage) -> ModelCard:
+    """How the few-step model that is to come wants to be run."""
+    anchors = anchors_of(recipe)
+    return ModelCard(
+        steps=len(anchors),
+        guidance_scale=0.0,
+        guidance_distilled=True,
+        sigmas=[flow.shift_sigma(u, teacher.shift) for u in anchors],
+        sampler=recipe.student.sampler,
+        eta=recipe.student.eta,
+        teacher=recipe.teacher,
+        height=teacher.card.height,
+        width=teacher.card.width,
+    )
+
+
+def start_from(student: TextToImage, path_or_name: str) -> None:
+    """Give the student the weights of another model of the same architecture.
+
+    Raises:
+        UserError: its transformer has other shapes.
+    """
+    try:
+        student.transformer.load_state_dict(load(path_or_name).transformer.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"init: {path_or_name} is not of the teacher's architecture ({error})".split("\n")[0]) from None

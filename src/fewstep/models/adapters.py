@@ -1,0 +1,120 @@
+"""Several roles on one frozen base: a LoRA stack (arXiv 2106.09685) for each, switched while it speaks.
+
+Teacher, student and fake of a 6B model do not fit side by side on most cards; one base with two small stacks does. A
+role is a denoiser like any other, whose parameters are its stack's alone: methods don't see the difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.models.prompts import EncodedPrompts
+from fewstep.models.zimage import ZImageDenoiser
+
+#: The linear layers of a block: attention's four and the feed-forward's three.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+
+
+def add_stack(
+    transformer: ZImageTransformer2DModel, name: str, rank: int, scale: float, targets: Sequence[str] = TARGETS
+) -> None:
+    """Put a LoRA stack that changes nothing yet on the transformer; the base's own weights are frozen.
+
+    Args:
+        scale: of what the stack adds: ``W + scale B A``.
+        targets: endings of the linear layers' names.
+
+    Raises:
+        UserError: there are no such layers.
+    """
+    transformer.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second stack is meant
+            transformer.add_adapter(config, adapter_name=name)
+    except ValueError as error:
+        raise UserError(f"roles.targets {', '.join(targets)}: no such layers in the transformer") from error
+    for layer in tuner_layers(transformer):
+        layer.set_scale(name, scale)
+        layer._disable_adapters = True  # unless a role says otherwise, the transformer is its base
+    for key, parameter in transformer.named_parameters():
+        if ".lora_" in key:
+            parameter.requires_grad_(True)
+
+
+def stack_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """A stack's parameters by their names in the transformer."""
+    return {key: p for key, p in transformer.named_parameters() if f".{name}." in key and ".lora_" in key}
+
+
+def tuner_layers(transformer: nn.Module) -> list[LoraLayer]:
+    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def using(transformer: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, the transformer is its base with the named stack, or its base alone.
+
+    Unlike peft's own switches it leaves ``requires_grad`` as it is: a graph that was built with one stack still
+    reaches it when another has spoken since.
+    """
+    layers = tuner_layers(transformer)
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [name] if name else [], name is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+class LoraRole(nn.Module):
+    """A denoiser that is the shared base with one stack (None: the base alone). Its parameters are the stack's."""
+
+    def __init__(self, base: ZImageDenoiser, stack: str | None) -> None:
+        super().__init__()
+        self._base, self.stack = [base], stack  # in a list: the base is shared, not a part
+        if stack is not None:
+            for name, parameter in stack_parameters(base.transformer, stack).items():
+                self.register_parameter(name.replace(".", "/"), parameter)
+
+    @property
+    def base(self) -> ZImageDenoiser:
+        return self._base[0]
+
+    def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        with using(self.base.transformer, self.stack):
+            return self.base(x, sigma, prompts)
+
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        with using(self.base.transformer, self.stack):
+            return self.base.features(x, sigma, prompts)
+
+
+@torch.no_grad()
+def merged(transformer: ZImageTransformer2DModel, name: str) -> ZImageTransformer2DModel:
+    """A plain transformer with the stack added into the weights; the given one stays as it is."""
+    plain = copy.deepcopy(transformer)
+    plain.fuse_lora(adapter_names=[name])
+    plain.unload_lora()
+    return plain
+
+
+def lora_weights(transformer: ZImageTransformer2DModel, name: str) -> dict[str, Tensor]:
+    """The stack as ``ZImagePipeline.save_lora_weights`` takes it; its scale goes into B, so that readers need none."""
+    scales = {layer.scaling[name] for layer in tuner_layers(transformer)}
+    (scale,) = scales
+    weights = get_peft_model_state_dict(transformer, adapter_name=name)
+    return {key: tensor * scale if "lora_B" in key else tensor for key, tensor in weights.items()}

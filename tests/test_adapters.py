@@ -1,0 +1,145 @@
+"""LoRA roles on one base: they are what full copies would be, and what comes out opens elsewhere."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from safetensors.torch import load_file
+
+from fewstep import api
+from fewstep.data.cache import digest
+from fewstep.distill.roles import make_roles
+from fewstep.errors import UserError
+from fewstep.generate import generate
+from fewstep.models.adapters import TARGETS, LoraRole, add_stack, merged, stack_parameters
+from fewstep.models.pipeline import load
+from fewstep.models.zimage import ZImageDenoiser
+from fewstep.recipes.load import load_recipe
+
+SHORT = [
+    *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
+    *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "student.steps=2"),
+]
+
+
+@pytest.fixture
+def transformer(tiny):
+    return copy.deepcopy(tiny.transformer)
+
+
+def question(tiny, seed=0):
+    torch.manual_seed(seed)
+    prompts = tiny.encode(["a dog", "a cat on a mat"])
+    return torch.randn(2, 16, 8, 8), torch.rand(2), prompts
+
+
+def targeted(model):
+    return {n: m for n, m in model.named_modules() if n.endswith(TARGETS) and isinstance(m, torch.nn.Linear)}
+
+
+def test_new_stacks_change_nothing(tiny, transformer):
+    base = ZImageDenoiser(transformer)
+    expected, before = base(*question(tiny)), digest(transformer)
+    add_stack(transformer, "student", 4, 1.0)
+    add_stack(transformer, "fake", 2, 1.0)
+    for role in (base, LoraRole(base, "student"), LoraRole(base, "fake"), LoraRole(base, None)):
+        torch.testing.assert_close(role(*question(tiny)), expected)
+    assert digest(transformer) == before  # a cache made before is the same teacher's
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, scale):
+    """Any change of the weights, written as scale B A, speaks, merges and trains as a changed copy does."""
+    torch.manual_seed(1)
+    full = copy.deepcopy(transformer).requires_grad_(True)
+    layers = targeted(full)
+    assert len(layers) == 7 * (len(full.layers) + len(full.noise_refiner) + len(full.context_refiner))
+    rank = max(min(layer.weight.shape) for layer in layers.values())
+    add_stack(transformer, "student", rank, scale)
+    stack = stack_parameters(transformer, "student")
+    for name, layer in layers.items():
+        change = 0.05 * torch.randn_like(layer.weight)
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        with torch.no_grad():
+            stack[f"{name}.lora_B.student.weight"][:, : len(s)] = u * s / scale
+            stack[f"{name}.lora_A.student.weight"][: len(s)] = v
+            layer.weight += change
+    role, copied = LoraRole(ZImageDenoiser(transformer), "student"), ZImageDenoiser(full)
+    torch.testing.assert_close(role(*question(tiny)), copied(*question(tiny)), atol=1e-4, rtol=1e-4)
+    plain = merged(transformer, "student")
+    assert plain.state_dict().keys() == full.state_dict().keys()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(weight, full.state_dict()[name], atol=1e-5, rtol=1e-5)
+
+    # d loss / dB is scale (d loss / dW) A^T: gradients of the stack are those of the copy, through the chain rule
+    role(*question(tiny)).square().mean().backward()
+    copied(*question(tiny)).square().mean().backward()
+    for name, layer in layers.items():
+        a = stack[f"{name}.lora_A.student.weight"]
+        expected = scale * layer.weight.grad @ a.T
+        torch.testing.assert_close(stack[f"{name}.lora_B.student.weight"].grad, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_gradients_reach_their_own_stack_though_others_have_spoken(tiny, transformer):
+    for name in ("student", "fake"):
+        add_stack(transformer, name, 3, 1.0)
+    base = ZImageDenoiser(transformer)
+    student, fake = LoraRole(base, "student"), LoraRole(base, "fake")
+    loss = student(*question(tiny)).square().mean()
+    with torch.no_grad():
+        base(*question(tiny))
+        fake(*question(tiny))
+    loss.backward()
+    gradients = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
+    assert gradients
+    assert all(".lora_" in name and ".student." in name for name in gradients)
+    assert len(list(student.parameters())) == len(stack_parameters(transformer, "student")) == len(gradients)
+    assert {id(p) for p in student.parameters()}.isdisjoint({id(p) for p in fake.parameters()})
+
+
+def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, tmp_path):
+    more = [f"teacher={tiny_folder}", *SHORT, "roles.kind=lora", "roles.rank=4", "roles.fake_rank=2", "roles.scale=2.0"]
+    more += ["optim.student={lr: 0.05, ema: 0.5}", "optim.fake={lr: 0.01}"]
+    made = api.distill("micro-turbo", tmp_path / "whole", overrides=[*more, "train.steps=3"])
+    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=2"])
+    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=3"])
+    files = [sorted((tmp_path / run).glob("**/*.safetensors")) for run in ("whole", "parts")]
+    files = [[f for f in each if "checkpoints" not in f.parts] for each in files]
+    assert len(files[0]) == 4
+    for one, other in zip(*files, strict=True):
+        tensors, others = load_file(one), load_file(other)
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items()), one
+    first, second = (
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("whole", "parts")
+    )
+    assert first["student/loss"] == second["student/loss"]
+
+    # the stack alone, loaded by diffusers onto the teacher, draws what the merged student draws
+    student = load(made.student)
+    ours = generate(student, ["a dog"], seed=5).images[0]
+    assert (ours.int() - generate(tiny, ["a dog"], seed=5, steps=2, guidance_scale=0).images[0].int()).abs().max() > 2
+    pipeline = ZImagePipeline.from_pretrained(tiny_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(tmp_path / "whole" / "lora", adapter_name="turbo")
+    image = pipeline(
+        "a dog", height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
+        generator=torch.Generator("cpu").manual_seed(5), output_type="pt",
+    ).images[0]  # fmt: skip
+    theirs = (image.permute(1, 2, 0) * 255).round()
+    assert (ours.float() - theirs).abs().max() <= 2
+
+
+def test_mistakes(tiny_folder):
+    def roles(*overrides):
+        recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", "roles.kind=lora", *overrides])
+        return make_roles(recipe, load(tiny_folder))
+
+    with pytest.raises(UserError, match="none can start from init"):
+        roles("init=micro")
+    with pytest.raises(UserError, match="same rank"):
+        roles("fake_follow=0.1", "roles.fake_rank=1")
+    with pytest.raises(UserError, match=r"roles\.targets to_x"):
+        roles("roles.targets=[to_x]")
