@@ -13,7 +13,7 @@ from fewstep.data.cache import digest
 from fewstep.distill.roles import make_roles
 from fewstep.errors import UserError
 from fewstep.generate import generate
-from fewstep.models.adapters import TARGETS, LoraRole, add_stack, merged, stack_parameters
+from fewstep.models.adapters import TARGETS, LoraRole, add_stack, as_now, merged, stack_parameters
 from fewstep.models.pipeline import load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.load import load_recipe
@@ -99,8 +99,34 @@ def test_gradients_reach_their_own_stack_though_others_have_spoken(tiny, transfo
     assert {id(p) for p in student.parameters()}.isdisjoint({id(p) for p in fake.parameters()})
 
 
+def test_blocks_run_again_with_the_stack_they_spoke_with(tiny, transformer):
+    """Checkpointed, with another role speaking before the backward pass: the gradients of a run without either."""
+    torch.manual_seed(2)
+    for name in ("student", "fake"):
+        add_stack(transformer, name, 3, 1.0)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    gradients = []
+    for again in (None, as_now):
+        base = ZImageDenoiser(transformer)
+        student, fake = LoraRole(base, "student"), LoraRole(base, "fake")
+        if again is not None:
+            base.checkpoint_blocks(again)
+        transformer.zero_grad()
+        loss = student(*question(tiny)).square().mean()
+        with torch.no_grad():
+            fake(*question(tiny))
+        loss.backward()
+        gradients.append([p.grad.clone() for p in student.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+    assert all(p.grad is None for p in fake.parameters())
+
+
 def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, tmp_path):
     more = [f"teacher={tiny_folder}", *SHORT, "roles.kind=lora", "roles.rank=4", "roles.fake_rank=2", "roles.scale=2.0"]
+    more += ["gradient_checkpointing=true"]
     more += ["optim.student={lr: 0.05, ema: 0.5}", "optim.fake={lr: 0.01}"]
     made = api.distill("micro-turbo", tmp_path / "whole", overrides=[*more, "train.steps=3"])
     api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=2"])

@@ -63,6 +63,16 @@ def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tm
         assert (tmp_path / "whole" / name).exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["copies", "lora"])
+def test_compiled_run_learns_the_same(tiny_folder, tmp_path, kind):
+    for name, more in (("eager", ()), ("compiled", ("compile=true", "gradient_checkpointing=true"))):
+        distil(tiny_folder, tmp_path / name, "train.steps=2", f"roles.kind={kind}", *more)
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    for name, tensor in eager.items():
+        torch.testing.assert_close(tensor, compiled[name], atol=1e-3, rtol=1e-3)
+
+
 def changed(name, tensor, model):
     part, _, key = name.partition("/")
     return not torch.equal(tensor, getattr(model, part).state_dict()[key])
@@ -73,7 +83,7 @@ def changed(name, tensor, model):
     [
         ("renoise.schedule=shared",),
         ("renoise.schedule=constrained", "student.sampler=renoise", "student.steps=2"),
-        ("renoise.schedule=full", "shield.enabled=false"),
+        ("renoise.schedule=full", "shield.enabled=false", "student.anchor_schedule=continuous"),
         ("spear.enabled=false", "fake_follow=0.01", "student.steps=1"),
     ],
 )

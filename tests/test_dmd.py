@@ -9,7 +9,7 @@ from gaussian import SHAPE, Gaussian, prompts_of
 from fewstep import flow
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings, normaliser, regress
 from fewstep.distill.renoise import Renoise
-from fewstep.distill.rollout import rollout
+from fewstep.distill.rollout import draw_way, rollout
 from fewstep.models.denoiser import Guided
 
 SHIFT = 3.0
@@ -172,6 +172,19 @@ def test_rollout_to_the_first_anchor_is_the_noise():
 def test_rollout_takes_no_gradient():
     student = Gaussian()
     assert not rollout(student, torch.randn(2, *SHAPE), flow.schedule(4, SHIFT), 2, prompts_of([0.0] * 2)).requires_grad
+
+
+def test_ways_of_a_rollout():
+    torch.manual_seed(0)
+    anchors = SETTINGS.anchors
+    fixed = [draw_way(anchors, "fixed") for _ in range(200)]
+    assert {len(way) for way in fixed} == {1, 2, 3, 4}
+    assert all(way == list(anchors[: len(way)]) for way in fixed)
+    drawn = [draw_way(anchors, "continuous") for _ in range(4000)]
+    assert {len(way) for way in drawn} == {1, 2, 3, 4}
+    assert all(way[0] == 1.0 and way == sorted(way, reverse=True) and way[-1] > 0 for way in drawn)
+    last = torch.tensor([way[-1] for way in drawn if len(way) == 4])
+    assert last.mean().item() == pytest.approx(0.25, abs=0.02)  # the least of three uniform draws
 
 
 # --- who gets which gradient ------------------------------------------------------------------------------------

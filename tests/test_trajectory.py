@@ -21,7 +21,7 @@ ANCHORS = flow.uniform_anchors(4)
 
 
 def cache_recipe(folder, **more):
-    settings = {"samples": 6, "shard_size": 4, "substeps": 2, "batch_size": 3, "steps": 2, **more}
+    settings = {"samples": 6, "shard_size": 4, "substeps": 2, "batch_size": 3, "steps": 2, "precision": "fp32", **more}
     return CacheRecipe(kind="cache", name="cache", teacher=str(folder), **settings)
 
 
@@ -164,6 +164,8 @@ def test_phases_start_from_each_other_and_go_on(tiny_folder, tmp_path):
     lines = [json.loads(line) for line in (run / "phases/1-align/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["student/loss"] < 0.7 * lines[0]["student/loss"]
     assert load(made.student).card.steps == 1
+    joined = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert joined == list(range(1, 35))
     aligned, student = load(run / "phases/1-align/student"), load(made.student)
     teacher = load(tiny_folder)
 

@@ -90,6 +90,23 @@ def test_pad_tokens_are_attended_to(transformer):
             pad.copy_(saved)
 
 
+def test_checkpointed_blocks_give_the_same_gradients(transformer):
+    prompts, x, sigma = prompts_of([5, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
+    plain, checkpointed = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
+    checkpointed.checkpoint_blocks()
+    kept, gradients = [], []
+    for denoiser in (plain, checkpointed):
+        transformer.zero_grad()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            velocity = denoiser(x, sigma, prompts)
+        kept.append(sum(sizes))
+        velocity.square().mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_compiling_needs_a_compiler(transformer, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):

@@ -18,6 +18,7 @@ from fewstep.models.prompts import EncodedPrompts
 from fewstep.progress import track
 from fewstep.recipes.schema import CacheRecipe
 from fewstep.samplers import step_euler
+from fewstep.training.precision import uses_bf16
 
 
 def finer(anchors: list[float], substeps: int) -> list[float]:
@@ -87,7 +88,8 @@ def make_cache(recipe: CacheRecipe, out: Path, *, fresh: bool = False) -> Path:
         for start in range(0, len(members), recipe.batch_size):
             part = slice(start, start + recipe.batch_size)
             noise = initial_noise(teacher, [recipe.first_seed + i for i in members[part]], height, width)
-            states.append(trajectory(denoiser, noise, anchors, recipe.substeps, teacher.shift, prompts[part]))
+            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
+                states.append(trajectory(denoiser, noise, anchors, recipe.substeps, teacher.shift, prompts[part]))
         write_shard(shard_file(out, shard), torch.cat(states), prompts, shown)
     return out
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep import flow
 from fewstep.distill import health
 from fewstep.distill.renoise import Renoise
-from fewstep.distill.rollout import Sampler, rollout
+from fewstep.distill.rollout import AnchorSchedule, Sampler, draw_way, rollout
 from fewstep.distill.shields import Shield, distribution_matching
 from fewstep.distill.spear import cfg_augmentation
 from fewstep.models.denoiser import Denoiser, predict_x0
@@ -38,6 +38,7 @@ class DmdSettings:
         normaliser_floor: lower bound of the per-sample normalisers; without one they have given NaNs.
         fake_updates: the fake's moves for each of the student's (the two-time-scale rule of arXiv 2405.14867).
         fake_follow: share by which the fake is pulled to the student after each step.
+        anchor_schedule: "fixed", or "continuous": levels drawn anew at every step (CDM, arXiv 2605.06376).
         sampler, eta: how the student will be run; eta is the renoise sampler's share of fresh noise.
     """
 
@@ -49,6 +50,7 @@ class DmdSettings:
     normaliser_floor: float = 0.1
     fake_updates: int = 5
     fake_follow: float = 0.0
+    anchor_schedule: AnchorSchedule = "fixed"
     sampler: Sampler = "euler"
     eta: float = 1.0
 
@@ -92,7 +94,6 @@ class DecoupledDmd:
     ) -> None:
         self.teacher, self.student, self.fake, self.null, self.settings = teacher, student, fake, null, settings
         self.shields = shields
-        self.sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in settings.anchors]
         self._players = [Player("student", student, self.student_loss)]
         if settings.shield:  # without distribution matching nobody asks the fake
             self._players.append(Player("fake", fake, self.fake_loss, updates=settings.fake_updates))
@@ -135,11 +136,13 @@ class DecoupledDmd:
 
     def one_step(self, noise: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
         """The student's data prediction [B, C, H, W] at an anchor drawn for the whole batch, and that anchor [B]."""
-        index = int(torch.randint(len(self.sigmas), ()))
-        z = rollout(self.student, noise, self.sigmas, index, prompts, self.settings.sampler, self.settings.eta)
-        sigma = torch.full((len(z),), self.sigmas[index], device=z.device)
+        settings = self.settings
+        anchors = draw_way(settings.anchors, settings.anchor_schedule)
+        sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in anchors]
+        z = rollout(self.student, noise, sigmas, len(sigmas) - 1, prompts, settings.sampler, settings.eta)
+        sigma = torch.full((len(z),), sigmas[-1], device=z.device)
         x = predict_x0(self.student, z, sigma, prompts)
-        return x, torch.full_like(sigma, self.settings.anchors[index])
+        return x, torch.full_like(sigma, anchors[-1])
 
     @torch.no_grad()
     def direction(self, x: Tensor, anchor: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, dict[str, Tensor]]:

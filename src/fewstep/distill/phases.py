@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from fewstep.distill.run import Watch, distill
 from fewstep.recipes.schema import DistillRecipe, EvaluateSettings, PhasesRecipe
 from fewstep.training.run import Run
+from fewstep.training.tracking import read_metrics
 
 
 def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None) -> Path:
-    """Run the phases in order, each in ``<run>/phases/<number>-<name>``; the last student goes to ``<run>/student``.
+    """Run the phases in order, each in ``<run>/phases/<number>-<name>``; the last student goes to ``<run>/student``,
+    and their metrics in a row to ``<run>/metrics.jsonl``.
 
     Phases that are done are passed over, and one that was interrupted goes on.
     """
     student: Path | None = None
+    lines: list[dict[str, float]] = []
     for number, phase in enumerate(recipe.phases, start=1):
         folder = run.directory / "phases" / f"{number}-{phase.name}"
         one = DistillRecipe(
@@ -27,7 +31,10 @@ def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None) -
         )
         with Run(folder, one, resume_command=run.resume_command) as inner:
             student = distill(one, inner, watch)
+        before = lines[-1]["step"] if lines else 0
+        lines += [{**line, "step": before + line["step"]} for line in read_metrics(folder / "metrics.jsonl")]
     assert student is not None  # the schema asks for at least one phase
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     target = run.directory / "student"
     aside = target.with_name(".student.draft")
     shutil.rmtree(aside, ignore_errors=True)

@@ -12,7 +12,7 @@ from torch import nn
 from fewstep import flow
 from fewstep.distill.anchors import anchors_of
 from fewstep.errors import UserError
-from fewstep.models.adapters import LoraRole, add_stack, lora_weights, merged
+from fewstep.models.adapters import LoraRole, add_stack, as_now, lora_weights, merged
 from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import DistillRecipe
@@ -59,6 +59,12 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage) -> Roles:
             start_from(student, recipe.init)
         student.denoiser.requires_grad_(True)
         fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
+        if recipe.compile:
+            for denoiser in (teacher.denoiser, student.denoiser, fake):
+                denoiser.compile_blocks()
+        if recipe.gradient_checkpointing:
+            student.denoiser.checkpoint_blocks()
+            fake.checkpoint_blocks()
         return Roles(teacher, student, fake, shared=False)
 
     roles = recipe.roles
@@ -71,6 +77,10 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage) -> Roles:
         raise UserError("fake_follow: student and fake need LoRA stacks of the same rank")
     for name, rank in (("student", roles.rank), ("fake", fake_rank)):
         add_stack(teacher.transformer, name, rank, roles.scale, roles.targets)
+    if recipe.compile:
+        teacher.denoiser.compile_blocks()
+    if recipe.gradient_checkpointing:
+        teacher.denoiser.checkpoint_blocks(as_now)
     student = with_transformer(teacher, teacher.transformer, card)
     student.denoiser = LoraRole(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
     return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), shared=True)

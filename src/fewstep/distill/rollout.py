@@ -16,6 +16,22 @@ from fewstep.models.prompts import EncodedPrompts
 from fewstep.samplers import step_euler, step_renoise
 
 Sampler = Literal["euler", "renoise"]
+AnchorSchedule = Literal["fixed", "continuous"]
+
+LOWEST = 0.01  # of a drawn level: below it there is nothing left to predict
+
+
+def draw_way(anchors: Sequence[float], schedule: AnchorSchedule) -> list[float]:
+    """The pre-shift levels that a rollout visits, the last of which is where the student is trained.
+
+    "fixed": the first of the student's own anchors, as many as a draw says. "continuous": as many levels, but only the
+    first is 1; the others are drawn from U(0, 1) and sorted (the dynamic schedule of CDM, arXiv 2605.06376, section 3).
+    """
+    count = int(torch.randint(len(anchors), ())) + 1
+    if schedule == "fixed":
+        return list(anchors[:count])
+    drawn = torch.rand(count - 1).clamp(min=LOWEST).sort(descending=True).values
+    return [1.0, *drawn.tolist()]
 
 
 @torch.no_grad()

@@ -147,6 +147,7 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
         normaliser_floor=recipe.normaliser_floor,
         fake_updates=recipe.fake_updates,
         fake_follow=recipe.fake_follow,
+        anchor_schedule=recipe.student.anchor_schedule,
         sampler=recipe.student.sampler,
         eta=recipe.student.eta,
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import ZImageDenoiser
+
+#: Which stacks are active in a layer, and whether none is.
+State = tuple[str | list[str], bool]
 
 #: The linear layers of a block: attention's four and the feed-forward's three.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
@@ -70,14 +73,33 @@ def using(transformer: nn.Module, name: str | None) -> Iterator[None]:
     reaches it when another has spoken since.
     """
     layers = tuner_layers(transformer)
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [name] if name else [], name is None
+    with _switched(layers, [([name] if name else [], name is None)] * len(layers)):
+        yield
+
+
+def as_now(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts in which the module's stacks are switched as they are now: a block that is run again for the
+    backward pass must speak with the stack it spoke with."""
+    layers = tuner_layers(module)
+    states = [_state(layer) for layer in layers]
+    return lambda: _switched(layers, states)
+
+
+@contextmanager
+def _switched(layers: Sequence[LoraLayer], states: Sequence[State]) -> Iterator[None]:
+    """Inside, each layer has its state of these."""
+    before = [_state(layer) for layer in layers]
     try:
+        for layer, state in zip(layers, states, strict=True):
+            layer._active_adapter, layer._disable_adapters = state
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        for layer, state in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = state
+
+
+def _state(layer: LoraLayer) -> State:
+    return layer._active_adapter, layer._disable_adapters
 
 
 class LoraRole(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -19,12 +20,16 @@ from diffusers import ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fewstep.errors import UserError
 from fewstep.models.prompts import EncodedPrompts
 
 #: block, x [B, L, D], rotations, condition [B, D'] or None -> [B, L, D].
 RunBlock = Callable[[ZImageTransformerBlock, Tensor, Tensor, Tensor | None], Tensor]
+
+#: A block -> a maker of contexts in which the block is again what it is now.
+AsNow = Callable[[nn.Module], Callable[[], AbstractContextManager[None]]]
 
 #: x, sigma, prompts, padded caption length -> a tensor of as many samples.
 Run = Callable[[Tensor, Tensor, EncodedPrompts, int], Tensor]
@@ -110,6 +115,24 @@ class ZImageDenoiser(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.run_block: RunBlock = run_block
+
+    def checkpoint_blocks(self, as_now: AsNow = lambda block: nullcontext) -> None:
+        """Keep only each block's input for the backward pass, and run the block again there: memory for time.
+
+        Args:
+            as_now: a block -> what makes a context in which it is again what it is now; for blocks that change between
+                one run and the other.
+        """
+        compute = self.run_block
+
+        def run(block: ZImageTransformerBlock, x: Tensor, rotations: Tensor, condition: Tensor | None) -> Tensor:
+            if not torch.is_grad_enabled():
+                return compute(block, x, rotations, condition)
+            again = as_now(block)
+            contexts = lambda: (nullcontext(), again())  # noqa: E731
+            return checkpoint(compute, block, x, rotations, condition, use_reentrant=False, context_fn=contexts)
+
+        self.run_block = run
 
     def compile_blocks(self) -> None:
         """Compile the transformer block, once for each shape: half a minute first, then about 1.3 times the speed.

@@ -194,6 +194,9 @@ class StudentSettings(Settings):
         default=None,
         description="The student's noise levels before the shift, descending from 1; null spaces them evenly.",
     )
+    anchor_schedule: Literal["fixed", "continuous"] = Field(
+        default="fixed", description="continuous: a training step visits random levels in place of the anchors (CDM)."
+    )
     sampler: Literal["euler", "renoise"] = Field(
         default="euler", description="How a step leads to the next noise level."
     )
@@ -282,6 +285,10 @@ class Phase(BaseRecipe):
     shield: ShieldSettings = Field(default_factory=ShieldSettings, description="The regulariser.")
     renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
     roles: RolesSettings = Field(default_factory=RolesSettings, description="Full copies, or LoRA on one base.")
+    compile: bool = Field(default=False, description="Compile the transformers' blocks; needs a C++ compiler on a CPU.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Run each block again in the backward pass instead of keeping what is inside it."
+    )
     normaliser_floor: float = Field(default=0.1, gt=0, description="Lower bound of the per-sample normalisers.")
     fake_updates: int = Field(default=5, ge=1, description="Updates of the fake for each one of the student.")
     fake_follow: Fraction = Field(
@@ -340,6 +347,9 @@ class CacheRecipe(Settings):
     shard_size: int = Field(default=256, ge=1, description="Trajectories in a file.")
     first_seed: int = Field(default=1_000_000, ge=0, description="Sample i starts from seed first_seed + i.")
     batch_size: int = Field(default=64, ge=1, description="Trajectories that are sampled together.")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        default="auto", description="bf16: the teacher runs under autocast; auto: where the device is faster with it."
+    )
 
 
 Recipe = VaeRecipe | TextRecipe | FlowRecipe | JudgeRecipe | DistillRecipe | PhasesRecipe | CacheRecipe
