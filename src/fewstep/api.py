@@ -18,7 +18,7 @@ from fewstep.generate import generate as _generate
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.recipes.load import load_recipe
 from fewstep.recipes.schema import DistillRecipe, PhasesRecipe
-from fewstep.training.run import Run
+from fewstep.training.distribution import launched, open_run
 
 __all__ = ["Distilled", "distill", "evaluate", "generate", "load"]
 
@@ -61,17 +61,18 @@ def distill(
     if not isinstance(resolved, DistillRecipe | PhasesRecipe):
         command = "cache" if resolved.kind == "cache" else "train"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
-    with Run(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
+    directory = out or Path("runs") / resolved.name
+    with launched() as ranks, open_run(ranks, directory, resolved, fresh=fresh) as run:
         watch = partial(quality_of, count=resolved.evaluate.watched)
         if resolved.kind == "distill":
             from fewstep.distill.run import distill as distill_into
 
-            student = distill_into(resolved, run, watch)
+            student = distill_into(resolved, run, watch, ranks)
         else:
             from fewstep.distill.phases import distill_phases
 
-            student = distill_phases(resolved, run, watch)
-        if not resolved.evaluate.enabled:
+            student = distill_phases(resolved, run, watch, ranks)
+        if not resolved.evaluate.enabled or not ranks.first:
             return Distilled(student)
         report, curves = run.directory / "report", run.directory / "metrics.jsonl"
         try:

@@ -129,7 +129,7 @@ class DecoupledDmd:
         noise, prompts, _ = unpack(batch)
         with torch.no_grad():
             x, _ = self.one_step(noise, prompts)
-        sigma = self.settings.renoise.anywhere(len(x), x.device)
+        sigma = self.settings.renoise.anywhere(x)
         eps = torch.randn_like(x)
         velocity = self.fake(flow.renoise(x, sigma, eps), sigma, prompts)
         return (velocity - (eps - x)).square().mean(), {}

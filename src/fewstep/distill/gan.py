@@ -48,7 +48,7 @@ class Gan:
 
     def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
         """The student's: ``softplus(-D(x))``, non-saturating."""
-        sigma = self.renoise.anywhere(len(x), x.device)
+        sigma = self.renoise.anywhere(x)
         features = self.extractor.features(flow.renoise(x, sigma, torch.randn_like(x)), sigma, prompts)
         frozen = {name: weight.detach() for name, weight in self.module.named_parameters()}
         return F.softplus(-functional_call(self.module, frozen, features)).mean()
@@ -56,7 +56,7 @@ class Gan:
     def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's: ``softplus(D(x)) + softplus(-D(real)) + penalty (D(real) - D(real + noise))^2``."""
         assert real is not None
-        sigma = self.renoise.anywhere(len(x), x.device)
+        sigma = self.renoise.anywhere(x)
         eps = torch.randn_like(x)
         near = real + self.spread * torch.randn_like(real)
         with torch.no_grad():

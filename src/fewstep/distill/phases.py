@@ -8,16 +8,18 @@ from pathlib import Path
 
 from fewstep.distill.run import Watch, distill
 from fewstep.recipes.schema import DistillRecipe, EvaluateSettings, PhasesRecipe
+from fewstep.training.distribution import Ranks, open_run
 from fewstep.training.run import Run
 from fewstep.training.tracking import read_metrics
 
 
-def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None) -> Path:
+def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None) -> Path:
     """Run the phases in order, each in ``<run>/phases/<number>-<name>``; the last student goes to ``<run>/student``,
     and their metrics in a row to ``<run>/metrics.jsonl``.
 
     Phases that are done are passed over, and one that was interrupted goes on.
     """
+    ranks = ranks or Ranks()
     student: Path | None = None
     lines: list[dict[str, float]] = []
     for number, phase in enumerate(recipe.phases, start=1):
@@ -29,13 +31,15 @@ def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None) -
             init=None if student is None else str(student),
             evaluate=EvaluateSettings(enabled=False, every=recipe.evaluate.every, watched=recipe.evaluate.watched),
         )
-        with Run(folder, one, resume_command=run.resume_command) as inner:
-            student = distill(one, inner, watch)
+        with open_run(ranks, folder, one, resume_command=run.resume_command) as inner:
+            student = distill(one, inner, watch, ranks)
         before = lines[-1]["step"] if lines else 0
         lines += [{**line, "step": before + line["step"]} for line in read_metrics(folder / "metrics.jsonl")]
     assert student is not None  # the schema asks for at least one phase
-    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     target = run.directory / "student"
+    if not ranks.first:
+        return target
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     aside = target.with_name(".student.draft")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(student, aside)

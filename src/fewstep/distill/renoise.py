@@ -49,9 +49,9 @@ class Renoise:
         u_dm = u_ca if self.schedule == "shared" else torch.rand_like(anchor) * bound_dm
         return self.sigma(u_ca), self.sigma(u_dm)
 
-    def anywhere(self, count: int, device: torch.device) -> Tensor:
-        """Levels for the fake's training: u ~ U(0, 1), shifted and clamped, [count]."""
-        return self.sigma(torch.rand(count, device=device))
+    def anywhere(self, x: Tensor) -> Tensor:
+        """A level for each sample of ``x`` [B, ...]: u ~ U(0, 1), shifted and clamped, [B]."""
+        return self.sigma(torch.rand_like(x.flatten(1)[:, 0]))
 
     def sigma(self, u: Tensor) -> Tensor:
         return flow.shift_sigma(u, self.shift).clamp(self.low, self.high)

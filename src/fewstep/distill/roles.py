@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers import ZImagePipeline
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import nn
 
 from fewstep import flow
@@ -16,6 +16,7 @@ from fewstep.models.adapters import LoraRole, add_stack, as_now, lora_weights, m
 from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import DistillRecipe
+from fewstep.training.distribution import Ranks, shard, whole_state
 
 
 @dataclass
@@ -27,32 +28,48 @@ class Roles:
         student: generates as the student of that moment; its denoiser learns.
         fake: learns too.
         shared: whether they share a base.
+        stacks: rank, scale and targets of each LoRA stack on it.
     """
 
     teacher: TextToImage
     student: TextToImage
     fake: nn.Module
     shared: bool
+    stacks: dict[str, tuple[int, float, list[str]]] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, ranks: Ranks) -> Path:
         """The student as an ordinary diffusers folder; where it is a LoRA stack, merged, and the stack beside it as
-        ``lora/pytorch_lora_weights.safetensors``."""
-        if not self.shared:
-            return self.student.save(folder)
-        transformer = self.student.transformer
-        ZImagePipeline.save_lora_weights(
-            folder.parent / "lora", transformer_lora_layers=lora_weights(transformer, "student")
-        )
-        return with_transformer(self.student, merged(transformer, "student"), self.student.card).save(folder)
+        ``lora/pytorch_lora_weights.safetensors``. The first process writes."""
+        transformer = self.student.transformer if ranks.world == 1 else self._put_together()
+        if ranks.first and self.shared:
+            lora = lora_weights(transformer, "student")
+            ZImagePipeline.save_lora_weights(folder.parent / "lora", transformer_lora_layers=lora)
+            transformer = merged(transformer, "student")
+        if ranks.first:
+            with_transformer(self.student, transformer, self.student.card).save(folder)
+        ranks.wait()
+        return folder
+
+    def _put_together(self) -> ZImageTransformer2DModel:
+        """The sharded transformer as a plain one."""
+        sharded = self.student.transformer
+        plain = ZImageTransformer2DModel.from_config(sharded.config)
+        if self.shared:
+            for name, (rank, scale, targets) in self.stacks.items():
+                add_stack(plain, name, rank, scale, targets)
+        plain.load_state_dict(whole_state(sharded))
+        return plain
 
 
-def make_roles(recipe: DistillRecipe, teacher: TextToImage) -> Roles:
-    """The roles as the recipe wants them; student and fake start as the teacher, or the student as ``init``.
+def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None = None) -> Roles:
+    """The roles as the recipe wants them; student and fake start as the teacher, or the student as ``init``. With
+    several processes they are sharded.
 
     Raises:
         UserError: ``init`` does not fit.
     """
-    card = student_card(recipe, teacher)
+    card, ranks = student_card(recipe, teacher), ranks or Ranks()
+    mesh = ranks.mesh(recipe.train.shard_group) if ranks.world > 1 else None
     if recipe.roles.kind == "copies":
         student = with_transformer(teacher, copy.deepcopy(teacher.transformer), card)
         if recipe.init is not None:
@@ -65,6 +82,9 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage) -> Roles:
         if recipe.gradient_checkpointing:
             student.denoiser.checkpoint_blocks()
             fake.checkpoint_blocks()
+        if mesh is not None:
+            for denoiser in (teacher.denoiser, student.denoiser, fake):
+                shard(denoiser, mesh)
         return Roles(teacher, student, fake, shared=False)
 
     roles = recipe.roles
@@ -75,15 +95,18 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage) -> Roles:
     fake_rank = roles.fake_rank or roles.rank
     if recipe.fake_follow and fake_rank != roles.rank:
         raise UserError("fake_follow: student and fake need LoRA stacks of the same rank")
-    for name, rank in (("student", roles.rank), ("fake", fake_rank)):
-        add_stack(teacher.transformer, name, rank, roles.scale, roles.targets)
+    stacks = {name: (rank, roles.scale, roles.targets) for name, rank in (("student", roles.rank), ("fake", fake_rank))}
+    for name, (rank, scale, targets) in stacks.items():
+        add_stack(teacher.transformer, name, rank, scale, targets)
     if recipe.compile:
         teacher.denoiser.compile_blocks()
     if recipe.gradient_checkpointing:
         teacher.denoiser.checkpoint_blocks(as_now)
+    if mesh is not None:
+        shard(teacher.denoiser, mesh)
     student = with_transformer(teacher, teacher.transformer, card)
     student.denoiser = LoraRole(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
-    return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), shared=True)
+    return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), shared=True, stacks=stacks)
 
 
 def with_transformer(model: TextToImage, transformer: nn.Module, card: ModelCard) -> TextToImage:

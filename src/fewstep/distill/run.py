@@ -28,6 +28,7 @@ from fewstep.generate import generate, initial_noise
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.recipes.schema import CacheRecipe, DistillRecipe, PromptSettings
+from fewstep.training.distribution import Ranks
 from fewstep.training.method import Batch, Method
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
@@ -47,20 +48,24 @@ class Job:
 Watch = Callable[[TextToImage], Callable[[], Mapping[str, float]]]
 
 
-def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None) -> Path:
+def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None) -> Path:
     """Distil, and save the student (its moving average) as ``<run>/student``, an ordinary diffusers folder.
 
     Goes on from the run's last checkpoint. Returns the student's folder.
 
     Args:
         watch: measures the student every ``evaluate.every`` steps.
+        ranks: the processes that distil together; only the first writes.
     """
+    ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.train.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load(recipe.teacher, device)
-    roles = make_roles(recipe, teacher)
+    teacher = load(recipe.teacher, ranks.device)
+    roles = make_roles(recipe, teacher, ranks)
     prompts = training_prompts(recipe.prompts)
-    job = trajectory_job(recipe, roles, run) if recipe.method == "trajectory" else dmd_job(recipe, roles, prompts, run)
+    if recipe.method == "trajectory":
+        job = trajectory_job(recipe, roles, run, ranks)
+    else:
+        job = dmd_job(recipe, roles, prompts, run, ranks)
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
     preview = preview_of(roles.student, shown_prompts(recipe.prompts, prompts))
     watched, every = (watch(roles.student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)
@@ -74,18 +79,22 @@ def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None) -> Path
         watch=watched,
         watch_every=every,
         alarms=health.ALARMS if recipe.method == "dmd" else (),
+        ranks=ranks,
     )
     trainer.fit()
     with trainer.averaged():
-        return roles.save(run.directory / "student")
+        return roles.save(run.directory / "student", ranks)
 
 
-def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], run: Run) -> Job:
+def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], run: Run, ranks: Ranks) -> Job:
     """Decoupled-DMD on prompts alone. Shields that hold the student to real images bring these, with prompts of their
     own."""
     teacher = roles.teacher
     settings = settings_of(recipe, teacher.shift)
-    real = RealLatents.of(recipe, teacher, prompts, run.directory / "cache")
+    if recipe.shield.gan and ranks.world > 1:
+        raise UserError("shield.gan: its head cannot be trained by several processes yet; use one")
+    with ranks.in_turn():
+        real = RealLatents.of(recipe, teacher, prompts, run.directory / "cache")
     shields = shields_of(recipe, teacher, settings.renoise, real)
     method = DecoupledDmd(teacher.denoiser, roles.student.denoiser, roles.fake, teacher.encode([""]), settings, shields)
     size, seed = recipe.train.batch_size, recipe.train.seed
@@ -94,7 +103,7 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], run: Run) -
     return Job(method, batches(teacher, prompts, size, seed))
 
 
-def trajectory_job(recipe: DistillRecipe, roles: Roles, run: Run) -> Job:
+def trajectory_job(recipe: DistillRecipe, roles: Roles, run: Run, ranks: Ranks) -> Job:
     """Regression on a cache of the teacher's trajectories: the recipe's, or one made in the run's folder."""
     wanted, teacher = recipe.trajectory, roles.teacher
     guidance = teacher.card.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
@@ -103,19 +112,18 @@ def trajectory_job(recipe: DistillRecipe, roles: Roles, run: Run) -> Job:
         raise UserError("method trajectory: it needs evenly spaced anchors and the euler sampler")
     anchors = anchors_of(recipe)
     if wanted.cache is None:
-        make_cache(
-            CacheRecipe(
-                kind="cache",
-                name=recipe.name,
-                teacher=recipe.teacher,
-                prompts=recipe.prompts,
-                steps=len(anchors),
-                substeps=wanted.substeps,
-                guidance_scale=guidance,
-                samples=wanted.samples,
-            ),
-            folder,
+        made = CacheRecipe(
+            kind="cache",
+            name=recipe.name,
+            teacher=recipe.teacher,
+            prompts=recipe.prompts,
+            steps=len(anchors),
+            substeps=wanted.substeps,
+            guidance_scale=guidance,
+            samples=wanted.samples,
         )
+        with ranks.in_turn():
+            make_cache(made, folder)
     cache = TeacherCache(folder, cache_fingerprint(teacher, anchors, wanted.substeps, guidance))
     sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in anchors)
     method = TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas))

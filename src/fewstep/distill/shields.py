@@ -109,7 +109,7 @@ class FeatureMmd:
 
     def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
         assert real is not None
-        sigma = self.renoise.anywhere(len(x), x.device)
+        sigma = self.renoise.anywhere(x)
         eps = torch.randn_like(x)
         seen = [
             self.extractor.features(flow.renoise(images, sigma, eps), sigma, prompts).mean(dim=1)

@@ -44,6 +44,9 @@ class TrainSettings(Settings):
         default=None, gt=0, description="Also a checkpoint when this many minutes passed."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints to keep; older ones are deleted.")
+    shard_group: int | None = Field(
+        default=None, ge=1, description="Processes that share one copy of the weights (hybrid sharding); null is all."
+    )
     alarms: Literal["off", "warn", "stop", "rewind"] = Field(
         default="warn",
         description="When a metric is wrong for long: say so, end the run, or end it at its last good checkpoint.",

@@ -102,7 +102,7 @@ def latest(directory: Path, notice: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def rewind(directory: Path, step: int) -> Checkpoint | None:
+def rewind(directory: Path, step: int, delete: bool = True) -> Checkpoint | None:
     """The newest whole checkpoint that is no later than `step`; later ones are deleted. None changes nothing."""
     for path in reversed(steps(directory)):
         if _step(path) > step:
@@ -112,7 +112,7 @@ def rewind(directory: Path, step: int) -> Checkpoint | None:
         except BrokenCheckpoint:
             continue
         for later in steps(directory):
-            if _step(later) > found.step:
+            if delete and _step(later) > found.step:
                 shutil.rmtree(later)
         return found
     return None

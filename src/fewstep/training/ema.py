@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
@@ -36,4 +37,9 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._live.items():
-            parameter.data, self.weights[name] = self.weights[name], parameter.data
+            if isinstance(parameter, DTensor):  # FSDP gathers from the storage that it knows
+                live = parameter.detach().clone()
+                parameter.copy_(self.weights[name])
+                self.weights[name].copy_(live)
+            else:
+                parameter.data, self.weights[name] = self.weights[name], parameter.data

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.recipes.schema import OptimSettings, TrainSettings
+from fewstep.training.distribution import Ranks, like, whole
 from fewstep.training.ema import Ema
 from fewstep.training.method import Batch, Player
 from fewstep.training.optim import adamw, learning_rate
@@ -20,8 +21,9 @@ MAX_SKIPPED = 20
 class Learner:
     """A player with all it takes to move it: optimizer, learning rate, clipping, EMA."""
 
-    def __init__(self, player: Player, optim: OptimSettings, train: TrainSettings) -> None:
+    def __init__(self, player: Player, optim: OptimSettings, train: TrainSettings, ranks: Ranks | None = None) -> None:
         self.player, self.optim, self.train = player, optim, train
+        self.ranks = ranks or Ranks()
         # The parameters that move, by name, in the optimizer's order.
         self.weights = {name: p for name, p in player.module.named_parameters() if p.requires_grad}
         self.optimizer = adamw(list(self.weights.values()), optim)
@@ -46,22 +48,22 @@ class Learner:
             group["lr"] = rate
         found: dict[str, list[float]] = {}
         for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), self.ranks.random():
                 loss, metrics = self.player.loss(batch)
             (loss / len(batches)).backward()
             for key, value in {"loss": loss, **metrics}.items():
                 found.setdefault(key, []).append(float(value.detach()))
-        means = {key: sum(values) / len(values) for key, values in found.items()}
+        means = self.ranks.mean({key: sum(values) / len(values) for key, values in found.items()})
         clip = self.optim.grad_clip if self.optim.grad_clip is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), clip)
-        if not math.isfinite(means["loss"] + float(norm)):
+        norm = float(whole(nn.utils.clip_grad_norm_(self.weights.values(), clip)))
+        if not math.isfinite(means["loss"] + norm):
             return self._skip()
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.counters["updates"])
         self.counters["updates"] += 1
         self.counters["skipped_in_a_row"] = 0
-        return means | {"grad_norm": float(norm), "lr": rate, "skipped": 0.0}
+        return means | {"grad_norm": norm, "lr": rate, "skipped": 0.0}
 
     def _skip(self) -> dict[str, float]:
         self.counters["skipped"] += 1
@@ -74,7 +76,7 @@ class Learner:
         return {"skipped": 1.0}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint needs: trainable weights and buffers, EMA, optimizer."""
+        """What a checkpoint needs: trainable weights and buffers, EMA, optimizer; sharded where the module is."""
         moving = self.weights.keys() | {name for name, _ in self.module.named_buffers()}
         weights = {name: tensor for name, tensor in self.module.state_dict().items() if name in moving}
         moments = {
@@ -85,7 +87,7 @@ class Learner:
         return {"weights": weights, "optimizer": moments} | ({"ema": self.ema.weights} if self.ema else {})
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: dict[str, int]) -> None:
-        """Puts back what `tensors` gave. Raises: RuntimeError if names or shapes differ."""
+        """Puts back what `tensors` gave, put together. Raises: RuntimeError if names or shapes differ."""
         expected = self.tensors()
         for part, live in (("weights", expected["weights"]), ("ema", expected.get("ema", {}))):
             _copy_into(live, tensors[part])
@@ -95,7 +97,8 @@ class Learner:
             name, _, moment = key.rpartition("/")
             if value.shape == self.weights[name].shape:
                 # In the memory layout of its weight: another one may round otherwise in the last bit.
-                value = torch.empty_like(self.weights[name], requires_grad=False).copy_(value)
+                weight = self.weights[name]
+                value = torch.empty_like(weight, requires_grad=False).copy_(like(value, weight))
             state.setdefault(index[name], {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -109,4 +112,4 @@ def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     for name, tensor in live.items():
         if tensor.shape != saved[name].shape:
             raise RuntimeError(f"{name} is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here")
-        tensor.copy_(saved[name])
+        tensor.copy_(like(saved[name], tensor))

@@ -39,7 +39,8 @@ OWN = (
 # Keys that may change between sittings: they don't change what one step does.
 FREE = (
     *("train.log_every", "train.preview_every", "train.checkpoint_every", "train.checkpoint_minutes"),
-    *("train.keep_checkpoints", "train.threads", "train.alarms", "train.minutes", "evaluate."),
+    *("train.keep_checkpoints", "train.threads", "train.alarms", "train.minutes", "train.shard_group"),
+    "evaluate.",
 )
 
 
@@ -50,18 +51,28 @@ class Run:
         cadence of logs and checkpoints, and another evaluation are no other recipe.
     fresh: deletes what an earlier run left in the directory, and nothing else there.
     resume_command: the command that goes on when the run was interrupted; by default the present one.
+    follows: the directory is another process's, which this one works with: nothing is written or locked.
 
     Raises: UserError for another recipe, a directory with other people's files under a run's names, or one in which
     another process is at work.
     """
 
     def __init__(
-        self, directory: str | Path, recipe: Recipe, *, fresh: bool = False, resume_command: str | None = None
+        self,
+        directory: str | Path,
+        recipe: Recipe,
+        *,
+        fresh: bool = False,
+        resume_command: str | None = None,
+        follows: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.recipe = recipe
         self.resume_command = resume_command or present_command()
         self._tracker: Tracker | None = None
+        self._unlock: Callable[[], object] = lambda: None
+        if follows:
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._unlock = weakref.finalize(self, _lock(self.directory))

@@ -16,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.recipes.schema import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
 from fewstep.training.alarms import Alarm, Raised, Watchdog
+from fewstep.training.distribution import Ranks, whole
 from fewstep.training.learner import Learner
 from fewstep.training.method import Batch, Method
 from fewstep.training.progress import display, notice
@@ -32,6 +33,7 @@ class Trainer:
     preview: step -> image or None, called every `train.preview_every` steps with averaged weights in place.
     watch: gives metrics of the averaged weights, called every `watch_every` steps; 0 is never.
     alarms: what in the metrics means trouble; `train.alarms` says what follows.
+    ranks: the processes that train together; `data` gives the whole batch, of which each takes its rows.
 
     On the CPU a training that was interrupted and resumed gives, bit for bit, what an uninterrupted one gives.
     """
@@ -48,12 +50,14 @@ class Trainer:
         watch: Callable[[], Mapping[str, float]] | None = None,
         watch_every: int = 0,
         alarms: Sequence[Alarm] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.method, self.data, self.run, self.train, self.preview = method, data, run, train, preview
         self.watch, self.watch_every = watch, watch_every
         self.alarms = alarms
         self.ended = False  # by an alarm
-        self.learners = [Learner(player, optim[player.name], train) for player in method.players]
+        self.ranks = ranks or Ranks()
+        self.learners = [Learner(player, optim[player.name], train, self.ranks) for player in method.players]
         self.step = 0  # steps done
         self.position = 0  # batches taken
         self.seconds = 0.0  # spent training, over all sittings
@@ -72,22 +76,27 @@ class Trainer:
             torch.set_num_threads(self.train.threads)
         torch.manual_seed(self.train.seed)
         self._restore()
-        self.run.track(self.step)
+        if self.ranks.first:
+            self.run.track(self.step)
         if self.done:
             return
         self._watchdog = Watchdog(self.alarms, self.step)
+        stopping = 0.0
         sitting = time.monotonic() - self.seconds
         with ExitStack() as stack:
-            show = stack.enter_context(display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every))
+            shown = display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
+            show = stack.enter_context(shown) if self.ranks.first else None
             stop = stack.enter_context(_stop_requests())
             while not self.done:
                 losses = self._take_step()
-                self.seconds = time.monotonic() - sitting
-                show.update(self.step, losses)
+                # the same for all processes, which must stop at the same step
+                self.seconds, stopping = self.ranks.largest(time.monotonic() - sitting, float(stop.is_set()))
+                if show is not None:
+                    show.update(self.step, losses)
                 self._log_and_save()
-                if stop.is_set():
+                if stopping:
                     break
-        if stop.is_set():
+        if stopping:
             self._save()
             raise KeyboardInterrupt(f"saved step {self.step}/{self.train.steps}; to go on: {self.run.resume_command}")
 
@@ -118,7 +127,7 @@ class Trainer:
         losses = {}
         for learner in self.learners:
             for _ in range(learner.player.updates):
-                batches = [self.data(self.position + i) for i in range(self.train.accumulate)]
+                batches = [self.ranks.share(self.data(self.position + i)) for i in range(self.train.accumulate)]
                 self.position += self.train.accumulate
                 metrics = learner.update(batches, self.step + 1)
                 for other in self.learners:
@@ -138,12 +147,13 @@ class Trainer:
                 watched = self.watch()
         if self.step % train.log_every == 0 or last or watched:
             metrics = {**self._means.take(), **watched}
-            self.run.log(self.step, {**metrics, "seconds": self.seconds})
+            if self.ranks.first:
+                self.run.log(self.step, {**metrics, "seconds": self.seconds})
             raised = self._watchdog.look(self.step, metrics) if train.alarms != "off" else None
         if self.preview is not None and train.preview_every and (self.step % train.preview_every == 0 or last):
             with self._aside():
                 image = self.preview(self.step)
-            if image is not None:
+            if image is not None and self.ranks.first:
                 self.run.preview(self.step, image)
         late = train.checkpoint_minutes is not None and (
             time.monotonic() - self._saved[1] >= 60 * train.checkpoint_minutes
@@ -155,17 +165,20 @@ class Trainer:
 
     def _answer(self, raised: Raised) -> None:
         """Says what an alarm says, and does what `train.alarms` wants."""
-        notice(f"step {self.step}: {raised}")
+        if self.ranks.first:
+            notice(f"step {self.step}: {raised}")
         if self.train.alarms == "stop":
             self._save()
             raise UserError(f"{self.run.directory}: stopped at step {self.step} by an alarm: {raised}")
         if self.train.alarms == "rewind":
-            good = checkpoint.rewind(self.run.checkpoints, raised.since)
+            good = checkpoint.rewind(self.run.checkpoints, raised.since, delete=self.ranks.first)
+            self.ranks.wait()
             if good is None:
                 raise UserError(f"{self.run.directory}: no checkpoint is left from before the trouble: {raised}")
             self._take_up(good)
             self.ended = True
-            notice(f"back to step {self.step}, where it ends")
+            if self.ranks.first:
+                notice(f"back to step {self.step}, where it ends")
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -179,21 +192,25 @@ class Trainer:
             return
         groups: dict[str, dict[str, Tensor]] = {"random": _random_state()}
         for learner in self.learners:
-            groups |= {f"{learner.name}.{part}": tensors for part, tensors in learner.tensors().items()}
+            for part, tensors in learner.tensors().items():
+                groups[f"{learner.name}.{part}"] = {name: whole(tensor) for name, tensor in tensors.items()}
         state = {
             "position": self.position,
             "seconds": self.seconds,
             "means": self._means.state(),
             "players": {learner.name: learner.counters for learner in self.learners},
         }
-        checkpoint.save(self.run.checkpoints, self.step, groups, state, self.train.keep_checkpoints)
+        if self.ranks.first:
+            checkpoint.save(self.run.checkpoints, self.step, groups, state, self.train.keep_checkpoints)
+        self.ranks.wait()
         self._saved = (self.step, time.monotonic())
 
     def _restore(self) -> None:
         found = checkpoint.latest(self.run.checkpoints, notice)
         if found is not None:
             self._take_up(found)
-            notice(f"{self.run.directory}: going on from step {self.step}")
+            if self.ranks.first:
+                notice(f"{self.run.directory}: going on from step {self.step}")
 
     def _take_up(self, found: checkpoint.Checkpoint) -> None:
         """Everything as it was when the checkpoint was made."""

@@ -1,0 +1,134 @@
+"""Several processes take the steps that one would: real ones, started by torchrun, on the CPU with gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.errors import UserError
+from fewstep.training.distribution import Ranks
+
+OPTIONS = [
+    *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
+    *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "evaluate.every=0", "student.steps=2"),
+]
+
+
+def command(folder, out, processes, *more):
+    launch = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    )
+    settings = [word for option in (f"teacher={folder}", *OPTIONS, *more) for word in ("-s", option)]
+    return [sys.executable, *launch, "-m", "fewstep", "distill", "micro-turbo", "--out", str(out), *settings]
+
+
+def distil(folder, out, processes, *more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(folder, out, processes, *more), env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def weights(out):
+    return load_file(out / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_close(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([[line["student/loss"], line["fake/loss"], line["student/grad_norm"]] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    distil(tiny_folder, out, 1, "train.steps=4")
+    return out
+
+
+def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(tiny_folder, tmp_path, alone):
+    distil(tiny_folder, tmp_path / "two", 2, "train.steps=2")
+    distil(tiny_folder, tmp_path / "two", 1, "train.steps=4")
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(alone), atol=1e-5, rtol=1e-5)
+    assert_close(weights(tmp_path / "two"), weights(alone))
+
+
+@pytest.mark.slow
+def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alone):
+    distil(tiny_folder, tmp_path / "run", 2, "train.steps=2")
+    distil(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.shard_group=2")
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), atol=1e-5, rtol=1e-5)
+    assert_close(weights(tmp_path / "run"), weights(alone))
+
+
+@pytest.mark.slow
+def test_lora_roles_on_two_processes(tiny_folder, tmp_path):
+    more = ("roles.kind=lora", "roles.rank=4", "train.steps=3", "optim.student={lr: 0.01, ema: 0.5}")
+    for processes in (1, 2):
+        distil(tiny_folder, tmp_path / str(processes), processes, *more)
+    assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))
+    lora = [load_file(tmp_path / run / "lora" / "pytorch_lora_weights.safetensors") for run in ("1", "2")]
+    for name, tensor in lora[0].items():  # Adam divides the smallest gradients by themselves
+        torch.testing.assert_close(tensor, lora[1][name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_one_killed_ends_all_and_the_run_goes_on(tiny_folder, tmp_path):
+    """One of two is killed in the middle: the other ends within seconds, and the run goes on from its checkpoint."""
+    words = command(tiny_folder, tmp_path / "run", 2, "train.steps=100000")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run").glob("checkpoints/step_*")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()[-3000:]
+            time.sleep(0.2)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(children) == 2
+        os.kill(int(children[1]), signal.SIGKILL)
+        start = time.monotonic()
+        _, told = process.communicate(timeout=60)
+        assert time.monotonic() - start < 45
+        assert process.returncode != 0
+        assert "SIGKILL" in told or "exitcode" in told
+    finally:
+        process.kill()
+    reached = max(int(path.name[5:]) for path in (tmp_path / "run").glob("checkpoints/step_*"))
+    again = distil(tiny_folder, tmp_path / "run", 2, f"train.steps={reached + 100_001}", "train.minutes=0.001")
+    assert "going on from step" in again.stderr
+
+
+def test_batches_are_divided_without_overlap():
+    parts = [Ranks(rank, 3).share((torch.arange(6), torch.arange(12).reshape(6, 2))) for rank in range(3)]
+    assert torch.cat([part[0] for part in parts]).tolist() == list(range(6))
+    assert torch.cat([part[1] for part in parts]).tolist() == torch.arange(12).reshape(6, 2).tolist()
+    with pytest.raises(UserError, match="no multiple of the 4 processes"):
+        Ranks(0, 4).share((torch.arange(6),))
+
+
+def test_noise_is_drawn_as_one_process_would():
+    x = torch.zeros(6, 2, 5)
+    torch.manual_seed(3)
+    expected = torch.randn_like(x), torch.rand_like(x[:, 0, 0])
+    rows = []
+    for rank in range(3):
+        ranks = Ranks(rank, 3)
+        torch.manual_seed(3)
+        with ranks.random():
+            mine = ranks.share((x,))[0]
+            rows.append((torch.randn_like(mine), torch.rand_like(mine[:, 0, 0])))
+    assert torch.equal(torch.cat([row[0] for row in rows]), expected[0])
+    assert torch.equal(torch.cat([row[1] for row in rows]), expected[1])
