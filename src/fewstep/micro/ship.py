@@ -1,6 +1,6 @@
 """Packs a trained micro teacher for shipping: half-precision files, its best guidance, and a model card.
 
-python -m fewstep.micro.ship runs/micro-teacher --out src/fewstep/assets/micro
+python -m fewstep.micro.ship runs/micro-teacher runs/micro-teacher-more --out src/fewstep/assets/micro
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def processor() -> str:
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
 
 
-def ship(run: Path, out: Path, prompts: int) -> None:
+def ship(runs: list[Path], out: Path, prompts: int) -> None:
+    run = runs[-1]
     model = load(run / "model")
     judge = Judge.load()
     guidance, tried = best_guidance(model, judge, prompts)
@@ -144,10 +145,14 @@ def ship(run: Path, out: Path, prompts: int) -> None:
     model = load(out)  # what is measured is what is shipped
 
     quality = judged(model, judge, guidance, prompts)
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics, steps, seconds = [], 0, 0.0
+    for stage in runs:
+        lines = read_metrics(stage / "metrics.jsonl")
+        metrics += [{**line, "step": steps + line["step"]} for line in lines]
+        steps, seconds = metrics[-1]["step"], seconds + lines[-1]["seconds"]
+    stages = f"In {len(runs)} stages, with a new learning rate schedule each. " if len(runs) > 1 else ""
     write_loss_curve(metrics, out / "loss.png")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    last = metrics[-1]
     modules = {"transformer": model.transformer, "vae": model.vae, "text_encoder": model.text_encoder}
     parts = [
         f"| {name} | `{type(module).__name__}` | {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M |"
@@ -162,11 +167,11 @@ def ship(run: Path, out: Path, prompts: int) -> None:
         quality="\n".join(percent_row(cell, figures) for cell, figures in quality.items()),
         tried="\n".join(percent_row(f"{row['guidance_scale']:g}", row) for row in tried),
         training=(
-            f"Flow matching, {last['step']} steps, batch {recipe['train']['batch_size']}, "
-            f"{last['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} cores of a {processor()}, no GPU "
-            "(shared with other work; alone it takes less). Before it, the autoencoder was trained by "
-            "`recipes/micro-vae.yaml`, its decoder further by `recipes/micro-vae-decoder.yaml`, and the text encoder "
-            "by `recipes/micro-text.yaml`: by contrast with latents, on training combinations only."
+            f"Flow matching, {steps} steps, batch {recipe['train']['batch_size']}, {seconds / 60:.0f} minutes on "
+            f"{torch.get_num_threads()} cores of a {processor()} that did other things too, no GPU. "
+            f"{stages}The autoencoder was trained by `recipes/micro-vae.yaml`, `micro-vae-decoder.yaml` and "
+            "`micro-vae-core.yaml`, the text encoder by `micro-text.yaml`: by contrast with latents, on training "
+            "combinations only. `docs/micro.md` has the order. The last stage's recipe:"
         ),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
     )
@@ -177,11 +182,11 @@ def ship(run: Path, out: Path, prompts: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="what fewstep train recipes/micro-teacher.yaml made")
+    parser.add_argument("runs", type=Path, nargs="+", help="the teacher's stages in order; the last one's model ships")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=200, help="a row of the tables")
     arguments = parser.parse_args()
-    ship(arguments.run, arguments.out, arguments.prompts)
+    ship(arguments.runs, arguments.out, arguments.prompts)
 
 
 if __name__ == "__main__":
