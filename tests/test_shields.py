@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep import api
+from fewstep import api, flow
 from fewstep.distill.gan import Gan
 from fewstep.distill.renoise import Renoise
-from fewstep.distill.shields import FeatureMmd, MeanVariance, feature_mmd, mean_variance
+from fewstep.distill.shielding import SUBSTEPS, RealLatents
+from fewstep.distill.shields import FeatureMmd, MeanVariance, Regression, feature_mmd, mean_variance
 from fewstep.errors import UserError
+from fewstep.evaluate.evaluate import emoji_prompts
+from fewstep.models.denoiser import Guided
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.load import load_recipe
+from fewstep.samplers import sample_euler
 
 RENOISE = Renoise("hybrid", 3.0)
 
@@ -136,6 +140,7 @@ def test_features_are_the_middle_of_the_forward(tiny):
 
 
 RUN = [
+    "train.steps=1",
     *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=1", "train.preview_every=0"),
     *("train.precision=fp32", "fake_updates=1", "evaluate.enabled=false", "shield.real_samples=6"),
     *("optim.discriminator={lr: 1.0e-3}", "student.steps=2"),
@@ -166,6 +171,28 @@ def test_real_images_of_strange_prompts_are_refused(tiny_folder, tmp_path):
     more = [f"teacher={tiny_folder}", "shield.real=data", "shield.mmd=1", f"prompts.source={tmp_path / 'prompts.txt'}"]
     with pytest.raises(UserError, match="harbour"):
         api.distill("micro-turbo", tmp_path / "run", overrides=[*RUN, *more])
+
+
+def test_regression_holds_each_noise_to_the_teachers_image_of_it(tiny, tiny_folder, tmp_path):
+    """The batch's real latents are what the teacher makes of the batch's noise, so a student that is the guided
+    teacher's own way loses nothing."""
+    overrides = [*RUN, f"teacher={tiny_folder}", "shield.regression=1", "shield.weight=0"]
+    recipe = load_recipe("micro-turbo", overrides)
+    real = RealLatents.of(recipe, tiny, emoji_prompts(6), tmp_path / "cache")
+    noise, prompts, latents = real.batches(tiny, 4, seed=0)(7)
+    teacher = Guided(tiny.denoiser, tiny.encode([""]), 1 + tiny.card.guidance_scale)
+    with torch.no_grad():
+        made = sample_euler(teacher, noise, flow.schedule(SUBSTEPS, tiny.shift), prompts)
+    assert Regression().loss(made, prompts, latents).item() < 1e-2 * latents.var().item()
+    assert Regression().loss(made.flip(0), prompts, latents).item() > 0.1 * latents.var().item()
+    api.distill(recipe, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "student/regression" in json.loads(lines[-1])
+
+
+def test_regression_on_data_is_refused():
+    with pytest.raises(UserError, match=r"set shield\.real to teacher"):
+        load_recipe("micro-turbo", ["shield.regression=1", "shield.real=data"])
 
 
 def test_a_gan_without_its_optimizer_is_refused():

@@ -34,6 +34,7 @@ from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
 SHOWN = 32  # images of a preview
+OTHER_SHIELDS = ("mean_variance", "regression", "mmd", "gan")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def trajectory_job(recipe: DistillRecipe, roles: Roles, run: Run, ranks: Ranks) 
 def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
     spear = recipe.spear.weight if recipe.spear.enabled else 0.0
     shield = recipe.shield.weight if recipe.shield.enabled else 0.0
-    others = recipe.shield.enabled and (recipe.shield.mean_variance or recipe.shield.mmd or recipe.shield.gan)
+    others = recipe.shield.enabled and any(weight for name, weight in recipe.shield if name in OTHER_SHIELDS)
     if not spear and not shield and not others:
         raise UserError("spear and shield are both off: the student would learn nothing")
     renoise = Renoise(recipe.renoise.schedule, shift, recipe.renoise.sigma_min, recipe.renoise.sigma_max)

@@ -14,8 +14,9 @@ from fewstep.data.emoji import EmojiWorld
 from fewstep.distill.caching import cache_fingerprint, make_cache
 from fewstep.distill.gan import Gan
 from fewstep.distill.renoise import Renoise
-from fewstep.distill.shields import FeatureMmd, MeanVariance, Shield
+from fewstep.distill.shields import FeatureMmd, MeanVariance, Regression, Shield
 from fewstep.errors import UserError
+from fewstep.generate import initial_noise
 from fewstep.models.pipeline import TextToImage
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.recipes.schema import CacheRecipe, DistillRecipe
@@ -25,16 +26,18 @@ SUBSTEPS = 24  # of the teacher, for images that stand for real ones
 
 @dataclass(frozen=True)
 class RealLatents:
-    """Latents [N, C, H, W] with their encoded prompts: images of the teacher, or data."""
+    """Latents [N, C, H, W] with their encoded prompts: images of the teacher, with the noise they were made of, or
+    data, without."""
 
     latents: Tensor
     prompts: EncodedPrompts
+    noise: Tensor | None = None
 
     @staticmethod
     def of(recipe: DistillRecipe, teacher: TextToImage, prompts: Sequence[str], folder: Path) -> RealLatents | None:
         """What the recipe's shields need: None where they need nothing."""
         shield = recipe.shield
-        if not shield.enabled or not (shield.mean_variance or shield.mmd or shield.gan):
+        if not shield.enabled or not (shield.mean_variance or shield.mmd or shield.gan or shield.regression):
             return None
         if shield.real == "data":
             return drawn(teacher, prompts, shield.real_samples, recipe.train.seed)
@@ -43,12 +46,16 @@ class RealLatents:
     def batches(
         self, model: TextToImage, size: int, seed: int
     ) -> Callable[[int], tuple[Tensor, EncodedPrompts, Tensor]]:
-        """Batch number -> (pure noise, encoded prompts, real latents of these prompts)."""
+        """Batch number -> (pure noise, encoded prompts, real latents of these prompts, and of this noise if they have
+        one)."""
 
         def data(position: int) -> tuple[Tensor, EncodedPrompts, Tensor]:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
             chosen = torch.randint(len(self.latents), (size,), generator=generator)
-            noise = torch.randn(size, *self.latents.shape[1:], generator=generator)
+            if self.noise is not None:
+                noise = self.noise[chosen]
+            else:
+                noise = torch.randn(size, *self.latents.shape[1:], generator=generator)
             return noise.to(model.device), self.prompts[chosen], self.latents[chosen].to(model.device)
 
         return data
@@ -68,7 +75,8 @@ def generated(recipe: DistillRecipe, teacher: TextToImage, folder: Path) -> Real
     make_cache(made, folder)
     cache = TeacherCache(folder, cache_fingerprint(teacher, [1.0], SUBSTEPS, teacher.card.guidance_scale))
     states, prompts = cache.read(range(len(cache)))
-    return RealLatents(states[:, 0], prompts.to(teacher.device))
+    noise = initial_noise(teacher, cache.seeds(range(len(cache))), teacher.card.height, teacher.card.width)
+    return RealLatents(states[:, 0], prompts.to(teacher.device), noise)
 
 
 def drawn(teacher: TextToImage, prompts: Sequence[str], count: int, seed: int) -> RealLatents:
@@ -102,6 +110,8 @@ def shields_of(
         each = real.latents.flatten(1)
         spread = each.var(dim=1, correction=0).mean().sqrt()
         found.append((weights.mean_variance, MeanVariance(each.mean().item(), spread.item())))
+    if weights.regression:
+        found.append((weights.regression, Regression()))
     if weights.mmd:
         found.append((weights.mmd, FeatureMmd(teacher.denoiser, renoise)))
     if weights.gan:

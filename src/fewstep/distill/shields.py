@@ -84,6 +84,20 @@ class MeanVariance:
         raise NotImplementedError("nothing of it learns")
 
 
+class Regression:
+    """DMD's regression (arXiv 2311.18828, eq. 9, on latents): what the student makes of a noise should be what the
+    teacher made of the same noise. It holds the student to the teacher's own images, one by one."""
+
+    name, module, wants_real = "regression", None, True
+
+    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
+        assert real is not None
+        return (x - real).square().mean()
+
+    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError("nothing of it learns")
+
+
 def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of two batches of features [B, D], unbiased; three Gaussian kernels around the
     median distance (Gretton et al. 2012, eq. 3)."""

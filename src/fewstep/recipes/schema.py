@@ -221,6 +221,7 @@ class ShieldSettings(Settings):
     weight: Weight = Field(default=1.0, description="Weight of distribution matching's direction.")
     mean_variance: Weight = Field(default=0.0, description="Weight of the mean-variance shield.")
     mmd: Weight = Field(default=0.0, description="Weight of the MMD of the teacher's features.")
+    regression: Weight = Field(default=0.0, description="Weight of DMD's regression on the teacher's image of a noise.")
     gan: Weight = Field(default=0.0, description="Weight of the GAN on the teacher's features.")
     gan_penalty: Weight = Field(default=100.0, description="Weight of the GAN's approximate R1 penalty.")
     real: Literal["teacher", "data"] = Field(
@@ -308,6 +309,8 @@ class Phase(BaseRecipe):
             return self
         if self.shield.weight and self.optim.fake is None:
             raise ValueError("optim.fake is missing: the fake of distribution matching needs an optimizer")
+        if self.shield.regression and self.shield.real != "teacher":
+            raise ValueError("shield.regression wants the teacher's image of each noise: set shield.real to teacher")
         if self.shield.gan and self.optim.discriminator is None:
             raise ValueError("optim.discriminator is missing: the GAN's head needs an optimizer")
         return self
