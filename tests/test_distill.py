@@ -24,7 +24,7 @@ from fewstep.recipes.load import load_recipe
 
 SHORT = [
     *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
-    *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false"),
+    *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "shield.regression=0"),
 ]
 
 

@@ -17,6 +17,7 @@ from fewstep.training.distribution import Ranks
 OPTIONS = [
     *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
     *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "evaluate.every=0", "student.steps=2"),
+    "shield.regression=0",
 ]
 
 

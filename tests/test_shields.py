@@ -140,7 +140,7 @@ def test_features_are_the_middle_of_the_forward(tiny):
 
 
 RUN = [
-    "train.steps=1",
+    *("train.steps=1", "shield.regression=0"),
     *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=1", "train.preview_every=0"),
     *("train.precision=fp32", "fake_updates=1", "evaluate.enabled=false", "shield.real_samples=6"),
     *("optim.discriminator={lr: 1.0e-3}", "student.steps=2"),
