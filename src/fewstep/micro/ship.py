@@ -168,7 +168,7 @@ def ship(runs: list[Path], out: Path, prompts: int) -> None:
         tried="\n".join(percent_row(f"{row['guidance_scale']:g}", row) for row in tried),
         training=(
             f"Flow matching, {steps} steps, batch {recipe['train']['batch_size']}, {seconds / 60:.0f} minutes on "
-            f"{torch.get_num_threads()} cores of a {processor()} that did other things too, no GPU. "
+            f"{torch.get_num_threads()} cores ({processor()}) that did other things too, no GPU. "
             f"{stages}The autoencoder was trained by `recipes/micro-vae.yaml`, `micro-vae-decoder.yaml` and "
             "`micro-vae-core.yaml`, the text encoder by `micro-text.yaml`: by contrast with latents, on training "
             "combinations only. `docs/micro.md` has the order. The last stage's recipe:"
