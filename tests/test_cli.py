@@ -44,7 +44,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def replace_distillation(setitem: Callable[[dict[str, types.ModuleType], str, types.ModuleType], None]) -> None:
-    def distill(recipe: DistillRecipe, run: Run, watch: object) -> Path:
+    def distill(recipe: DistillRecipe, run: Run, watch: object, ranks: object) -> Path:
         method = TinyMethod()
         method.pause = float(os.environ.get("PAUSE", 0))
         if recipe.teacher == "bug":
@@ -205,7 +205,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path) -> None:
 
 
 def test_ctrl_c_before_the_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def distill(recipe: DistillRecipe, run: Run, watch: object) -> Path:
+    def distill(recipe: DistillRecipe, run: Run, watch: object, ranks: object) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["fewstep.distill.run"], "distill", distill)
@@ -215,7 +215,7 @@ def test_ctrl_c_before_the_training(recipe: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_user_error_from_within_is_a_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def distill(recipe: DistillRecipe, run: Run, watch: object) -> Path:
+    def distill(recipe: DistillRecipe, run: Run, watch: object, ranks: object) -> Path:
         raise UserError("the teacher is asleep")
 
     monkeypatch.setattr(sys.modules["fewstep.distill.run"], "distill", distill)
