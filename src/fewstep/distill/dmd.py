@@ -17,7 +17,7 @@ from fewstep import flow
 from fewstep.distill import health
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.rollout import AnchorSchedule, Sampler, draw_way, rollout
-from fewstep.distill.shields import Shield, distribution_matching
+from fewstep.distill.shields import LearningShield, Shield, distribution_matching
 from fewstep.distill.spear import cfg_augmentation
 from fewstep.models.denoiser import Denoiser, predict_x0
 from fewstep.models.prompts import EncodedPrompts
@@ -98,7 +98,7 @@ class DecoupledDmd:
         if settings.shield:  # without distribution matching nobody asks the fake
             self._players.append(Player("fake", fake, self.fake_loss, updates=settings.fake_updates))
         for _, shield in shields:
-            if shield.module is not None:
+            if isinstance(shield, LearningShield):
                 self._players.append(Player(shield.name, shield.module, partial(self.shield_loss, shield)))
 
     @property
@@ -117,7 +117,7 @@ class DecoupledDmd:
             metrics[shield.name] = held.detach()
         return loss, metrics | health.pattern(x.detach())
 
-    def shield_loss(self, shield: Shield, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def shield_loss(self, shield: LearningShield, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What a shield's own network learns from fresh images of the student."""
         noise, prompts, real = unpack(batch)
         with torch.no_grad():

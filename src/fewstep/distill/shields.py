@@ -6,7 +6,7 @@ images, which can be added to it or stand in its place.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,11 @@ def distribution_matching(x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
 
 
 class Shield(Protocol):
-    """A loss on the student's images, and perhaps a network of its own that learns along."""
+    """A loss on the student's images."""
 
     @property
     def name(self) -> str:
-        """Names its metric and its player."""
-        ...
-
-    @property
-    def module(self) -> nn.Module | None:
-        """What learns along, or None."""
+        """Names its metric, and its player if it has one."""
         ...
 
     @property
@@ -49,8 +44,18 @@ class Shield(Protocol):
         """Student's images [B, C, H, W] with gradient, their prompts, real latents of the same prompts -> scalar."""
         ...
 
+
+@runtime_checkable
+class LearningShield(Shield, Protocol):
+    """A shield with a network of its own that learns along."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What learns."""
+        ...
+
     def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of ``module`` on the student's images without gradient."""
+        """The loss of ``module`` on the student's images without gradient, and metrics."""
         ...
 
 
@@ -72,7 +77,7 @@ def mean_variance(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tenso
 class MeanVariance:
     """The mean-variance shield: stable, knows nothing of what an image shows."""
 
-    name, module, wants_real = "mean_variance", None, False
+    name, wants_real = "mean_variance", False
 
     def __init__(self, mean: float, std: float) -> None:
         self.mean, self.std = mean, std
@@ -80,22 +85,16 @@ class MeanVariance:
     def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
         return mean_variance(x, self.mean, self.std)
 
-    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError("nothing of it learns")
-
 
 class Regression:
     """DMD's regression (arXiv 2311.18828, eq. 9, on latents): what the student makes of a noise should be what the
     teacher made of the same noise. It holds the student to the teacher's own images, one by one."""
 
-    name, module, wants_real = "regression", None, True
+    name, wants_real = "regression", True
 
     def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
         assert real is not None
         return (x - real).square().mean()
-
-    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError("nothing of it learns")
 
 
 def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
 class FeatureMmd:
     """The MMD shield: batches of the student's and of real images should look alike to the teacher's middle layer."""
 
-    name, module, wants_real = "mmd", None, True
+    name, wants_real = "mmd", True
 
     def __init__(self, extractor: FeatureExtractor, renoise: Renoise) -> None:
         self.extractor, self.renoise = extractor, renoise
@@ -130,6 +129,3 @@ class FeatureMmd:
             for images in (x, real)
         ]
         return feature_mmd(seen[0], seen[1].detach())
-
-    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError("nothing of it learns")
