@@ -76,6 +76,16 @@ def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [("shield.regression=1",), ("method=trajectory", "trajectory.substeps=2")])
+def test_what_the_teacher_says_beforehand(tiny_folder, tmp_path, more):
+    """A shield's real images and a trajectory cache, made by one of two processes for both."""
+    sizes = ("shield.real_samples=4", "trajectory.samples=4", "train.steps=2")
+    for processes in (1, 2):
+        distil(tiny_folder, tmp_path / str(processes), processes, *sizes, *more)
+    assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))
+
+
+@pytest.mark.slow
 def test_lora_roles_on_two_processes(tiny_folder, tmp_path):
     more = ("roles.kind=lora", "roles.rank=4", "train.steps=3", "optim.student={lr: 0.01, ema: 0.5}")
     for processes in (1, 2):

@@ -59,14 +59,18 @@ def cache_fingerprint(teacher: TextToImage, anchors: list[float], substeps: int,
     return fingerprint(teacher, sigmas, states=len(anchors), guidance_scale=guidance)
 
 
-def make_cache(recipe: CacheRecipe, out: Path, *, fresh: bool = False) -> Path:
+def make_cache(recipe: CacheRecipe, out: Path, *, fresh: bool = False, teacher: TextToImage | None = None) -> Path:
     """Fill ``out`` with the teacher's trajectories; what is there already from an earlier call is kept.
+
+    Args:
+        teacher: the recipe's, where it is loaded already.
 
     Raises:
         UserError: another cache in ``out``, or a mistake in the recipe.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load(recipe.teacher, device)
+    if teacher is None:
+        teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
+    device = teacher.device
     guidance = teacher.card.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_anchors(recipe.steps)
     made_by = cache_fingerprint(teacher, anchors, recipe.substeps, guidance)

@@ -34,7 +34,6 @@ from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
 SHOWN = 32  # images of a preview
-OTHER_SHIELDS = ("mean_variance", "regression", "mmd", "gan")
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,18 @@ def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: 
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.train.seed)
     teacher = load(recipe.teacher, ranks.device)
-    roles = make_roles(recipe, teacher, ranks)
     prompts = training_prompts(recipe.prompts)
+    # what the teacher is to say beforehand it says before it is sharded among the processes
+    with ranks.in_turn():
+        if recipe.method == "trajectory":
+            cache = trajectory_cache(recipe, teacher, run.directory / "cache")
+        else:
+            real = RealLatents.of(recipe, teacher, prompts, run.directory / "cache")
+    roles = make_roles(recipe, teacher, ranks)
     if recipe.method == "trajectory":
-        job = trajectory_job(recipe, roles, run, ranks)
+        job = trajectory_job(recipe, roles, cache)
     else:
-        job = dmd_job(recipe, roles, prompts, run, ranks)
+        job = dmd_job(recipe, roles, prompts, real, ranks)
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
     preview = preview_of(roles.student, shown_prompts(recipe.prompts, prompts))
     watched, every = (watch(roles.student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)
@@ -87,15 +92,13 @@ def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: 
         return roles.save(run.directory / "student", ranks)
 
 
-def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], run: Run, ranks: Ranks) -> Job:
+def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: RealLatents | None, ranks: Ranks) -> Job:
     """Decoupled-DMD on prompts alone. Shields that hold the student to real images bring these, with prompts of their
     own."""
     teacher = roles.teacher
     settings = settings_of(recipe, teacher.shift)
     if recipe.shield.gan and ranks.world > 1:
         raise UserError("shield.gan: its head cannot be trained by several processes yet; use one")
-    with ranks.in_turn():
-        real = RealLatents.of(recipe, teacher, prompts, run.directory / "cache")
     shields = shields_of(recipe, teacher, settings.renoise, real)
     method = DecoupledDmd(teacher.denoiser, roles.student.denoiser, roles.fake, teacher.encode([""]), settings, shields)
     size, seed = recipe.train.batch_size, recipe.train.seed
@@ -104,29 +107,33 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], run: Run, r
     return Job(method, batches(teacher, prompts, size, seed))
 
 
-def trajectory_job(recipe: DistillRecipe, roles: Roles, run: Run, ranks: Ranks) -> Job:
-    """Regression on a cache of the teacher's trajectories: the recipe's, or one made in the run's folder."""
-    wanted, teacher = recipe.trajectory, roles.teacher
-    guidance = teacher.card.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-    folder = Path(wanted.cache) if wanted.cache is not None else run.directory / "cache"
+def trajectory_cache(recipe: DistillRecipe, teacher: TextToImage, folder: Path) -> TeacherCache:
+    """The teacher's trajectories: the recipe's cache, or one made in ``folder``."""
+    wanted = recipe.trajectory
     if recipe.student.anchors is not None or recipe.student.sampler != "euler":
         raise UserError("method trajectory: it needs evenly spaced anchors and the euler sampler")
     anchors = anchors_of(recipe)
-    if wanted.cache is None:
-        made = CacheRecipe(
-            kind="cache",
-            name=recipe.name,
-            teacher=recipe.teacher,
-            prompts=recipe.prompts,
-            steps=len(anchors),
-            substeps=wanted.substeps,
-            guidance_scale=guidance,
-            samples=wanted.samples,
-        )
-        with ranks.in_turn():
-            make_cache(made, folder)
-    cache = TeacherCache(folder, cache_fingerprint(teacher, anchors, wanted.substeps, guidance))
-    sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in anchors)
+    guidance = teacher.card.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+    made_by = cache_fingerprint(teacher, anchors, wanted.substeps, guidance)
+    if wanted.cache is not None:
+        return TeacherCache(wanted.cache, made_by)
+    settings = CacheRecipe(
+        kind="cache",
+        name=recipe.name,
+        teacher=recipe.teacher,
+        prompts=recipe.prompts,
+        steps=len(anchors),
+        substeps=wanted.substeps,
+        guidance_scale=guidance,
+        samples=wanted.samples,
+    )
+    return TeacherCache(make_cache(settings, folder, teacher=teacher), made_by)
+
+
+def trajectory_job(recipe: DistillRecipe, roles: Roles, cache: TeacherCache) -> Job:
+    """Regression on a cache of the teacher's trajectories."""
+    teacher = roles.teacher
+    sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in anchors_of(recipe))
     method = TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas))
     height, width = teacher.card.height, teacher.card.width
 
@@ -143,8 +150,7 @@ def trajectory_job(recipe: DistillRecipe, roles: Roles, run: Run, ranks: Ranks) 
 def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
     spear = recipe.spear.weight if recipe.spear.enabled else 0.0
     shield = recipe.shield.weight if recipe.shield.enabled else 0.0
-    others = recipe.shield.enabled and any(weight for name, weight in recipe.shield if name in OTHER_SHIELDS)
-    if not spear and not shield and not others:
+    if not spear and not shield and not recipe.shield.others:
         raise UserError("spear and shield are both off: the student would learn nothing")
     renoise = Renoise(recipe.renoise.schedule, shift, recipe.renoise.sigma_min, recipe.renoise.sigma_max)
     return DmdSettings(

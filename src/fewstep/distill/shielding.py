@@ -37,7 +37,7 @@ class RealLatents:
     def of(recipe: DistillRecipe, teacher: TextToImage, prompts: Sequence[str], folder: Path) -> RealLatents | None:
         """What the recipe's shields need: None where they need nothing."""
         shield = recipe.shield
-        if not shield.enabled or not (shield.mean_variance or shield.mmd or shield.gan or shield.regression):
+        if not shield.others:
             return None
         if shield.real == "data":
             return drawn(teacher, prompts, shield.real_samples, recipe.train.seed)
@@ -73,7 +73,7 @@ def generated(recipe: DistillRecipe, teacher: TextToImage, folder: Path) -> Real
         samples=recipe.shield.real_samples,
         shard_size=64,  # one batch a file: an interruption loses seconds
     )
-    make_cache(made, folder)
+    make_cache(made, folder, teacher=teacher)
     cache = TeacherCache(folder, cache_fingerprint(teacher, [1.0], SUBSTEPS, teacher.card.guidance_scale))
     states, prompts = cache.read(range(len(cache)))
     noise = initial_noise(teacher, cache.seeds(range(len(cache))), teacher.card.height, teacher.card.width)
@@ -81,7 +81,7 @@ def generated(recipe: DistillRecipe, teacher: TextToImage, folder: Path) -> Real
 
 
 def drawn(teacher: TextToImage, prompts: Sequence[str], count: int, seed: int) -> RealLatents:
-    """The emoji world's own images of the first prompts in a shuffled order, through the teacher's autoencoder.
+    """The emoji world's own images of ``count`` prompts drawn at random, through the teacher's autoencoder.
 
     Raises:
         UserError: a prompt that the emoji world does not know.

@@ -230,6 +230,11 @@ class ShieldSettings(Settings):
     )
     real_samples: int = Field(default=1024, ge=2, description="How many of them.")
 
+    @property
+    def others(self) -> bool:
+        """Whether a shield beside distribution matching is on; all of these need images that count as real."""
+        return self.enabled and any((self.mean_variance, self.mmd, self.regression, self.gan))
+
 
 class RenoiseSettings(Settings):
     schedule: Literal["shared", "full", "constrained", "hybrid"] = Field(

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
 
 from fewstep.errors import UserError
-from fewstep.models.zimage import ZImageDenoiser, run_block
+from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import Recipe
 from fewstep.training.run import Run
 
@@ -159,7 +159,7 @@ def shard(denoiser: ZImageDenoiser, mesh: DeviceMesh) -> None:
     """Shard a denoiser's weights over the mesh, block by block (FSDP2's `fully_shard`): each block is gathered when it
     speaks, and let go after."""
     model = denoiser.transformer
-    compute = denoiser.run_block if denoiser.run_block is not run_block else run_block
+    compute = denoiser.run_block
     for block in [*model.noise_refiner, *model.context_refiner, *model.layers]:
         # FSDP gathers around a module's own forward, so the block must be called as one
         block.forward = types.MethodType(compute, block)
