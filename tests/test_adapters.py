@@ -22,6 +22,8 @@ SHORT = [
     *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
     *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "student.steps=2"),
     "shield.regression=0",
+    "align=0",
+    "optim.student.decay=constant",
 ]
 
 

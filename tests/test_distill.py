@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from fewstep import api
 from fewstep.data.prompts import training_prompts
 from fewstep.distill.anchors import anchors_of
+from fewstep.distill.batch import DistillBatch
 from fewstep.distill.dmd import DecoupledDmd
 from fewstep.distill.run import batches, settings_of
 from fewstep.errors import UserError
@@ -24,7 +25,14 @@ from fewstep.recipes.load import load_recipe
 
 SHORT = [
     *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
-    *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "shield.regression=0"),
+    *(
+        "train.precision=fp32",
+        "fake_updates=2",
+        "evaluate.enabled=false",
+        "shield.regression=0",
+        "align=0",
+        "optim.student.decay=constant",
+    ),
 ]
 
 
@@ -61,6 +69,19 @@ def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tm
     assert {"student/loss", "fake/loss", "student/ca", "student/dm", "student/cosine"} <= set(lines[0])
     for name in ("recipe.yaml", "checkpoints", "student"):
         assert (tmp_path / "whole" / name).exists()
+
+
+def test_alignment_is_a_share_of_the_steps(tiny_folder, tmp_path):
+    """The shipped recipe's way, in four steps: two that follow the teacher, the fake joining in the second; then DMD."""
+    more = ("align=0.5", "fake_warmup=1", "shield.regression=1", "trajectory.samples=4", "train.steps=4")
+    distil(tiny_folder, tmp_path / "run", *more)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["student/ca" in line for line in lines] == [False, False, True, True]
+    assert ["fake/loss" in line for line in lines] == [False, True, True, True]
+    with pytest.raises(
+        UserError, match=r"align: it needs evenly spaced anchors .* set align and shield\.regression to 0"
+    ):
+        distil(tiny_folder, tmp_path / "other", *more, "student.sampler=renoise")
 
 
 @pytest.mark.slow
@@ -127,10 +148,10 @@ def test_batches_depend_on_their_number_alone(tiny):
     prompts = training_prompts(load_recipe("micro-turbo", []).prompts)[:50]
     data, again = (batches(tiny, prompts, size=4, seed=1) for _ in range(2))
     for position in (3, 0, 3):
-        (noise, encoded), (noise_again, encoded_again) = data(position), again(position)
-        assert torch.equal(noise, noise_again)
-        assert torch.equal(encoded.features, encoded_again.features)
-    assert not torch.equal(data(0)[0], data(1)[0])
+        once, twice = data(position), again(position)
+        assert torch.equal(once.noise, twice.noise)
+        assert torch.equal(once.prompts.features, twice.prompts.features)
+    assert not torch.equal(data(0).noise, data(1).noise)
 
 
 def test_heldout_prompts_are_not_trained_on():
@@ -165,7 +186,7 @@ def test_bf16_gradients_survive_the_rollout(tiny):
     seed = next(s for s in range(100) if int(torch.randint(4, (), generator=torch.Generator().manual_seed(s))) == 3)
     torch.manual_seed(seed)  # three steps of rollout
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = method.student_loss((torch.randn(2, 16, 8, 8), tiny.encode(["a fox", "a bear"])))
+        loss, _ = method.student_loss(DistillBatch(torch.randn(2, 16, 8, 8), tiny.encode(["a fox", "a bear"])))
     loss.backward()
     silent = [n for n, p in student.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert not silent

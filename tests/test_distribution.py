@@ -18,6 +18,8 @@ OPTIONS = [
     *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
     *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "evaluate.every=0", "student.steps=2"),
     "shield.regression=0",
+    "align=0",
+    "optim.student.decay=constant",
 ]
 
 
@@ -79,7 +81,7 @@ def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alon
 @pytest.mark.parametrize("more", [("shield.regression=1",), ("method=trajectory", "trajectory.substeps=2")])
 def test_what_the_teacher_says_beforehand(tiny_folder, tmp_path, more):
     """A shield's real images and a trajectory cache, made by one of two processes for both."""
-    sizes = ("shield.real_samples=4", "trajectory.samples=4", "train.steps=2")
+    sizes = ("trajectory.samples=4", "trajectory.guidance_scale=null", "train.steps=2")
     for processes in (1, 2):
         distil(tiny_folder, tmp_path / str(processes), processes, *sizes, *more)
     assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))

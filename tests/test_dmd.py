@@ -7,9 +7,12 @@ import torch
 from gaussian import SHAPE, Gaussian, prompts_of
 
 from fewstep import flow
+from fewstep.distill.batch import DistillBatch
+from fewstep.distill.caching import trajectory
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings, normaliser, regress
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.rollout import draw_way, rollout
+from fewstep.distill.trajectory import astray
 from fewstep.models.denoiser import Guided
 
 SHIFT = 3.0
@@ -30,7 +33,7 @@ def method_of(settings=SETTINGS, *, teacher=None, student=None, fake=None, null_
 
 
 def batch_of(mean=1.0, count=COUNT):
-    return torch.randn(count, *SHAPE), prompts_of([mean] * count)
+    return DistillBatch(torch.randn(count, *SHAPE), prompts_of([mean] * count))
 
 
 # --- directions --------------------------------------------------------------------------------------------------
@@ -210,6 +213,24 @@ def test_gradients_reach_their_own_player_alone():
 def test_players_and_their_pace():
     assert [(p.name, p.updates) for p in method_of().players] == [("student", 1), ("fake", 3)]
     assert [p.name for p in method_of(replace(SETTINGS, shield=0.0)).players] == ["student"]
+    late = method_of(replace(SETTINGS, align_steps=9, fake_warmup=4))
+    assert [(p.name, p.waits) for p in late.players] == [("student", 0), ("fake", 5)]
+
+
+def test_alignment_follows_the_teacher_and_then_ends():
+    """Until the step it was told the student's loss is its distance from the teacher's way, without CA or DM."""
+    teacher = Gaussian().requires_grad_(False)
+    method = method_of(replace(SETTINGS, align_steps=2), teacher=teacher, student=Gaussian(offset=0.5))
+    noise, prompts = batch_of()[:2]
+    states = trajectory(teacher, noise, list(SETTINGS.anchors), 1, SHIFT, prompts)
+    batch = DistillBatch(noise, prompts, states)
+    method.before_step(2)
+    loss, metrics = method.student_loss(batch)
+    expected = sum(astray(method.student, batch, [flow.shift_sigma(u, SHIFT) for u in SETTINGS.anchors]))
+    torch.testing.assert_close(loss, expected)
+    assert metrics == {}
+    method.before_step(3)
+    assert {"ca", "dm"} <= method.student_loss(batch)[1].keys()
 
 
 # --- learning ---------------------------------------------------------------------------------------------------

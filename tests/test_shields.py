@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from gaussian import SHAPE, Gaussian, prompts_of
 from torch import nn
 
 from fewstep import api, flow
+from fewstep.distill.batch import DistillBatch
+from fewstep.distill.caching import trajectory
 from fewstep.distill.gan import Gan
 from fewstep.distill.renoise import Renoise
-from fewstep.distill.shielding import SUBSTEPS, RealLatents
+from fewstep.distill.shielding import real_batches
 from fewstep.distill.shields import FeatureMmd, MeanVariance, Regression, feature_mmd, mean_variance
 from fewstep.errors import UserError
 from fewstep.evaluate.evaluate import emoji_prompts
@@ -29,8 +32,10 @@ class Pixels:
         return x.flatten(2).transpose(1, 2)
 
 
-def nothing(count):
-    return EncodedPrompts(torch.zeros(count, 1, 1), torch.ones(count, dtype=torch.long))
+def batch_of(count, real=None):
+    """No noise and empty prompts, with real latents or without: what these shields are tried on looks at no more."""
+    prompts = EncodedPrompts(torch.zeros(count, 1, 1), torch.ones(count, dtype=torch.long))
+    return DistillBatch(torch.zeros(count), prompts, None if real is None else real[:, None])
 
 
 def test_mean_variance_is_the_divergence_of_gaussians():
@@ -51,7 +56,7 @@ def test_mean_variance_pulls_to_its_targets():
     shield, optimizer = MeanVariance(0.5, 1.0), torch.optim.Adam([x], lr=0.1)
     for _ in range(200):
         optimizer.zero_grad()
-        shield.loss(x, nothing(4), None).backward()
+        shield.loss(x, batch_of(4)).backward()
         optimizer.step()
     assert x.mean().item() == pytest.approx(0.5, abs=0.05)
     assert x.std().item() == pytest.approx(1.0, abs=0.05)
@@ -72,7 +77,7 @@ def test_mmd_brings_a_shifted_student_back():
     for _ in range(150):
         real, x = torch.randn(32, 2, 2, 2), torch.randn(32, 2, 2, 2) + offset
         optimizer.zero_grad()
-        shield.loss(x, nothing(32), real).backward()
+        shield.loss(x, batch_of(32, real)).backward()
         optimizer.step()
     assert abs(offset.item()) < 0.4
 
@@ -80,11 +85,11 @@ def test_mmd_brings_a_shifted_student_back():
 def test_gan_gradients_reach_their_own_player_alone():
     gan = Gan(Pixels(), 2, RENOISE)
     x = torch.randn(8, 2, 2, 2, requires_grad=True)
-    gan.loss(x, nothing(8), None).backward()
+    gan.loss(x, batch_of(8)).backward()
     assert x.grad.abs().sum() > 0
     assert all(p.grad is None for p in gan.module.parameters())
     x.grad = None
-    loss, _ = gan.learn(x, nothing(8), torch.randn(8, 2, 2, 2))
+    loss, _ = gan.learn(x, batch_of(8, torch.randn(8, 2, 2, 2)))
     loss.backward()
     assert x.grad is None
     assert all(p.grad is not None for p in gan.module.parameters())
@@ -98,14 +103,14 @@ def test_gan_learns_to_tell_and_shows_the_student_the_way():
     optimizer = torch.optim.Adam(gan.module.parameters(), lr=0.01)
     accuracy = []
     for _ in range(150):
-        loss, metrics = gan.learn(torch.randn(64, 2, 2, 2), nothing(64), torch.randn(64, 2, 2, 2) + 2)
+        loss, metrics = gan.learn(torch.randn(64, 2, 2, 2), batch_of(64, torch.randn(64, 2, 2, 2) + 2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         accuracy.append(metrics["accuracy"].item())
     assert sum(accuracy[-20:]) / 20 > 0.7
     x = torch.randn(64, 2, 2, 2, requires_grad=True)
-    gan.loss(x, nothing(64), None).backward()
+    gan.loss(x, batch_of(64)).backward()
     assert (x.grad < 0).float().mean() > 0.95  # down the loss is up
 
 
@@ -118,7 +123,7 @@ def test_gan_penalty_flattens_the_head():
         gan.module.norm = nn.Identity()
         optimizer = torch.optim.Adam(gan.module.parameters(), lr=0.01)
         for _ in range(60):
-            loss, metrics = gan.learn(torch.randn(64, 2, 2, 2), nothing(64), torch.randn(64, 2, 2, 2) + 2)
+            loss, metrics = gan.learn(torch.randn(64, 2, 2, 2), batch_of(64, torch.randn(64, 2, 2, 2) + 2))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -140,9 +145,10 @@ def test_features_are_the_middle_of_the_forward(tiny):
 
 
 RUN = [
-    *("train.steps=1", "shield.regression=0"),
+    *("train.steps=1", "shield.regression=0", "align=0", "optim.student.decay=constant"),
     *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=1", "train.preview_every=0"),
     *("train.precision=fp32", "fake_updates=1", "evaluate.enabled=false", "shield.real_samples=6"),
+    *("trajectory.samples=6", "trajectory.substeps=3", "trajectory.guidance_scale=null"),
     *("optim.discriminator={lr: 1.0e-3}", "student.steps=2"),
 ]
 
@@ -173,21 +179,42 @@ def test_real_images_of_strange_prompts_are_refused(tiny_folder, tmp_path):
         api.distill("micro-turbo", tmp_path / "run", overrides=[*RUN, *more])
 
 
-def test_regression_holds_each_noise_to_the_teachers_image_of_it(tiny, tiny_folder, tmp_path):
-    """The batch's real latents are what the teacher makes of the batch's noise, so a student that is the guided
-    teacher's own way loses nothing."""
-    overrides = [*RUN, f"teacher={tiny_folder}", "shield.regression=1", "shield.weight=0"]
+def test_regression_holds_the_student_to_the_teachers_way(tiny, tiny_folder, tmp_path):
+    """A batch's states are where the guided teacher was on its way from the batch's noise, so a student that walks as
+    it does loses nothing, and another one does."""
+    overrides = [*RUN, f"teacher={tiny_folder}", "shield.regression=1", "shield.weight=0", "trajectory.substeps=1"]
     recipe = load_recipe("micro-turbo", overrides)
-    real = RealLatents.of(recipe, tiny, emoji_prompts(6), tmp_path / "cache")
-    noise, prompts, latents = real.batches(tiny, 4, seed=0)(7)
+    batch = real_batches(recipe, tiny, emoji_prompts(6), tmp_path / "cache")(7)
+    sigmas = flow.schedule(2, tiny.shift)
     teacher = Guided(tiny.denoiser, tiny.encode([""]), 1 + tiny.card.guidance_scale)
     with torch.no_grad():
-        made = sample_euler(teacher, noise, flow.schedule(SUBSTEPS, tiny.shift), prompts)
-    assert Regression().loss(made, prompts, latents).item() < 1e-2 * latents.var().item()
-    assert Regression().loss(made.flip(0), prompts, latents).item() > 0.1 * latents.var().item()
+        along = Regression(teacher, sigmas).loss(batch.noise, batch)
+        astray = Regression(tiny.denoiser, sigmas).loss(batch.noise, batch)
+        made = sample_euler(teacher, batch.noise, sigmas, batch.prompts)
+    torch.testing.assert_close(batch.real, made, atol=2e-2, rtol=2e-3)  # kept in fp16
+    assert along.item() < 1e-3 * astray.item()
     api.distill(recipe, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert "student/regression" in json.loads(lines[-1])
+
+
+def test_regression_reaches_every_step_of_the_student():
+    """On a Gaussian the regression alone moves a shifted student back to the teacher's way."""
+    teacher, student = Gaussian(), Gaussian(offset=1.0)
+    noise, prompts = torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
+    states = trajectory(teacher, noise, flow.uniform_anchors(4), 1, 3.0, prompts)
+    shield, optimizer = Regression(student, flow.schedule(4, 3.0)), torch.optim.Adam(student.parameters(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        shield.loss(noise, DistillBatch(noise, prompts, states)).backward()
+        optimizer.step()
+    assert student.offset.item() == pytest.approx(0.0, abs=0.05)
+
+
+def test_regression_of_a_student_with_a_way_of_its_own_is_refused(tiny_folder, tmp_path):
+    overrides = [*RUN, f"teacher={tiny_folder}", "shield.regression=1", "student.anchors=[1.0, 0.3]"]
+    with pytest.raises(UserError, match=r"shield\.regression: it needs evenly spaced anchors"):
+        api.distill("micro-turbo", tmp_path / "run", overrides=overrides)
 
 
 def test_regression_on_data_is_refused():

@@ -260,6 +260,25 @@ def test_a_players_gradient_does_not_outlive_its_update(tmp_path: Path) -> None:
     assert all(p.grad is None for p in first.module.parameters())
 
 
+def test_a_player_that_waits_lets_the_others_go_first(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", steps=3, log_every=1)
+    trainer.learners[0].player.waits = 2
+    start = [p.detach().clone() for p in trainer.learners[0].module.parameters()]
+    moved: list[bool] = []
+
+    def look(step: int) -> dict[str, float]:
+        pairs = zip(trainer.learners[0].module.parameters(), start, strict=True)
+        moved.append(any(not torch.equal(now, then) for now, then in pairs))
+        return {}
+
+    trainer.method.after_step = look  # type: ignore[method-assign]
+    trainer.fit()
+    assert moved == [False, False, True]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["first/loss" in line for line in lines] == [False, False, True]
+    assert all("second/loss" in line for line in lines)
+
+
 def test_learning_rate() -> None:
     cosine = OptimSettings(lr=1.0, warmup_steps=4, decay="cosine", final_lr_ratio=0.1)
     assert [learning_rate(cosine, step, 12) for step in (1, 2, 4, 8, 12)] == pytest.approx([0.25, 0.5, 1, 0.55, 0.1])

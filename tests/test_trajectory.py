@@ -8,6 +8,7 @@ from gaussian import SHAPE, Gaussian, prompts_of
 
 from fewstep import api, flow
 from fewstep.data.cache import INDEX, TeacherCache, read_index, shard_file
+from fewstep.distill.batch import DistillBatch
 from fewstep.distill.caching import cache_fingerprint, finer, make_cache, trajectory
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
@@ -56,7 +57,7 @@ def test_loss_is_zero_for_a_student_that_walks_the_same_way_and_falls_for_anothe
     teacher, noise, prompts = Gaussian(), torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
     states = trajectory(teacher, noise, ANCHORS, 1, SHIFT, prompts)
     settings = TrajectorySettings(tuple(flow.shift_sigma(u, SHIFT) for u in ANCHORS))
-    same, metrics = TrajectoryDistillation(Gaussian(), settings).student_loss((noise, prompts, states))
+    same, metrics = TrajectoryDistillation(Gaussian(), settings).student_loss(DistillBatch(noise, prompts, states))
     assert same.item() == pytest.approx(0.0, abs=1e-10)
     assert set(metrics) == {"state_1", "state_2", "state_3", "state_4"}
 
@@ -65,7 +66,7 @@ def test_loss_is_zero_for_a_student_that_walks_the_same_way_and_falls_for_anothe
     optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
     losses = []
     for _ in range(60):
-        loss, _ = method.student_loss((noise, prompts, states))
+        loss, _ = method.student_loss(DistillBatch(noise, prompts, states))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -177,6 +178,17 @@ def test_phases_start_from_each_other_and_go_on(tiny_folder, tmp_path):
     before = generate(student, ["a dog"], seed=3).images
     api.distill(phases_recipe(tiny_folder), tmp_path / "run")  # all is done: nothing changes
     assert torch.equal(generate(load(made.student), ["a dog"], seed=3).images, before)
+
+
+def test_phases_that_ask_the_teacher_the_same_share_its_answers(tiny_folder, tmp_path):
+    recipe = phases_recipe(tiny_folder).model_dump()
+    align, match = recipe["phases"]
+    match |= {"student": align["student"], "trajectory": align["trajectory"]}
+    match["shield"] |= {"regression": 1.0, "weight": 0.0}
+    align["train"] |= {"steps": 2}
+    api.distill(PhasesRecipe(**recipe), tmp_path / "run")
+    assert [folder.name for folder in (tmp_path / "run" / "cache").iterdir()] == ["8-of-2x3-guidance-own"]
+    assert not (tmp_path / "run/phases/2-match/cache").exists()
 
 
 def test_a_phase_that_wants_a_fake_says_so(tiny_folder):

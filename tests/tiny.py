@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.recipes.schema import JudgeRecipe, OptimSettings
-from fewstep.training.method import Batch, Player
+from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
 
-class TinyMethod:
+class TinyMethod(Method):
     """Two linear players of unlike pace; the second learns from the first. Dropout and noise draw on the global RNG."""
 
     def __init__(self) -> None:

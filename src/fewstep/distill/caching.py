@@ -1,22 +1,26 @@
-"""`fewstep cache`: the teacher's own way from noise to image, asked for once and kept."""
+"""The teacher's own way from noise to image, asked for once and kept: for `fewstep cache`, and for a distillation."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fewstep import flow
-from fewstep.data.cache import Index, fingerprint, shard_file, write_index, write_shard
+from fewstep.data.cache import Index, TeacherCache, fingerprint, shard_file, write_index, write_shard
 from fewstep.data.prompts import training_prompts
+from fewstep.distill.anchors import anchors_of
+from fewstep.distill.batch import DistillBatch
+from fewstep.errors import UserError
 from fewstep.generate import initial_noise
 from fewstep.models.denoiser import Denoiser, Guided
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.progress import track
-from fewstep.recipes.schema import CacheRecipe
+from fewstep.recipes.schema import CacheRecipe, DistillRecipe
 from fewstep.samplers import step_euler
 from fewstep.training.precision import uses_bf16
 
@@ -96,6 +100,60 @@ def make_cache(recipe: CacheRecipe, out: Path, *, fresh: bool = False, teacher: 
                 states.append(trajectory(denoiser, noise, anchors, recipe.substeps, teacher.shift, prompts[part]))
         write_shard(shard_file(out, shard), torch.cat(states), prompts, shown)
     return out
+
+
+def cache_of(recipe: DistillRecipe, teacher: TextToImage, folder: Path) -> TeacherCache:
+    """What the teacher does for a distillation: the recipe's cache, or one made in ``folder``.
+
+    Raises:
+        UserError: the student is to follow the teacher's way, and its own goes by other levels or takes fresh noise.
+    """
+    wanted, anchors = recipe.trajectory, anchors_of(recipe)
+    following = [
+        what
+        for what, asked in (
+            ("method trajectory", recipe.method == "trajectory"),
+            ("align", recipe.align),
+            ("shield.regression", recipe.shield.enabled and recipe.shield.regression),
+        )
+        if asked
+    ]
+    if following and (recipe.student.anchors is not None or recipe.student.sampler != "euler"):
+        raise UserError(
+            f"{following[0]}: it needs evenly spaced anchors and the euler sampler; "
+            "set align and shield.regression to 0, or leave student.anchors and student.sampler as they are"
+        )
+    guidance = teacher.card.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+    made_by = cache_fingerprint(teacher, flow.uniform_anchors(len(anchors)), wanted.substeps, guidance)
+    if wanted.cache is not None:
+        return TeacherCache(wanted.cache, made_by)
+    settings = CacheRecipe(
+        kind="cache",
+        name=recipe.name,
+        teacher=recipe.teacher,
+        prompts=recipe.prompts,
+        steps=len(anchors),
+        substeps=wanted.substeps,
+        guidance_scale=guidance,
+        samples=wanted.samples,
+        shard_size=64,  # one batch a file: an interruption loses seconds
+        precision=recipe.train.precision,
+    )
+    return TeacherCache(make_cache(settings, folder, teacher=teacher), made_by)
+
+
+def cached_batches(cache: TeacherCache, teacher: TextToImage, size: int, seed: int) -> Callable[[int], DistillBatch]:
+    """Batch number -> noise, prompts, and the teacher's states from there."""
+    height, width = teacher.card.height, teacher.card.width
+
+    def data(position: int) -> DistillBatch:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        chosen = torch.randint(len(cache), (size,), generator=generator).tolist()
+        states, prompts = cache.read(chosen)
+        noise = initial_noise(teacher, cache.seeds(chosen), height, width)
+        return DistillBatch(noise, prompts.to(teacher.device), states.to(teacher.device))
+
+    return data
 
 
 def _draw(seed: int, count: int) -> int:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from fewstep import flow
 from fewstep.distill import health
+from fewstep.distill.batch import DistillBatch
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.rollout import AnchorSchedule, Sampler, draw_way, rollout
 from fewstep.distill.shields import LearningShield, Shield, distribution_matching
 from fewstep.distill.spear import cfg_augmentation
+from fewstep.distill.trajectory import astray
 from fewstep.models.denoiser import Denoiser, predict_x0
 from fewstep.models.prompts import EncodedPrompts
-from fewstep.training.method import Batch, Player
+from fewstep.training.method import Method, Player
 
 #: What a denoiser is asked: x [B, C, H, W], sigma [B], B prompts.
 Question = tuple[Tensor, Tensor, EncodedPrompts]
@@ -37,6 +39,9 @@ class DmdSettings:
         spear, shield: weights of CA and DM; 0 switches one off, and saves its forwards.
         normaliser_floor: lower bound of the per-sample normalisers; without one they have given NaNs.
         fake_updates: the fake's moves for each of the student's (the two-time-scale rule of arXiv 2405.14867).
+        align_steps: steps in which the student only follows the teacher's way (``trajectory.astray``), before
+            spear and shield take over.
+        fake_warmup: how many of these the fake already learns in.
         fake_follow: share by which the fake is pulled to the student after each step.
         anchor_schedule: "fixed", or "continuous": levels drawn anew at every step (CDM, arXiv 2605.06376).
         sampler, eta: how the student will be run; eta is the renoise sampler's share of fresh noise.
@@ -49,6 +54,8 @@ class DmdSettings:
     shield: float = 1.0
     normaliser_floor: float = 0.1
     fake_updates: int = 5
+    align_steps: int = 0
+    fake_warmup: int = 0
     fake_follow: float = 0.0
     anchor_schedule: AnchorSchedule = "fixed"
     sampler: Sampler = "euler"
@@ -65,16 +72,9 @@ def regress(x: Tensor, delta: Tensor) -> Tensor:
     return 0.5 * (x - (x + delta).detach()).square().mean()
 
 
-def unpack(batch: Batch) -> tuple[Tensor, EncodedPrompts, Tensor | None]:
-    """Noise, prompts, and real latents or None."""
-    noise, prompts, *real = batch
-    return noise, prompts, real[0] if real else None
-
-
-class DecoupledDmd:
+class DecoupledDmd(Method):
     """Decoupled-DMD of a frozen teacher into ``student``, with ``fake`` beside it.
 
-    A batch is (noise [B, C, H, W], B encoded prompts), and real latents of these prompts where a shield wants them.
     Teacher, student and fake are denoisers; student and fake are modules too, and the parameters of the teacher take no
     gradient.
 
@@ -94,44 +94,43 @@ class DecoupledDmd:
     ) -> None:
         self.teacher, self.student, self.fake, self.null, self.settings = teacher, student, fake, null, settings
         self.shields = shields
-        self._players = [Player("student", student, self.student_loss)]
+        self.aligning = False
+        self.sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in settings.anchors]
+        self.players = [Player("student", student, self.student_loss)]
+        waits = max(0, settings.align_steps - settings.fake_warmup)
         if settings.shield:  # without distribution matching nobody asks the fake
-            self._players.append(Player("fake", fake, self.fake_loss, updates=settings.fake_updates))
+            self.players.append(Player("fake", fake, self.fake_loss, settings.fake_updates, waits))
         for _, shield in shields:
             if isinstance(shield, LearningShield):
-                self._players.append(Player(shield.name, shield.module, partial(self.shield_loss, shield)))
+                learn = partial(self.shield_loss, shield)
+                self.players.append(Player(shield.name, shield.module, learn, waits=waits))
 
-    @property
-    def players(self) -> list[Player]:
-        return self._players
-
-    def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the student: ``1/2 ||x - sg(x + CA / n_CA + DM / n_DM)||^2``, and other shields by weight."""
-        noise, prompts, real = unpack(batch)
-        x, anchor = self.one_step(noise, prompts)
-        delta, metrics = self.direction(x.detach(), anchor, prompts)
+        if self.aligning:
+            return torch.stack(astray(self.student, batch, self.sigmas)).sum(), {}
+        x, anchor = self.one_step(batch.noise, batch.prompts)
+        delta, metrics = self.direction(x.detach(), anchor, batch.prompts)
         loss = regress(x, delta)
         for weight, shield in self.shields:
-            held = shield.loss(x, prompts, real)
+            held = shield.loss(x, batch)
             loss = loss + weight * held
             metrics[shield.name] = held.detach()
         return loss, metrics | health.pattern(x.detach())
 
-    def shield_loss(self, shield: LearningShield, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def shield_loss(self, shield: LearningShield, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """What a shield's own network learns from fresh images of the student."""
-        noise, prompts, real = unpack(batch)
         with torch.no_grad():
-            x, _ = self.one_step(noise, prompts)
-        return shield.learn(x, prompts, real)
+            x, _ = self.one_step(batch.noise, batch.prompts)
+        return shield.learn(x, batch)
 
-    def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def fake_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow matching of the fake on fresh images of the student."""
-        noise, prompts, _ = unpack(batch)
         with torch.no_grad():
-            x, _ = self.one_step(noise, prompts)
+            x, _ = self.one_step(batch.noise, batch.prompts)
         sigma = self.settings.renoise.anywhere(x)
         eps = torch.randn_like(x)
-        velocity = self.fake(flow.renoise(x, sigma, eps), sigma, prompts)
+        velocity = self.fake(flow.renoise(x, sigma, eps), sigma, batch.prompts)
         return (velocity - (eps - x)).square().mean(), {}
 
     def one_step(self, noise: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
@@ -181,6 +180,9 @@ class DecoupledDmd:
         xs, sigmas, prompts = zip(*questions, strict=True)
         x0 = predict_x0(self.teacher, torch.cat(xs), torch.cat(sigmas), EncodedPrompts.cat(prompts))
         return list(x0.split([len(x) for x in xs]))
+
+    def before_step(self, step: int) -> None:
+        self.aligning = step <= self.settings.align_steps
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:

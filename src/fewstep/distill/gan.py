@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewstep import flow
+from fewstep.distill.batch import DistillBatch
 from fewstep.distill.renoise import Renoise
 from fewstep.models.denoiser import FeatureExtractor
-from fewstep.models.prompts import EncodedPrompts
 
 
 class Head(nn.Module):
@@ -46,22 +46,23 @@ class Gan:
         self.extractor, self.renoise, self.penalty, self.spread = extractor, renoise, penalty, spread
         self.module = Head(width)
 
-    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
+    def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
         """The student's: ``softplus(-D(x))``, non-saturating."""
         sigma = self.renoise.anywhere(x)
-        features = self.extractor.features(flow.renoise(x, sigma, torch.randn_like(x)), sigma, prompts)
+        features = self.extractor.features(flow.renoise(x, sigma, torch.randn_like(x)), sigma, batch.prompts)
         frozen = {name: weight.detach() for name, weight in self.module.named_parameters()}
         return F.softplus(-functional_call(self.module, frozen, features)).mean()
 
-    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def learn(self, x: Tensor, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's: ``softplus(D(x)) + softplus(-D(real)) + penalty (D(real) - D(real + noise))^2``."""
-        assert real is not None
+        real = batch.real
         sigma = self.renoise.anywhere(x)
         eps = torch.randn_like(x)
         near = real + self.spread * torch.randn_like(real)
         with torch.no_grad():
             seen = [
-                self.extractor.features(flow.renoise(images, sigma, eps), sigma, prompts) for images in (x, real, near)
+                self.extractor.features(flow.renoise(images, sigma, eps), sigma, batch.prompts)
+                for images in (x, real, near)
             ]
         fake, true, moved = (self.module(features) for features in seen)
         smoothness = (true - moved).square().mean()

@@ -7,10 +7,17 @@ import shutil
 from pathlib import Path
 
 from fewstep.distill.run import Watch, distill
-from fewstep.recipes.schema import DistillRecipe, EvaluateSettings, PhasesRecipe
+from fewstep.recipes.schema import DistillRecipe, EvaluateSettings, Phase, PhasesRecipe
 from fewstep.training.distribution import Ranks, open_run
 from fewstep.training.run import Run
 from fewstep.training.tracking import read_metrics
+
+
+def cache_name(phase: Phase) -> str:
+    """Phases that ask the teacher the same share its answers."""
+    asked = phase.trajectory
+    guidance = "own" if asked.guidance_scale is None else f"{asked.guidance_scale:g}"
+    return f"{asked.samples}-of-{phase.student.steps}x{asked.substeps}-guidance-{guidance}"
 
 
 def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None) -> Path:
@@ -32,7 +39,7 @@ def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, r
             evaluate=EvaluateSettings(enabled=False, every=recipe.evaluate.every, watched=recipe.evaluate.watched),
         )
         with open_run(ranks, folder, one, resume_command=run.resume_command) as inner:
-            student = distill(one, inner, watch, ranks)
+            student = distill(one, inner, watch, ranks, run.directory / "cache" / cache_name(phase))
         before = lines[-1]["step"] if lines else 0
         lines += [{**line, "step": before + line["step"]} for line in read_metrics(folder / "metrics.jsonl")]
     assert student is not None  # the schema asks for at least one phase

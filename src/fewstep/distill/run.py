@@ -8,28 +8,25 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fewstep import flow
-from fewstep.data.cache import TeacherCache
 from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import grid
 from fewstep.data.prompts import training_prompts
 from fewstep.distill import health
 from fewstep.distill.anchors import anchors_of
-from fewstep.distill.caching import cache_fingerprint, make_cache
+from fewstep.distill.batch import DistillBatch
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.roles import Roles, make_roles
-from fewstep.distill.shielding import RealLatents, shields_of
+from fewstep.distill.shielding import Batches, real_batches, shields_of
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
-from fewstep.generate import generate, initial_noise
+from fewstep.generate import generate
 from fewstep.models.pipeline import TextToImage, load
-from fewstep.models.prompts import EncodedPrompts
-from fewstep.recipes.schema import CacheRecipe, DistillRecipe, PromptSettings
+from fewstep.recipes.schema import DistillRecipe, PromptSettings
 from fewstep.training.distribution import Ranks
-from fewstep.training.method import Batch, Method
+from fewstep.training.method import Method
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
@@ -41,14 +38,16 @@ class Job:
     """What a recipe's method comes to: the algorithm, and where its batches come from."""
 
     method: Method
-    data: Callable[[int], Batch]
+    data: Batches
 
 
 #: A student -> what gives metrics of it whenever it is called.
 Watch = Callable[[TextToImage], Callable[[], Mapping[str, float]]]
 
 
-def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None) -> Path:
+def distill(
+    recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None, cache: Path | None = None
+) -> Path:
     """Distil, and save the student (its moving average) as ``<run>/student``, an ordinary diffusers folder.
 
     Goes on from the run's last checkpoint. Returns the student's folder.
@@ -56,20 +55,22 @@ def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: 
     Args:
         watch: measures the student every ``evaluate.every`` steps.
         ranks: the processes that distil together; only the first writes.
+        cache: where the teacher's trajectories are kept; unset, in the run.
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.train.seed)
     teacher = load(recipe.teacher, ranks.device)
     prompts = training_prompts(recipe.prompts)
     # what the teacher is to say beforehand it says before it is sharded among the processes
+    real: Batches | None = None
     with ranks.in_turn():
-        if recipe.method == "trajectory":
-            cache = trajectory_cache(recipe, teacher, run.directory / "cache")
-        else:
-            real = RealLatents.of(recipe, teacher, prompts, run.directory / "cache")
+        if recipe.asks_teacher_first:
+            real = real_batches(recipe, teacher, prompts, cache or run.directory / "cache")
     roles = make_roles(recipe, teacher, ranks)
     if recipe.method == "trajectory":
-        job = trajectory_job(recipe, roles, cache)
+        assert real is not None
+        sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in anchors_of(recipe))
+        job = Job(TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas)), real)
     else:
         job = dmd_job(recipe, roles, prompts, real, ranks)
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
@@ -92,59 +93,20 @@ def distill(recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: 
         return roles.save(run.directory / "student", ranks)
 
 
-def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: RealLatents | None, ranks: Ranks) -> Job:
+def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batches | None, ranks: Ranks) -> Job:
     """Decoupled-DMD on prompts alone. Shields that hold the student to real images bring these, with prompts of their
     own."""
     teacher = roles.teacher
     settings = settings_of(recipe, teacher.shift)
     if recipe.shield.gan and ranks.world > 1:
         raise UserError("shield.gan: its head cannot be trained by several processes yet; use one")
-    shields = shields_of(recipe, teacher, settings.renoise, real)
-    method = DecoupledDmd(teacher.denoiser, roles.student.denoiser, roles.fake, teacher.encode([""]), settings, shields)
-    size, seed = recipe.train.batch_size, recipe.train.seed
-    if real is not None and any(shield.wants_real for _, shield in shields):
-        return Job(method, real.batches(teacher, size, seed))
-    return Job(method, batches(teacher, prompts, size, seed))
-
-
-def trajectory_cache(recipe: DistillRecipe, teacher: TextToImage, folder: Path) -> TeacherCache:
-    """The teacher's trajectories: the recipe's cache, or one made in ``folder``."""
-    wanted = recipe.trajectory
-    if recipe.student.anchors is not None or recipe.student.sampler != "euler":
-        raise UserError("method trajectory: it needs evenly spaced anchors and the euler sampler")
-    anchors = anchors_of(recipe)
-    guidance = teacher.card.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-    made_by = cache_fingerprint(teacher, anchors, wanted.substeps, guidance)
-    if wanted.cache is not None:
-        return TeacherCache(wanted.cache, made_by)
-    settings = CacheRecipe(
-        kind="cache",
-        name=recipe.name,
-        teacher=recipe.teacher,
-        prompts=recipe.prompts,
-        steps=len(anchors),
-        substeps=wanted.substeps,
-        guidance_scale=guidance,
-        samples=wanted.samples,
-    )
-    return TeacherCache(make_cache(settings, folder, teacher=teacher), made_by)
-
-
-def trajectory_job(recipe: DistillRecipe, roles: Roles, cache: TeacherCache) -> Job:
-    """Regression on a cache of the teacher's trajectories."""
-    teacher = roles.teacher
-    sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in anchors_of(recipe))
-    method = TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas))
-    height, width = teacher.card.height, teacher.card.width
-
-    def data(position: int) -> tuple[Tensor, EncodedPrompts, Tensor]:
-        generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
-        chosen = torch.randint(len(cache), (recipe.train.batch_size,), generator=generator).tolist()
-        states, prompts = cache.read(chosen)
-        noise = initial_noise(teacher, cache.seeds(chosen), height, width)
-        return noise, prompts.to(teacher.device), states.to(teacher.device)
-
-    return Job(method, data)
+    student = roles.student.denoiser
+    sigmas = [flow.shift_sigma(u, teacher.shift) for u in settings.anchors]
+    shields = shields_of(recipe, teacher, student, sigmas, settings.renoise, real)
+    method = DecoupledDmd(teacher.denoiser, student, roles.fake, teacher.encode([""]), settings, shields)
+    if real is not None and (recipe.align or any(shield.wants_real for _, shield in shields)):
+        return Job(method, real)
+    return Job(method, batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed))
 
 
 def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
@@ -161,6 +123,8 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
         shield=shield,
         normaliser_floor=recipe.normaliser_floor,
         fake_updates=recipe.fake_updates,
+        align_steps=round(recipe.align * recipe.train.steps),
+        fake_warmup=recipe.fake_warmup,
         fake_follow=recipe.fake_follow,
         anchor_schedule=recipe.student.anchor_schedule,
         sampler=recipe.student.sampler,
@@ -168,18 +132,16 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
     )
 
 
-def batches(
-    model: TextToImage, prompts: list[str], size: int, seed: int
-) -> Callable[[int], tuple[Tensor, EncodedPrompts]]:
+def batches(model: TextToImage, prompts: list[str], size: int, seed: int) -> Batches:
     """Batch number -> (pure noise, encoded prompts): prompts alone, no images. Each prompt is encoded once, here."""
     encoded = model.encode(prompts)
     shape = model.latent_shape(model.card.height, model.card.width)
 
-    def data(position: int) -> tuple[Tensor, EncodedPrompts]:
+    def data(position: int) -> DistillBatch:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
         chosen = torch.randint(len(prompts), (size,), generator=generator)
         noise = torch.randn(size, *shape, generator=generator)
-        return noise.to(model.device), encoded[chosen]
+        return DistillBatch(noise.to(model.device), encoded[chosen])
 
     return data
 

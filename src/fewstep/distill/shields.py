@@ -6,15 +6,17 @@ images, which can be added to it or stand in its place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fewstep import flow
+from fewstep.distill.batch import DistillBatch
 from fewstep.distill.renoise import Renoise
-from fewstep.models.denoiser import FeatureExtractor
-from fewstep.models.prompts import EncodedPrompts
+from fewstep.distill.trajectory import astray
+from fewstep.models.denoiser import Denoiser, FeatureExtractor
 
 
 def distribution_matching(x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ class Shield(Protocol):
         """Whether batches must bring real latents."""
         ...
 
-    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
-        """Student's images [B, C, H, W] with gradient, their prompts, real latents of the same prompts -> scalar."""
+    def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
+        """Student's images [B, C, H, W] with gradient, and the batch they are of -> scalar."""
         ...
 
 
@@ -54,7 +56,7 @@ class LearningShield(Shield, Protocol):
         """What learns."""
         ...
 
-    def learn(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def learn(self, x: Tensor, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``module`` on the student's images without gradient, and metrics."""
         ...
 
@@ -82,19 +84,25 @@ class MeanVariance:
     def __init__(self, mean: float, std: float) -> None:
         self.mean, self.std = mean, std
 
-    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
+    def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
         return mean_variance(x, self.mean, self.std)
 
 
 class Regression:
     """DMD's regression (arXiv 2311.18828, eq. 9, on latents): what the student makes of a noise should be what the
-    teacher made of the same noise. It holds the student to the teacher's own images, one by one."""
+    teacher made of the same noise. A student of several steps is held all along its way, see ``trajectory.astray``.
+
+    Args:
+        sigmas: the student's levels from 1 down, without the final 0.
+    """
 
     name, wants_real = "regression", True
 
-    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
-        assert real is not None
-        return (x - real).square().mean()
+    def __init__(self, student: Denoiser, sigmas: Sequence[float]) -> None:
+        self.student, self.sigmas = student, sigmas
+
+    def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
+        return torch.stack(astray(self.student, batch, self.sigmas)).sum()
 
 
 def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
@@ -120,12 +128,11 @@ class FeatureMmd:
     def __init__(self, extractor: FeatureExtractor, renoise: Renoise) -> None:
         self.extractor, self.renoise = extractor, renoise
 
-    def loss(self, x: Tensor, prompts: EncodedPrompts, real: Tensor | None) -> Tensor:
-        assert real is not None
+    def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
         sigma = self.renoise.anywhere(x)
         eps = torch.randn_like(x)
         seen = [
-            self.extractor.features(flow.renoise(images, sigma, eps), sigma, prompts).mean(dim=1)
-            for images in (x, real)
+            self.extractor.features(flow.renoise(images, sigma, eps), sigma, batch.prompts).mean(dim=1)
+            for images in (x, batch.real)
         ]
         return feature_mmd(seen[0], seen[1].detach())

@@ -8,13 +8,16 @@ sharper images than the mean over what the teacher might have done, but it is st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.distill.batch import DistillBatch
+from fewstep.models.denoiser import Denoiser
 from fewstep.samplers import step_euler
-from fewstep.training.method import Batch, Player
+from fewstep.training.method import Method, Player
 
 
 @dataclass(frozen=True)
@@ -24,31 +27,31 @@ class TrajectorySettings:
     sigmas: tuple[float, ...]
 
 
-class TrajectoryDistillation:
-    """One player, the student. A batch is (noise [B, C, H, W], B encoded prompts, teacher's states [B, K, C, H, W]),
-    where state k is the teacher's at the student's level k + 1, and the last one is data."""
+def astray(student: Denoiser, batch: DistillBatch, sigmas: Sequence[float]) -> list[Tensor]:
+    """Mean squared distance of each of the student's states from the teacher's, K scalars with gradient.
+
+    Args:
+        batch: with the teacher's states.
+        sigmas: the student's levels from 1 down, without the final 0.
+    """
+    assert batch.states is not None
+    levels, x, distances = [*sigmas, 0.0], batch.noise, list[Tensor]()
+    for index, sigma in enumerate(sigmas):
+        velocity = student(x, torch.full((len(x),), sigma, device=x.device), batch.prompts)
+        x = step_euler(x, sigma, levels[index + 1], velocity)
+        distances.append((x - batch.states[:, index]).square().mean())
+    return distances
+
+
+class TrajectoryDistillation(Method):
+    """One player, the student. Batches bring the teacher's states."""
 
     def __init__(self, student: nn.Module, settings: TrajectorySettings) -> None:
         self.student, self.settings = student, settings
-        self._players = [Player("student", student, self.student_loss)]
+        self.players = [Player("student", student, self.student_loss)]
 
-    @property
-    def players(self) -> list[Player]:
-        return self._players
-
-    def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over steps of the mean squared distance of the states, and each of them as a metric."""
-        x, prompts, states = batch
-        levels = [*self.settings.sigmas, 0.0]
-        metrics: dict[str, Tensor] = {}
-        total = x.new_zeros(())
-        for index, sigma in enumerate(levels[:-1]):
-            velocity = self.student(x, torch.full((len(x),), sigma, device=x.device), prompts)
-            x = step_euler(x, sigma, levels[index + 1], velocity)
-            distance = (x - states[:, index]).square().mean()
-            metrics[f"state_{index + 1}"] = distance.detach()
-            total = total + distance
-        return total, metrics
-
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
+        distances = astray(self.student, batch, self.settings.sigmas)
+        metrics = {f"state_{k}": distance.detach() for k, distance in enumerate(distances, start=1)}
+        return torch.stack(distances).sum(), metrics

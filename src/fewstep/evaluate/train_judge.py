@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.data.emoji import COLOURS, STYLES, Concept, EmojiWorld
 from fewstep.evaluate.judge import Judge, JudgeNet, hits, labels
 from fewstep.recipes.schema import JudgeRecipe
-from fewstep.training.method import Player
+from fewstep.training.method import Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
@@ -98,7 +98,7 @@ def batches(world: EmojiWorld, concepts: list[Concept], recipe: JudgeRecipe) -> 
     return batch
 
 
-class JudgeMethod:
+class JudgeMethod(Method):
     """Plain classification: the cross entropies of drawing and colour. The drawing, by far the harder, weighs more."""
 
     def __init__(self, net: JudgeNet) -> None:
@@ -116,9 +116,6 @@ class JudgeMethod:
         }
         right = {key: hit.float().mean() for key, hit in hits(output[named], concepts[named]).items()}
         return losses["drawing"] + 0.3 * losses["colour"], losses | right
-
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
 
 
 def anywhere(world: EmojiWorld, concepts: list[Concept], generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.vae import as_channels_last
 from fewstep.recipes.schema import FlowRecipe, TransformerSettings
 from fewstep.samplers import sample_euler
-from fewstep.training.method import Batch, Player
+from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
@@ -69,16 +69,12 @@ def flow_matching_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, prompts: E
     return (velocity.float() - (eps - x0)).square().flatten(1).mean(dim=1)
 
 
-class FlowMatching:
+class FlowMatching(Method):
     """One player, the denoiser. A batch is (x0, encoded prompts, some of them the null prompt)."""
 
     def __init__(self, denoiser: nn.Module, mean: float, std: float, shift: float) -> None:
         self.denoiser, self.mean, self.std, self.shift = denoiser, mean, std, shift
-        self._players = [Player("teacher", denoiser, self.loss)]
-
-    @property
-    def players(self) -> list[Player]:
-        return self._players
+        self.players = [Player("teacher", denoiser, self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x0, prompts = batch
@@ -87,9 +83,6 @@ class FlowMatching:
         noisy = sigma > 0.75
         parts = {"noisy": each[noisy], "clean": each[~noisy]}
         return each.mean(), {name: part.detach().mean() for name, part in parts.items() if len(part)}
-
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
 
 
 def train(recipe: FlowRecipe, run: Run) -> Path:

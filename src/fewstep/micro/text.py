@@ -17,7 +17,7 @@ from fewstep.data.latents import build_bank
 from fewstep.models.prompts import chat
 from fewstep.models.vae import as_channels_last, encode_images
 from fewstep.recipes.schema import TextRecipe, TextSettings
-from fewstep.training.method import Batch, Player
+from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
@@ -117,16 +117,12 @@ class Contrast(nn.Module):
         return F.normalize(self.image_tower(latents).float(), dim=-1)
 
 
-class ContrastMethod:
+class ContrastMethod(Method):
     """Symmetric InfoNCE (CLIP, arXiv 2103.00020) in which prompts of the same drawing are all positives."""
 
     def __init__(self, model: Contrast) -> None:
         self.model = model
-        self._players = [Player("text", model, self.loss)]
-
-    @property
-    def players(self) -> list[Player]:
-        return self._players
+        self.players = [Player("text", model, self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         ids, mask, latents, drawing = batch
@@ -136,9 +132,6 @@ class ContrastMethod:
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         found = same.gather(1, scores.argmax(dim=1, keepdim=True)).mean()
         return loss, {"accuracy": found.detach()}
-
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
 
 
 def train(recipe: TextRecipe, run: Run) -> Path:

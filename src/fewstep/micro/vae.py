@@ -14,7 +14,7 @@ from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import grid
 from fewstep.models.vae import as_channels_last
 from fewstep.recipes.schema import VaeLossSettings, VaeRecipe
-from fewstep.training.method import Batch, Player
+from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
@@ -60,16 +60,12 @@ def reconstruction_loss(images: Tensor, decoded: Tensor, weights: VaeLossSetting
     return weights.l1 * pixel + weights.l2 * error.square().mean() + weights.edge * edges, pixel
 
 
-class VaeMethod:
+class VaeMethod(Method):
     """One player: reconstruction with a light KL term."""
 
     def __init__(self, vae: AutoencoderKL, weights: VaeLossSettings) -> None:
         self.vae, self.weights = vae, weights
-        self._players = [Player("vae", vae, self.loss)]
-
-    @property
-    def players(self) -> list[Player]:
-        return self._players
+        self.players = [Player("vae", vae, self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images: Tensor = batch
@@ -79,9 +75,6 @@ class VaeMethod:
         reconstruction, pixel = reconstruction_loss(images, decoded.float(), self.weights)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return reconstruction + self.weights.kl * kl, {"pixel": pixel.detach(), "kl": kl.detach()}
-
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
 
 
 @torch.no_grad()

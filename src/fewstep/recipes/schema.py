@@ -221,18 +221,20 @@ class ShieldSettings(Settings):
     weight: Weight = Field(default=1.0, description="Weight of distribution matching's direction.")
     mean_variance: Weight = Field(default=0.0, description="Weight of the mean-variance shield.")
     mmd: Weight = Field(default=0.0, description="Weight of the MMD of the teacher's features.")
-    regression: Weight = Field(default=0.0, description="Weight of DMD's regression on the teacher's image of a noise.")
+    regression: Weight = Field(default=0.0, description="Weight of DMD's regression on the teacher's way from a noise.")
     gan: Weight = Field(default=0.0, description="Weight of the GAN on the teacher's features.")
     gan_penalty: Weight = Field(default=100.0, description="Weight of the GAN's approximate R1 penalty.")
     real: Literal["teacher", "data"] = Field(
         default="teacher",
         description="What GAN and MMD hold the student to: images of the teacher, or the emoji world's.",
     )
-    real_samples: int = Field(default=1024, ge=2, description="How many of them.")
+    real_samples: int = Field(
+        default=1024, ge=2, description="How many of the emoji world's; of the teacher's it is trajectory.samples."
+    )
 
     @property
     def others(self) -> bool:
-        """Whether a shield beside distribution matching is on; all of these need images that count as real."""
+        """Whether a shield beside distribution matching is on; all of these need latents that count as real."""
         return self.enabled and any((self.mean_variance, self.mmd, self.regression, self.gan))
 
 
@@ -251,7 +253,7 @@ class DistillOptimSettings(Settings):
 
 
 class TrajectorySettings(Settings):
-    """What method: trajectory learns from."""
+    """The teacher's own way from noise to image, for method: trajectory and for shields that want its images."""
 
     cache: str | None = Field(None, description="Folder that fewstep cache made; null makes one in the run.")
     samples: int = Field(default=1024, ge=1, description="Trajectories of a cache made in the run.")
@@ -300,16 +302,27 @@ class Phase(BaseRecipe):
     )
     normaliser_floor: float = Field(default=0.1, gt=0, description="Lower bound of the per-sample normalisers.")
     fake_updates: int = Field(default=5, ge=1, description="Updates of the fake for each one of the student.")
+    align: Fraction = Field(
+        default=0.0, description="Share of the steps, the first, in which the student only follows the teacher's way."
+    )
+    fake_warmup: int = Field(default=0, ge=0, description="How many of these the fake already learns in.")
     fake_follow: Fraction = Field(
         default=0.0, description="Share by which the fake is pulled to the student after each step."
     )
     trajectory: TrajectorySettings = Field(
-        default_factory=TrajectorySettings, description="For method trajectory: the teacher's states."
+        default_factory=TrajectorySettings, description="The teacher's own way, where it is asked for."
     )
     optim: DistillOptimSettings = Field(description="Optimizers.")
 
+    @property
+    def asks_teacher_first(self) -> bool:
+        """Whether the teacher's own way, or other latents that count as real, are wanted before training begins."""
+        return self.method == "trajectory" or self.align > 0 or self.shield.others
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.align and self.shield.real != "teacher":
+            raise ValueError("align follows the teacher's own way: set shield.real to teacher")
         if self.method != "dmd" or not self.shield.enabled:
             return self
         if self.shield.weight and self.optim.fake is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,24 +19,28 @@ class Player:
     module: the parameters with `requires_grad` are those it moves.
     loss: batch -> (scalar loss, metrics of scalar tensors). Its gradient must reach this module alone.
     updates: how many times it moves in one step, each time on a new batch; at least 1.
+    waits: how many steps the others take without it first.
     """
 
     name: str
     module: nn.Module
     loss: Loss
     updates: int = 1
+    waits: int = 0
 
 
-class Method(Protocol):
-    """An algorithm: in every step its players move in turn, then `after_step` is called.
+class Method:
+    """An algorithm: in every step its players move in turn, between `before_step` and `after_step`.
 
     A method may keep no state of its own between steps other than its players' modules: nothing else is saved.
     All its randomness comes from torch's global generators, whose state is saved.
     """
 
-    @property
-    def players(self) -> list[Player]: ...
+    players: list[Player]
+
+    def before_step(self, step: int) -> None:
+        """Called before step number `step`; the first is 1, or the first after what a checkpoint holds."""
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Called after step number `step` (the first is 1); returns further metrics, often none."""
-        ...
+        """Called after step number `step`; returns further metrics, often none."""
+        return {}

@@ -125,7 +125,10 @@ class Trainer:
     def _take_step(self) -> dict[str, float]:
         """One step; returns the players' last losses."""
         losses = {}
+        self.method.before_step(self.step + 1)
         for learner in self.learners:
+            if self.step < learner.player.waits:
+                continue
             for _ in range(learner.player.updates):
                 batches = [self.ranks.share(self.data(self.position + i)) for i in range(self.train.accumulate)]
                 self.position += self.train.accumulate

@@ -1,0 +1,28 @@
+"""What a distillation learns from: noise, prompts, and what the teacher or the data say to them where that is asked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fewstep.models.prompts import EncodedPrompts
+
+
+class DistillBatch(NamedTuple):
+    """
+    noise: [B, C, H, W], pure.
+    prompts: B of them.
+    states: [B, K, C, H, W]: where the teacher's own way from this noise was at the student's levels after the first,
+        the last of them an image; or K = 1 real latents of these prompts. None where nobody asks for them.
+    """
+
+    noise: Tensor
+    prompts: EncodedPrompts
+    states: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """[B, C, H, W]: latents that count as real."""
+        assert self.states is not None
+        return self.states[:, -1]
