@@ -72,7 +72,7 @@ def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tm
 
 
 def test_alignment_is_a_share_of_the_steps(tiny_folder, tmp_path):
-    """The shipped recipe's way, in four steps: two that follow the teacher, the fake joining in the second; then DMD."""
+    """The shipped recipe's way: two steps that follow the teacher, the fake joining in the second; then two of DMD."""
     more = ("align=0.5", "fake_warmup=1", "shield.regression=1", "trajectory.samples=4", "train.steps=4")
     distil(tiny_folder, tmp_path / "run", *more)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

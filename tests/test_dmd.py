@@ -215,6 +215,9 @@ def test_players_and_their_pace():
     assert [p.name for p in method_of(replace(SETTINGS, shield=0.0)).players] == ["student"]
     late = method_of(replace(SETTINGS, align_steps=9, fake_warmup=4))
     assert [(p.name, p.waits) for p in late.players] == [("student", 0), ("fake", 5)]
+    early = replace(SETTINGS, fake_warmup=4)
+    assert [(p.name, p.waits) for p in method_of(early).players] == [("student", 4), ("fake", 0)]
+    assert method_of(replace(early, shield=0.0)).players[0].waits == 0  # there is no fake to wait for
 
 
 def test_alignment_follows_the_teacher_and_then_ends():

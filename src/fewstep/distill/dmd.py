@@ -41,7 +41,7 @@ class DmdSettings:
         fake_updates: the fake's moves for each of the student's (the two-time-scale rule of arXiv 2405.14867).
         align_steps: steps in which the student only follows the teacher's way (``trajectory.astray``), before
             spear and shield take over.
-        fake_warmup: how many of these the fake already learns in.
+        fake_warmup: steps that the fake learns in before they do; a student that is not aligning meanwhile waits.
         fake_follow: share by which the fake is pulled to the student after each step.
         anchor_schedule: "fixed", or "continuous": levels drawn anew at every step (CDM, arXiv 2605.06376).
         sampler, eta: how the student will be run; eta is the renoise sampler's share of fresh noise.
@@ -96,7 +96,8 @@ class DecoupledDmd(Method):
         self.shields = shields
         self.aligning = False
         self.sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in settings.anchors]
-        self.players = [Player("student", student, self.student_loss)]
+        early = settings.fake_warmup - settings.align_steps if settings.shield else 0
+        self.players = [Player("student", student, self.student_loss, waits=max(0, early))]
         waits = max(0, settings.align_steps - settings.fake_warmup)
         if settings.shield:  # without distribution matching nobody asks the fake
             self.players.append(Player("fake", fake, self.fake_loss, settings.fake_updates, waits))

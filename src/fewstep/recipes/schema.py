@@ -305,7 +305,9 @@ class Phase(BaseRecipe):
     align: Fraction = Field(
         default=0.0, description="Share of the steps, the first, in which the student only follows the teacher's way."
     )
-    fake_warmup: int = Field(default=0, ge=0, description="How many of these the fake already learns in.")
+    fake_warmup: int = Field(
+        default=0, ge=0, description="Steps that the fake learns in before spear and shield move the student."
+    )
     fake_follow: Fraction = Field(
         default=0.0, description="Share by which the fake is pulled to the student after each step."
     )

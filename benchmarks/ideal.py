@@ -1,0 +1,80 @@
+"""What a perfect teacher of the emoji world would make of few steps: a bound that no training moves.
+
+For a finite set of images the best denoiser is known in closed form: a softmax over distances. Here it knows a number
+of real images of each prompt, in random places, and is sampled as a model is, without and with guidance. Each image
+then is judged. It shows how much of "few steps are bad" belongs to the world, and how much to an imperfect model.
+
+    python benchmarks/ideal.py [--prompts 100] [--images 128]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from fewstep import flow
+from fewstep.data.emoji import Concept, EmojiWorld
+from fewstep.evaluate.features import FeatureNet
+from fewstep.evaluate.judge import Judge, hits
+from fewstep.evaluate.metrics import frechet_distance
+from fewstep.models.pipeline import TextToImage, load
+from fewstep.progress import track
+
+
+def velocity(x: Tensor, sigma: float, known: Tensor) -> Tensor:
+    """The best velocity where data are one of ``known``: x [B, N], known [B or 1, K, N] -> [B, N]."""
+    distance = torch.cdist(x[:, None], (1 - sigma) * known).squeeze(1).square()
+    weight = torch.softmax(-distance / (2 * sigma**2), dim=1)
+    return flow.velocity_from_x0(x, sigma, torch.einsum("bk,bkn->bn", weight, known.expand(len(x), -1, -1)))
+
+
+def sample(noise: Tensor, known: Tensor, steps: int, guidance: float, shift: float) -> Tensor:
+    """Euler's method; the null prompt's denoiser knows the images of all prompts."""
+    every = known.flatten(0, 1)[None]
+    sigmas, x = flow.schedule(steps, shift), noise
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        v = velocity(x, sigma, known)
+        if guidance:
+            v = v + guidance * (v - velocity(x, sigma, every))
+        x = x + (following - sigma) * v
+    return x
+
+
+def images_of(model: TextToImage, world: EmojiWorld, concepts: list[Concept], count: int) -> Tensor:
+    """Latents [P, count, N] of ``count`` real images of each concept."""
+    generator = torch.Generator().manual_seed(1)
+    wanted = [concept for concept in concepts for _ in range(count)]
+    parts = [
+        model.encode_images(world.render(wanted[start : start + 256], generator))
+        for start in track(range(0, len(wanted), 256), "encoding images")
+    ]
+    return torch.cat(parts).flatten(1).unflatten(0, (len(concepts), count))
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="micro", help="whose autoencoder and shift to use")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--images", type=int, default=128, help="that the denoiser knows of each prompt")
+    arguments = parser.parse_args()
+    model, world, judge, net = load(arguments.teacher), EmojiWorld.load(), Judge.load(), FeatureNet()
+    concepts = world.sample(arguments.prompts, "heldout", seed=3)
+    known = images_of(model, world, concepts, arguments.images)
+    shape = model.latent_shape(64, 64)
+    noise = torch.randn(len(concepts), known.shape[-1], generator=torch.Generator().manual_seed(5))
+    guidance, reference = model.card.guidance_scale, None
+    for steps, scale in ((50, guidance), (50, 0.0), (4, 0.0), (4, guidance)):
+        latents = sample(noise, known, steps, scale, model.shift)
+        images = torch.cat([model.decode(part) for part in latents.unflatten(1, shape).split(50)])
+        features = net(images)
+        reference = features if reference is None else reference
+        right = {key: f"{hit.float().mean():.1%}" for key, hit in hits(judge(images), concepts).items()}
+        apart = frechet_distance(features, reference)
+        print(f"{steps} steps, guidance {scale:g}: {right}, Fréchet distance to the first {apart:.1f}")
+
+
+if __name__ == "__main__":
+    main()
