@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fewstep.data.prompts import training_prompts
+from fewstep.distill.batch import DistillBatch
 from fewstep.distill.dmd import DecoupledDmd, Question
 from fewstep.distill.run import settings_of
 from fewstep.models.denoiser import predict_x0
@@ -83,7 +84,7 @@ class Arm:
         for player in self.method.players:
             for _ in range(player.updates):
                 chosen = torch.randint(len(self.texts), (self.batch,))
-                batch = torch.randn(self.batch, *self.shape), self.prompts(chosen)
+                batch = DistillBatch(torch.randn(self.batch, *self.shape), self.prompts(chosen))
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                     loss, _ = player.loss(batch)
                 loss.backward()

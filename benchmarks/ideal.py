@@ -24,15 +24,19 @@ from fewstep.progress import track
 
 
 def velocity(x: Tensor, sigma: float, known: Tensor) -> Tensor:
-    """The best velocity where data are one of ``known``: x [B, N], known [B or 1, K, N] -> [B, N]."""
-    distance = torch.cdist(x[:, None], (1 - sigma) * known).squeeze(1).square()
-    weight = torch.softmax(-distance / (2 * sigma**2), dim=1)
-    return flow.velocity_from_x0(x, sigma, torch.einsum("bk,bkn->bn", weight, known.expand(len(x), -1, -1)))
+    """The best velocity for x [B, N] where data are one of ``known``: [K, N], or [B, K, N] for others in each row."""
+    if known.ndim == 2:
+        distance = torch.cdist(x, (1 - sigma) * known)
+    else:
+        distance = torch.cdist(x[:, None], (1 - sigma) * known).squeeze(1)
+    weight = torch.softmax(-distance.square() / (2 * sigma**2), dim=1)
+    x0 = weight @ known if known.ndim == 2 else torch.einsum("bk,bkn->bn", weight, known)
+    return flow.velocity_from_x0(x, sigma, x0)
 
 
 def sample(noise: Tensor, known: Tensor, steps: int, guidance: float, shift: float) -> Tensor:
     """Euler's method; the null prompt's denoiser knows the images of all prompts."""
-    every = known.flatten(0, 1)[None]
+    every = known.flatten(0, 1)
     sigmas, x = flow.schedule(steps, shift), noise
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         v = velocity(x, sigma, known)
@@ -73,7 +77,7 @@ def main() -> None:
         reference = features if reference is None else reference
         right = {key: f"{hit.float().mean():.1%}" for key, hit in hits(judge(images), concepts).items()}
         apart = frechet_distance(features, reference)
-        print(f"{steps} steps, guidance {scale:g}: {right}, Fréchet distance to the first {apart:.1f}")
+        print(f"{steps} steps, guidance {scale:g}: {right}, Fréchet distance to the first {apart:.1f}", flush=True)
 
 
 if __name__ == "__main__":
