@@ -23,6 +23,7 @@ SHORT = [
     *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "student.steps=2"),
     "shield.regression=0",
     "align=0",
+    "fake_warmup=0",
     "optim.student.decay=constant",
 ]
 

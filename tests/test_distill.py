@@ -31,6 +31,7 @@ SHORT = [
         "evaluate.enabled=false",
         "shield.regression=0",
         "align=0",
+        "fake_warmup=0",
         "optim.student.decay=constant",
     ),
 ]

@@ -19,6 +19,7 @@ OPTIONS = [
     *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "evaluate.every=0", "student.steps=2"),
     "shield.regression=0",
     "align=0",
+    "fake_warmup=0",
     "optim.student.decay=constant",
 ]
 

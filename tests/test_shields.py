@@ -145,7 +145,7 @@ def test_features_are_the_middle_of_the_forward(tiny):
 
 
 RUN = [
-    *("train.steps=1", "shield.regression=0", "align=0", "optim.student.decay=constant"),
+    *("train.steps=1", "shield.regression=0", "align=0", "fake_warmup=0", "optim.student.decay=constant"),
     *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=1", "train.preview_every=0"),
     *("train.precision=fp32", "fake_updates=1", "evaluate.enabled=false", "shield.real_samples=6"),
     *("trajectory.samples=6", "trajectory.substeps=3", "trajectory.guidance_scale=null"),
