@@ -21,6 +21,7 @@ OPTIONS = [
     "align=0",
     "fake_warmup=0",
     "optim.student.decay=constant",
+    "optim.student.lr=2.0e-4",
 ]
 
 
