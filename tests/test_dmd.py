@@ -224,7 +224,8 @@ def test_alignment_follows_the_teacher_and_then_ends():
     """Until the step it was told the student's loss is its distance from the teacher's way, without CA or DM."""
     teacher = Gaussian().requires_grad_(False)
     method = method_of(replace(SETTINGS, align_steps=2), teacher=teacher, student=Gaussian(offset=0.5))
-    noise, prompts = batch_of()[:2]
+    drawn = batch_of()
+    noise, prompts = drawn.noise, drawn.prompts
     states = trajectory(teacher, noise, list(SETTINGS.anchors), 1, SHIFT, prompts)
     batch = DistillBatch(noise, prompts, states)
     method.before_step(2)

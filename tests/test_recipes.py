@@ -119,6 +119,8 @@ def test_misspelt_required_key_is_named_before_the_missing_one(judge: Path) -> N
         ("kind: judge\n  name: x\n", "not valid YAML"),
         (JUDGE.replace("steps: 10, ", ""), "train.steps is missing"),
         (JUDGE.replace("name: tiny", "name: tiny\nname: again"), "the key name is given twice"),
+        (JUDGE + "? {a: 1}\n: 2\n", "not valid YAML"),
+        (JUDGE + "loop: &loop [*loop]\n", "unknown key loop"),
     ],
 )
 def test_wrong_file_is_one_line_with_its_name(judge: Path, text: str, message: str) -> None:

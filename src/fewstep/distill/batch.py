@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from fewstep.models.prompts import EncodedPrompts
 
 
-class DistillBatch(NamedTuple):
+@dataclass(frozen=True)
+class DistillBatch:
     """
     noise: [B, C, H, W], pure.
     prompts: B of them.
@@ -26,3 +28,13 @@ class DistillBatch(NamedTuple):
         """[B, C, H, W]: latents that count as real."""
         assert self.states is not None
         return self.states[:, -1]
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def __getitem__(self, rows: slice) -> DistillBatch:
+        return DistillBatch(self.noise[rows], self.prompts[rows], None if self.states is None else self.states[rows])
+
+
+#: Batch number -> batch: a pure function, so that a run goes on where it was.
+Batches = Callable[[int], DistillBatch]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from fewstep import flow
 from fewstep.data.cache import Index, TeacherCache, fingerprint, shard_file, write_index, write_shard
 from fewstep.data.prompts import training_prompts
 from fewstep.distill.anchors import anchors_of
-from fewstep.distill.batch import DistillBatch
+from fewstep.distill.batch import Batches, DistillBatch
 from fewstep.errors import UserError
 from fewstep.generate import initial_noise
 from fewstep.models.denoiser import Denoiser, Guided
@@ -142,7 +141,7 @@ def cache_of(recipe: DistillRecipe, teacher: TextToImage, folder: Path) -> Teach
     return TeacherCache(make_cache(settings, folder, teacher=teacher), made_by)
 
 
-def cached_batches(cache: TeacherCache, teacher: TextToImage, size: int, seed: int) -> Callable[[int], DistillBatch]:
+def cached_batches(cache: TeacherCache, teacher: TextToImage, size: int, seed: int) -> Batches:
     """Batch number -> noise, prompts, and the teacher's states from there."""
     height, width = teacher.card.height, teacher.card.width
 

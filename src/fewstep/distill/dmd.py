@@ -61,6 +61,11 @@ class DmdSettings:
     sampler: Sampler = "euler"
     eta: float = 1.0
 
+    @property
+    def sigmas(self) -> list[float]:
+        """The anchors after the shift."""
+        return [flow.shift_sigma(u, self.renoise.shift) for u in self.anchors]
+
 
 def normaliser(x0_teacher: Tensor, x: Tensor, floor: float) -> Tensor:
     """``mean|x0_teacher - x|`` of each sample, at least ``floor``: [B, 1, 1, 1] (DMD, arXiv 2311.18828, eq. 8)."""
@@ -95,7 +100,6 @@ class DecoupledDmd(Method):
         self.teacher, self.student, self.fake, self.null, self.settings = teacher, student, fake, null, settings
         self.shields = shields
         self.aligning = False
-        self.sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in settings.anchors]
         early = settings.fake_warmup - settings.align_steps if settings.shield else 0
         self.players = [Player("student", student, self.student_loss, waits=max(0, early))]
         waits = max(0, settings.align_steps - settings.fake_warmup)
@@ -109,7 +113,7 @@ class DecoupledDmd(Method):
     def student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the student: ``1/2 ||x - sg(x + CA / n_CA + DM / n_DM)||^2``, and other shields by weight."""
         if self.aligning:
-            return torch.stack(astray(self.student, batch, self.sigmas)).sum(), {}
+            return torch.stack(astray(self.student, batch, self.settings.sigmas)).sum(), {}
         x, anchor = self.one_step(batch.noise, batch.prompts)
         delta, metrics = self.direction(x.detach(), anchor, batch.prompts)
         loss = regress(x, delta)

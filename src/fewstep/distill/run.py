@@ -15,11 +15,11 @@ from fewstep.data.images import grid
 from fewstep.data.prompts import training_prompts
 from fewstep.distill import health
 from fewstep.distill.anchors import anchors_of
-from fewstep.distill.batch import DistillBatch
+from fewstep.distill.batch import Batches, DistillBatch
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.roles import Roles, make_roles
-from fewstep.distill.shielding import Batches, real_batches, shields_of
+from fewstep.distill.shielding import real_batches, shields_of
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
 from fewstep.generate import generate
@@ -101,8 +101,7 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batch
     if recipe.shield.gan and ranks.world > 1:
         raise UserError("shield.gan: its head cannot be trained by several processes yet; use one")
     student = roles.student.denoiser
-    sigmas = [flow.shift_sigma(u, teacher.shift) for u in settings.anchors]
-    shields = shields_of(recipe, teacher, student, sigmas, settings.renoise, real)
+    shields = shields_of(recipe, teacher, student, settings.sigmas, settings.renoise, real)
     method = DecoupledDmd(teacher.denoiser, student, roles.fake, teacher.encode([""]), settings, shields)
     if real is not None and (recipe.align or any(shield.wants_real for _, shield in shields)):
         return Job(method, real)

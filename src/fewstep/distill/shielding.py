@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fewstep.data.emoji import EmojiWorld
-from fewstep.distill.batch import DistillBatch
+from fewstep.distill.batch import Batches, DistillBatch
 from fewstep.distill.caching import cache_of, cached_batches
 from fewstep.distill.gan import Gan
 from fewstep.distill.renoise import Renoise
@@ -17,8 +17,6 @@ from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.pipeline import TextToImage
 from fewstep.recipes.schema import DistillRecipe
-
-Batches = Callable[[int], DistillBatch]
 
 _MEASURED = 512  # real latents that mean-variance takes its targets from, at least
 

@@ -29,20 +29,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(tree, str(path))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain loader, which also refuses a key given twice; else the first of them would go unnoticed."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def find_recipe(path: str | Path) -> Path:
     """The file that `path` names, or the shipped recipe of that name. Raises: UserError if there is neither."""
     path = Path(path)
@@ -59,7 +45,9 @@ def find_recipe(path: str | Path) -> Path:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises: UserError if it cannot be read, is not YAML or not a mapping."""
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        text = file.read_text(encoding="utf-8")
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader))
+        tree = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -69,6 +57,27 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys to values")
     return tree
+
+
+def _refuse_repeated_keys(root: yaml.Node | None) -> None:
+    """YAML takes the last of a key's values; the first would go unnoticed. Raises: yaml.YAMLError."""
+    waiting, met = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in met:  # an alias, which may even lie within what it stands for
+            continue
+        met.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    problem = f"the key {key.value} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                if isinstance(key, yaml.ScalarNode):
+                    keys.add(key.value)
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
 
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:

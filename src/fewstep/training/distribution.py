@@ -41,16 +41,15 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batch: Any) -> Any:
-        """This process's rows of a batch: of each tensor and each batch of prompts in it, be it a tuple or a named one.
+        """This process's rows of a batch: of each part, if it is a tuple.
 
         Raises:
             UserError: the batch cannot be divided.
         """
-        if self.world == 1 or batch is None:
+        if self.world == 1:
             return batch
         if isinstance(batch, tuple | list):
-            parts = [self.share(part) for part in batch]
-            return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+            return tuple(self.share(part) for part in batch)
         if len(batch) % self.world:
             raise UserError(f"train.batch_size {len(batch)} is no multiple of the {self.world} processes")
         each = len(batch) // self.world
