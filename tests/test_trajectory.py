@@ -187,8 +187,19 @@ def test_phases_that_ask_the_teacher_the_same_share_its_answers(tiny_folder, tmp
     match["shield"] |= {"regression": 1.0, "weight": 0.0}
     align["train"] |= {"steps": 2}
     api.distill(PhasesRecipe(**recipe), tmp_path / "run")
-    assert [folder.name for folder in (tmp_path / "run" / "cache").iterdir()] == ["8-of-2x3-guidance-own"]
+    assert [folder.name for folder in (tmp_path / "run" / "cache").iterdir()] == ["align"]
     assert not (tmp_path / "run/phases/2-match/cache").exists()
+
+
+def test_phases_with_other_prompts_ask_the_teacher_again(tiny_folder, tmp_path):
+    recipe = phases_recipe(tiny_folder).model_dump()
+    align, match = recipe["phases"]
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    match |= {"student": align["student"], "trajectory": align["trajectory"], "align": 1.0}
+    match["prompts"] |= {"source": str(tmp_path / "prompts.txt")}
+    align["train"] |= {"steps": 2}
+    api.distill(PhasesRecipe(**recipe), tmp_path / "run")
+    assert sorted(folder.name for folder in (tmp_path / "run" / "cache").iterdir()) == ["align", "match"]
 
 
 def test_a_phase_that_wants_a_fake_says_so(tiny_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.distill.run import Watch, distill
@@ -13,11 +14,13 @@ from fewstep.training.run import Run
 from fewstep.training.tracking import read_metrics
 
 
-def cache_name(phase: Phase) -> str:
-    """Phases that ask the teacher the same share its answers."""
-    asked = phase.trajectory
-    guidance = "own" if asked.guidance_scale is None else f"{asked.guidance_scale:g}"
-    return f"{asked.samples}-of-{phase.student.steps}x{asked.substeps}-guidance-{guidance}"
+def cache_of_first(phase: Phase, phases: Sequence[Phase]) -> str:
+    """The name of the first phase that asks the teacher the same: those that do share its answers."""
+
+    def asked(one: Phase) -> tuple[object, ...]:
+        return one.prompts, one.trajectory, one.student.steps, one.student.anchors, one.train.precision
+
+    return next(one.name for one in phases if asked(one) == asked(phase))
 
 
 def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None) -> Path:
@@ -39,7 +42,7 @@ def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, r
             evaluate=EvaluateSettings(enabled=False, every=recipe.evaluate.every, watched=recipe.evaluate.watched),
         )
         with open_run(ranks, folder, one, resume_command=run.resume_command) as inner:
-            student = distill(one, inner, watch, ranks, run.directory / "cache" / cache_name(phase))
+            student = distill(one, inner, watch, ranks, run.directory / "cache" / cache_of_first(phase, recipe.phases))
         before = lines[-1]["step"] if lines else 0
         lines += [{**line, "step": before + line["step"]} for line in read_metrics(folder / "metrics.jsonl")]
     assert student is not None  # the schema asks for at least one phase
