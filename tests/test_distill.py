@@ -191,3 +191,11 @@ def test_bf16_gradients_survive_the_rollout(tiny):
     loss.backward()
     silent = [n for n, p in student.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert not silent
+
+
+def test_coarser_scales_in_a_recipe(tiny_folder, tmp_path):
+    distil(tiny_folder, tmp_path / "run", "train.steps=2", "shield.scales={2: 0.5}")
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["student/dm_2"] > 0
+    with pytest.raises(UserError, match="cannot be 3 times coarser"):
+        distil(tiny_folder, tmp_path / "odd", "train.steps=1", "shield.scales={3: 0.5}")

@@ -12,8 +12,9 @@ from fewstep.distill.caching import trajectory
 from fewstep.distill.dmd import DecoupledDmd, DmdSettings, normaliser, regress
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.rollout import draw_way, rollout
+from fewstep.distill.shields import enlarge, shrink
 from fewstep.distill.trajectory import astray
-from fewstep.models.denoiser import Guided
+from fewstep.models.denoiser import Guided, predict_x0
 
 SHIFT = 3.0
 COUNT = 6
@@ -64,6 +65,58 @@ def test_dm_direction_points_from_fake_to_teacher():
     delta, metrics = method.direction(torch.randn(COUNT, *SHAPE), torch.ones(COUNT), prompts_of([1.0] * COUNT))
     assert (delta < 0).all()  # the fake's images lie 2 above the teacher's, so the student must go down
     assert set(metrics) == {"dm", "fake_lag"}
+
+
+def test_shared_schedule_is_plain_dmd():
+    """CA + DM at one noisy image are the guided teacher less the fake; the teacher is asked two questions."""
+    settings = replace(SETTINGS, renoise=Renoise("shared", SHIFT), alpha=3.0)
+    method = method_of(settings, fake=Gaussian(offset=0.7), null_mean=-0.5)
+    x, prompts, anchor = torch.randn(COUNT, *SHAPE), prompts_of([1.0] * COUNT), torch.full((COUNT,), 0.5)
+    torch.manual_seed(3)
+    delta, _ = method.direction(x, anchor, prompts)
+    assert [count for count, _ in method.teacher.calls] == [2 * COUNT]
+
+    torch.manual_seed(3)
+    sigma, _ = settings.renoise.draw(anchor)
+    noisy = flow.renoise(x, sigma, torch.randn_like(x))
+    guided = predict_x0(Guided(method.teacher, prompts_of([-0.5]), 3.0), noisy, sigma, prompts)
+    plain = guided - predict_x0(method.fake, noisy, sigma, prompts)
+    n = normaliser(predict_x0(method.teacher, noisy, sigma, prompts), x, settings.normaliser_floor)
+    torch.testing.assert_close(delta, plain / n, atol=1e-4, rtol=1e-4)
+
+
+def test_coarser_matching_sees_what_is_coarse():
+    """At half the size a shifted image is pulled back, in whole squares."""
+    fine = method_of(replace(SETTINGS, spear=0.0, shield=1.0), fake=Gaussian(offset=2.0))
+    both = method_of(replace(SETTINGS, spear=0.0, shield=1.0, scales=((2, 0.5),)), fake=Gaussian(offset=2.0))
+    x, prompts = torch.randn(COUNT, *SHAPE), prompts_of([1.0] * COUNT)
+    deltas = []
+    for method in (fine, both):
+        torch.manual_seed(5)
+        delta, metrics = method.direction(x, torch.ones(COUNT), prompts)
+        deltas.append(delta)
+    coarse = deltas[1] - deltas[0]
+    assert metrics["dm_2"] > 0
+    assert (coarse < 0).all()  # the fake's images lie above the teacher's at this scale too
+    squares = coarse.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+    torch.testing.assert_close(squares, squares.mean(dim=(3, 5), keepdim=True).expand_as(squares))
+
+
+def test_coarser_direction_is_the_gradient_of_the_coarse_loss():
+    """enlarge() gives what regression at the smaller size gives through shrink(), over as many elements."""
+    x, small = torch.randn(COUNT, 2, 4, 4, requires_grad=True), torch.randn(COUNT, 2, 2, 2)
+    regress(shrink(x, 2), small).backward()
+    torch.testing.assert_close(-x.grad * x.numel(), enlarge(small, 2))
+
+
+def test_fake_learns_the_coarser_images_too():
+    """Where no coarser image is wanted the fake sees whole ones alone."""
+    for scales, sizes in (((), {2}), (((2, 1.0),), {2, 1})):
+        method = method_of(replace(SETTINGS, scales=scales))
+        seen = []
+        method.fake.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[-1]))
+        method.fake_loss(batch_of())
+        assert set(seen) == sizes
 
 
 def test_no_direction_where_student_is_already_the_teacher():

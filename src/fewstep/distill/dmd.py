@@ -18,7 +18,7 @@ from fewstep.distill import health
 from fewstep.distill.batch import DistillBatch
 from fewstep.distill.renoise import Renoise
 from fewstep.distill.rollout import AnchorSchedule, Sampler, draw_way, rollout
-from fewstep.distill.shields import LearningShield, Shield, distribution_matching
+from fewstep.distill.shields import LearningShield, Shield, distribution_matching, enlarge, shrink
 from fewstep.distill.spear import cfg_augmentation
 from fewstep.distill.trajectory import astray
 from fewstep.models.denoiser import Denoiser, predict_x0
@@ -37,6 +37,7 @@ class DmdSettings:
         anchors: the student's own noise levels before the shift, from 1 down.
         alpha: the teacher's guidance, as in ``null + alpha (cond - null)``.
         spear, shield: weights of CA and DM; 0 switches one off, and saves its forwards.
+        scales: (factor, weight) of coarser latents that DM looks at besides; weights are over ``shield``.
         normaliser_floor: lower bound of the per-sample normalisers; without one they have given NaNs.
         fake_updates: the fake's moves for each of the student's (the two-time-scale rule of arXiv 2405.14867).
         align_steps: steps in which the student only follows the teacher's way (``trajectory.astray``), before
@@ -52,6 +53,7 @@ class DmdSettings:
     renoise: Renoise
     spear: float = 1.0
     shield: float = 1.0
+    scales: tuple[tuple[int, float], ...] = ()
     normaliser_floor: float = 0.1
     fake_updates: int = 5
     align_steps: int = 0
@@ -130,13 +132,20 @@ class DecoupledDmd(Method):
         return shield.learn(x, batch)
 
     def fake_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow matching of the fake on fresh images of the student."""
+        """Flow matching of the fake on fresh images of the student, and on coarser ones where it is asked for these."""
         with torch.no_grad():
             x, _ = self.one_step(batch.noise, batch.prompts)
+        loss = self.flow_matching(x, batch.prompts)
+        for factor, weight in self.settings.scales:
+            loss = loss + weight * self.flow_matching(shrink(x, factor), batch.prompts)
+        return loss, {}
+
+    def flow_matching(self, x: Tensor, prompts: EncodedPrompts) -> Tensor:
+        """How far the fake's velocity is from that between ``x`` and noise, at levels of its own: a scalar."""
         sigma = self.settings.renoise.anywhere(x)
         eps = torch.randn_like(x)
-        velocity = self.fake(flow.renoise(x, sigma, eps), sigma, batch.prompts)
-        return (velocity - (eps - x)).square().mean(), {}
+        velocity = self.fake(flow.renoise(x, sigma, eps), sigma, prompts)
+        return (velocity - (eps - x)).square().mean()
 
     def one_step(self, noise: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
         """The student's data prediction [B, C, H, W] at an anchor drawn for the whole batch, and that anchor [B]."""
@@ -154,14 +163,16 @@ class DecoupledDmd(Method):
         settings = self.settings
         sigma_ca, sigma_dm = settings.renoise.draw(anchor)
         x_ca = flow.renoise(x, sigma_ca, torch.randn_like(x))
-        x_dm = flow.renoise(x, sigma_dm, torch.randn_like(x))
+        # plain DMD looks at one noisy image, so that spear and shield add up to its guided teacher less the fake
+        same = settings.renoise.schedule == "shared" and settings.spear > 0
+        x_dm = x_ca if same else flow.renoise(x, sigma_dm, torch.randn_like(x))
         delta = torch.zeros_like(x)
         metrics: dict[str, Tensor] = {}
 
         questions: list[Question] = []
         if settings.spear:
             questions += [(x_ca, sigma_ca, prompts), (x_ca, sigma_ca, self.null.repeat(len(x)))]
-        if settings.shield:
+        if settings.shield and not same:
             questions += [(x_dm, sigma_dm, prompts)]
         answers = iter(self.ask_teacher(questions))
 
@@ -171,14 +182,26 @@ class DecoupledDmd(Method):
             delta = delta + settings.spear * ca / normaliser(x0_cond, x, settings.normaliser_floor)
             metrics["ca"] = ca.abs().mean()
         if settings.shield:
-            x0_teacher = next(answers)
+            x0_teacher = x0_cond if same else next(answers)
             x0_fake = predict_x0(self.fake, x_dm, sigma_dm, prompts)
             dm = distribution_matching(x0_teacher, x0_fake)
             delta = delta + settings.shield * dm / normaliser(x0_teacher, x, settings.normaliser_floor)
             metrics |= {"dm": dm.abs().mean(), "fake_lag": health.fake_lag(x0_fake, x0_teacher, x, sigma_dm)}
+            for factor, weight in settings.scales:
+                coarse = self.coarse_matching(shrink(x, factor), anchor, prompts)
+                delta = delta + settings.shield * weight * enlarge(coarse, factor)
+                metrics[f"dm_{factor}"] = coarse.abs().mean()
         if settings.spear and settings.shield:
             metrics |= health.balance(ca, dm)
         return delta, metrics
+
+    def coarse_matching(self, x: Tensor, anchor: Tensor, prompts: EncodedPrompts) -> Tensor:
+        """``DM / n_DM`` at the student's images made smaller, with noise of their own."""
+        _, sigma = self.settings.renoise.draw(anchor)
+        noisy = flow.renoise(x, sigma, torch.randn_like(x))
+        x0_teacher = predict_x0(self.teacher, noisy, sigma, prompts)
+        dm = distribution_matching(x0_teacher, predict_x0(self.fake, noisy, sigma, prompts))
+        return dm / normaliser(x0_teacher, x, self.settings.normaliser_floor)
 
     def ask_teacher(self, questions: Sequence[Question]) -> list[Tensor]:
         """The teacher's data predictions for all questions, in one forward."""

@@ -24,6 +24,7 @@ from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySetting
 from fewstep.errors import UserError
 from fewstep.generate import generate
 from fewstep.models.pipeline import TextToImage, load
+from fewstep.models.zimage import PATCH
 from fewstep.recipes.schema import DistillRecipe, PromptSettings
 from fewstep.training.distribution import Ranks
 from fewstep.training.method import Method
@@ -100,6 +101,7 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batch
     settings = settings_of(recipe, teacher.shift)
     if recipe.shield.gan and ranks.world > 1:
         raise UserError("shield.gan: its head cannot be trained by several processes yet; use one")
+    _check_scales(recipe, teacher)
     student = roles.student.denoiser
     shields = shields_of(recipe, teacher, student, settings.sigmas, settings.renoise, real)
     method = DecoupledDmd(teacher.denoiser, student, roles.fake, teacher.encode([""]), settings, shields)
@@ -112,6 +114,16 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
     spear = recipe.spear.weight if recipe.spear.enabled else 0.0
     shield = recipe.shield.weight if recipe.shield.enabled else 0.0
     if not spear and not shield and not recipe.shield.others:
+def _check_scales(recipe: DistillRecipe, teacher: TextToImage) -> None:
+    """Raises: UserError for a latent that cannot be made so much smaller."""
+    rows, columns = teacher.latent_shape(teacher.card.height, teacher.card.width)[-2:]
+    for factor in recipe.shield.scales:
+        if rows % (factor * PATCH) or columns % (factor * PATCH):
+            raise UserError(
+                f"shield.scales: latents of {rows}x{columns} cannot be {factor} times coarser, in patches of {PATCH}"
+            )
+
+
         raise UserError("spear and shield are both off: the student would learn nothing")
     renoise = Renoise(recipe.renoise.schedule, shift, recipe.renoise.sigma_min, recipe.renoise.sigma_max)
     return DmdSettings(
@@ -124,6 +136,7 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
         fake_updates=recipe.fake_updates,
         align_steps=round(recipe.align * recipe.train.steps),
         fake_warmup=recipe.fake_warmup,
+        scales=tuple((factor, weight) for factor, weight in sorted(recipe.shield.scales.items()) if weight),
         fake_follow=recipe.fake_follow,
         anchor_schedule=recipe.student.anchor_schedule,
         sampler=recipe.student.sampler,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep import flow
@@ -27,6 +28,19 @@ def distribution_matching(x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
         x0_teacher, x0_fake: [B, C, H, W], data predictions of both at the same noisy images.
     """
     return x0_teacher - x0_fake
+
+
+def shrink(x: Tensor, factor: int) -> Tensor:
+    """[B, C, H, W] -> [B, C, H / factor, W / factor], means over squares: what distribution matching sees of a latent
+    at a coarser scale (after scale-wise distillation, arXiv 2503.16397). Noise is added after it, so that its level is
+    what it says.
+    """
+    return F.avg_pool2d(x, factor)
+
+
+def enlarge(delta: Tensor, factor: int) -> Tensor:
+    """A direction for shrunken images as one for the images: the gradient, up to size, that goes through ``shrink``."""
+    return delta.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
 class Shield(Protocol):

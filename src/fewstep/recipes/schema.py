@@ -230,6 +230,10 @@ class ShieldSettings(Settings):
     )
     real_samples: int = Field(
         default=1024, ge=2, description="How many of the emoji world's; of the teacher's it is trajectory.samples."
+    scales: dict[Annotated[int, Field(ge=2)], Weight] = Field(
+        default_factory=dict,
+        description="Distribution matching at coarser latents besides: how many times coarser -> weight beside 1.",
+    )
     )
 
     @property
