@@ -80,7 +80,15 @@ def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [("shield.regression=1",), ("method=trajectory", "trajectory.substeps=2")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("shield.regression=1",),
+        ("method=trajectory", "trajectory.substeps=2"),
+        ("shield.mmd=1",),
+        ("shield.gan=1", "optim.discriminator={lr: 1.0e-3}"),
+    ],
+)
 def test_what_the_teacher_says_beforehand(tiny_folder, tmp_path, more):
     """A shield's real images and a trajectory cache, made by one of two processes for both."""
     sizes = ("trajectory.samples=4", "trajectory.guidance_scale=null", "train.steps=2")

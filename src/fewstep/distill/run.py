@@ -99,11 +99,9 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batch
     own."""
     teacher = roles.teacher
     settings = settings_of(recipe, teacher.shift)
-    if recipe.shield.gan and ranks.world > 1:
-        raise UserError("shield.gan: its head cannot be trained by several processes yet; use one")
     _check_scales(recipe, teacher)
     student = roles.student.denoiser
-    shields = shields_of(recipe, teacher, student, settings.sigmas, settings.renoise, real)
+    shields = shields_of(recipe, teacher, student, settings.sigmas, settings.renoise, real, ranks)
     method = DecoupledDmd(teacher.denoiser, student, roles.fake, teacher.encode([""]), settings, shields)
     if real is not None and (recipe.align or any(shield.wants_real for _, shield in shields)):
         return Job(method, real)

@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.pipeline import TextToImage
 from fewstep.recipes.schema import DistillRecipe
+from fewstep.training.distribution import Ranks
 
 _MEASURED = 512  # real latents that mean-variance takes its targets from, at least
 
@@ -65,6 +66,7 @@ def shields_of(
     sigmas: Sequence[float],
     renoise: Renoise,
     real: Batches | None,
+    ranks: Ranks,
 ) -> list[tuple[float, Shield]]:
     """The recipe's shields beyond distribution matching, each with its weight.
 
@@ -82,9 +84,9 @@ def shields_of(
     if weights.regression:
         found.append((weights.regression, Regression(student, sigmas)))
     if weights.mmd:
-        found.append((weights.mmd, FeatureMmd(teacher.denoiser, renoise)))
+        found.append((weights.mmd, FeatureMmd(teacher.denoiser, renoise, ranks.together)))
     if weights.gan:
         gan = Gan(teacher.denoiser, teacher.transformer.config["dim"], renoise, weights.gan_penalty)
-        gan.module.to(teacher.device)
+        ranks.agree(gan.module.to(teacher.device))
         found.append((weights.gan, gan))
     return found

@@ -6,7 +6,7 @@ images, which can be added to it or stand in its place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -135,18 +135,24 @@ def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
 
 
 class FeatureMmd:
-    """The MMD shield: batches of the student's and of real images should look alike to the teacher's middle layer."""
+    """The MMD shield: batches of the student's and of real images should look alike to the teacher's middle layer.
+
+    Args:
+        together: this process's rows of a batch -> the whole batch's, with gradient.
+    """
 
     name, wants_real = "mmd", True
 
-    def __init__(self, extractor: FeatureExtractor, renoise: Renoise) -> None:
-        self.extractor, self.renoise = extractor, renoise
+    def __init__(
+        self, extractor: FeatureExtractor, renoise: Renoise, together: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> None:
+        self.extractor, self.renoise, self.together = extractor, renoise, together
 
     def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
         sigma = self.renoise.anywhere(x)
         eps = torch.randn_like(x)
         seen = [
-            self.extractor.features(flow.renoise(images, sigma, eps), sigma, batch.prompts).mean(dim=1)
+            self.together(self.extractor.features(flow.renoise(images, sigma, eps), sigma, batch.prompts).mean(dim=1))
             for images in (x, batch.real)
         ]
         return feature_mmd(seen[0], seen[1].detach())

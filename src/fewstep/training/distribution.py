@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
 
@@ -74,6 +75,27 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def together(self, rows: Tensor) -> Tensor:
+        """All processes' rows of a batch, in order, with gradient: for losses that are no mean over samples."""
+        if self.world == 1:
+            return rows
+        return torch.cat(all_gather(rows.contiguous()))
+
+    def average_gradients(self, weights: Iterable[Tensor]) -> None:
+        """Averages over the processes what FSDP has not averaged: gradients of weights that each holds whole."""
+        if self.world == 1:
+            return
+        for weight in weights:
+            if weight.grad is not None and not isinstance(weight.grad, DTensor):
+                dist.all_reduce(weight.grad)
+                weight.grad /= self.world
+
+    def agree(self, module: nn.Module) -> None:
+        """Gives a module that every process holds whole the first one's weights."""
+        if self.world > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

@@ -53,6 +53,7 @@ class Learner:
             (loss / len(batches)).backward()
             for key, value in {"loss": loss, **metrics}.items():
                 found.setdefault(key, []).append(float(value.detach()))
+        self.ranks.average_gradients(self.weights.values())
         means = self.ranks.mean({key: sum(values) / len(values) for key, values in found.items()})
         clip = self.optim.grad_clip if self.optim.grad_clip is not None else float("inf")
         norm = float(whole(nn.utils.clip_grad_norm_(self.weights.values(), clip)))
