@@ -59,7 +59,7 @@ def test_rewind_ends_at_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert last.step == 6
     for learner in trainer.learners:
         for name, weight in learner.weights.items():
-            assert weight.equal(last.groups[f"{learner.name}.weights"][name]), name
+            assert weight.equal(last.read(f"{learner.name}.weights")[name]), name
 
 
 def test_rewind_without_a_good_checkpoint_says_so(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def write(directory: Path, step: int, keep: int = 9) -> Path:
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     found = checkpoint.load(write(tmp_path, 7))
     assert (found.step, found.state) == (7, {"position": 21})
-    assert torch.equal(found.groups["one.weights"]["w"], torch.full((3, 2), 7.0))
-    assert torch.equal(found.groups["random"]["cpu"], torch.arange(5))
+    assert torch.equal(found.read("one.weights")["w"], torch.full((3, 2), 7.0))
+    assert torch.equal(found.read("random")["cpu"], torch.arange(5))
     assert not list(tmp_path.glob(".*"))
 
 
@@ -40,6 +40,21 @@ def flip_a_byte(path: Path) -> None:
     data = bytearray((path / "one.weights.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "one.weights.safetensors").write_bytes(data)
+
+
+def test_spared_ones_are_kept_besides(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        groups = {"one": {"w": torch.zeros(1)}}
+        checkpoint.save(tmp_path, step, groups, {}, keep=1, spare=[2])
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_00000002", "step_00000004"]
+
+
+def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
+    found = checkpoint.load(write(tmp_path, 7))
+    with pytest.raises(RuntimeError, match=r"w is \(3, 2\) there and \(2, 3\) here"):
+        found.fill("one.weights", {"w": torch.zeros(2, 3)})
+    with pytest.raises(RuntimeError, match="its tensors differ: v, w"):
+        found.fill("one.weights", {"v": torch.zeros(3, 2)})
 
 
 DAMAGE = {

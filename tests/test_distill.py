@@ -199,3 +199,14 @@ def test_coarser_scales_in_a_recipe(tiny_folder, tmp_path):
     assert line["student/dm_2"] > 0
     with pytest.raises(UserError, match="cannot be 3 times coarser"):
         distil(tiny_folder, tmp_path / "odd", "train.steps=1", "shield.scales={3: 0.5}")
+
+
+def test_best_student_is_saved_beside_the_last(tiny_folder, tmp_path):
+    """The fake's loss stands in for a quality: whichever step is best, it is not lost."""
+    best = "train.keep_best={metric: student/lr, better: lower}"  # lowest in the first step of the warm-up
+    optim = "optim.student={lr: 1.0e-3, warmup_steps: 3, ema: 0.5}"
+    distil(tiny_folder, tmp_path / "run", "train.steps=3", "train.keep_checkpoints=1", best, optim)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000001", "step_00000003"]
+    last, first = (load(tmp_path / "run" / name).transformer.state_dict() for name in ("student", "student-best"))
+    assert any(not tensor.equal(first[name]) for name, tensor in last.items())

@@ -72,6 +72,24 @@ def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(tiny_folder, 
 
 
 @pytest.mark.slow
+def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
+    """Two processes, each with its own part on disk; a bit of one turns over, and the checkpoint before goes on."""
+    out = tmp_path / "two"
+    distil(tiny_folder, out, 2, "train.steps=3", "train.checkpoint_every=1")
+    newest = out / "checkpoints" / "step_00000003"
+    parts = sorted(newest.glob("shard-*.safetensors"))
+    assert len(parts) == 2
+    assert not [path for path in newest.iterdir() if path.suffix not in (".safetensors", ".json")]
+    data = bytearray(parts[1].read_bytes())
+    data[-1] ^= 1
+    parts[1].write_bytes(data)
+    again = distil(tiny_folder, out, 2, "train.steps=4")
+    assert f"skipped, {parts[1].name} is damaged" in again.stderr
+    assert "going on from step 2" in again.stderr
+    assert_close(weights(out), weights(alone))
+
+
+@pytest.mark.slow
 def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alone):
     distil(tiny_folder, tmp_path / "run", 2, "train.steps=2")
     distil(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.shard_group=2")

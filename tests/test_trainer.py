@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import TinyMethod, fit, tiny_trainer
+from tiny import TinyMethod, fit, tiny_recipe, tiny_trainer
 from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.recipes.schema import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
 from fewstep.training.learner import MAX_SKIPPED, Learner
-from fewstep.training.method import Player
+from fewstep.training.method import Method, Player
 from fewstep.training.optim import learning_rate
+from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
 
@@ -121,7 +122,7 @@ def test_only_what_is_trainable_is_saved_and_moved(tmp_path: Path) -> None:
     frozen = trainer.learners[0].module[3].bias.clone()
     fit(trainer)
     assert torch.equal(trainer.learners[0].module[3].bias, frozen)
-    saved = checkpoint.load(checkpoint.steps(trainer.run.checkpoints)[-1]).groups["first.weights"]
+    saved = checkpoint.load(checkpoint.steps(trainer.run.checkpoints)[-1]).read("first.weights")
     assert "3.bias" not in saved
     assert {"0.weight", "2.running_mean"} <= saved.keys()
 
@@ -164,6 +165,37 @@ def test_watched_metrics_are_logged_and_leave_no_trace(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "quality/name" in line] == [5, 10, 12]
 
 
+@pytest.mark.parametrize(("better", "best"), [("higher", 6), ("lower", 3)])
+def test_best_checkpoint_is_kept_and_can_be_recalled(tmp_path: Path, better: str, best: int) -> None:
+    """The metric is best at step 6 (or 3), which the newest two, 11 and 12, would have pushed out."""
+    values = dict(zip(range(1, 13), [5, 4, 1, 8, 5, 9, 9, 2, 3, 4, 5, 6], strict=True))
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 2, "keep_best": {"metric": "quality/name", "better": better}}
+
+    def trainer(steps: int) -> Trainer:
+        made = tiny_trainer(tmp_path, steps=steps, **settings)
+        made.watch, made.watch_every = lambda: {"quality/name": float(values[made.step])}, 1
+        return made
+
+    fit(trainer(7))
+    ended = fit(trainer(12))  # the best so far is remembered by the checkpoint
+    kept = [int(path.name[5:]) for path in checkpoint.steps(ended.run.checkpoints)]
+    assert kept == [best, 11, 12]
+    assert ended.best == [best, values[best]] or ended.best == (best, values[best])
+    expected = checkpoint.load(checkpoint.steps(ended.run.checkpoints)[0]).read("first.ema")
+    assert ended.recall_best()
+    assert ended.step == best
+    with ended.averaged():
+        for name, weight in ended.learners[0].weights.items():
+            assert weight.equal(expected[name])
+
+
+def test_nothing_is_recalled_where_the_last_is_best(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, keep_best={"metric": "steps"})  # counts up
+    fit(trainer)
+    assert trainer.best is not None
+    assert not trainer.recall_best()
+
+
 def test_time_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=10_000, minutes=0.005)
     trainer.method.pause = 0.02
@@ -172,6 +204,41 @@ def test_time_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
     assert checkpoint.load(checkpoint.steps(trainer.run.checkpoints)[-1]).step == trainer.step
     again = fit(tiny_trainer(tmp_path, steps=10_000, minutes=0.005))
     assert again.step == trainer.step
+
+
+def test_8_bits_without_torchao_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)  # as if it were not there
+    player = Player("one", nn.Linear(2, 2), lambda batch: (batch.sum(), {}))
+    with pytest.raises(UserError, match=r"needs torchao; pip install 'fewstep\[lowbit\]'"):
+        Learner(player, OptimSettings(lr=0.1, bits=8), TrainSettings(steps=1, batch_size=1))
+
+
+@pytest.mark.slow  # compiles
+def test_8_bit_adamw_follows_the_full_one_and_resumes_exactly(tmp_path: Path) -> None:
+    """Moments of one byte: the same way within a few percent, and codes and scales as they were after a resume."""
+    pytest.importorskip("torchao", reason="fewstep[lowbit] is not installed")
+
+    def trainer(folder: str, bits: int, steps: int) -> Trainer:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Tanh(), nn.Linear(128, 64, bias=False))
+        target = torch.randn(64, 64) / 8
+        loss = lambda batch: ((module(batch) - batch @ target).square().mean(), {})  # noqa: E731
+        method = Method()
+        method.players = [Player("one", module, loss)]
+        recipe = tiny_recipe(steps=steps, batch_size=32, checkpoint_every=5)
+        run = Run(tmp_path / folder, recipe)
+        data = lambda position: torch.randn(32, 64, generator=torch.Generator().manual_seed(position))  # noqa: E731
+        return Trainer(method, data, run, train=recipe.train, optim={"one": OptimSettings(lr=0.01, bits=bits)})
+
+    full, whole = fit(trainer("full", 32, 20)), fit(trainer("whole", 8, 20))
+    fit(trainer("parts", 8, 11))
+    resumed = fit(trainer("parts", 8, 20))
+    assert_same(everything(resumed), everything(whole))
+    moments = whole.learners[0].tensors()["optimizer"]
+    assert moments["0.weight/exp_avg/codes"].dtype == torch.uint8
+    start = trainer("start", 32, 1).learners[0].weights["0.weight"]
+    ways = [one.learners[0].weights["0.weight"].detach() - start.detach() for one in (full, whole)]
+    assert torch.cosine_similarity(ways[0].flatten(), ways[1].flatten(), dim=0) > 0.98
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:

@@ -49,7 +49,8 @@ Watch = Callable[[TextToImage], Callable[[], Mapping[str, float]]]
 def distill(
     recipe: DistillRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None, cache: Path | None = None
 ) -> Path:
-    """Distil, and save the student (its moving average) as ``<run>/student``, an ordinary diffusers folder.
+    """Distil, and save the student (its moving average) as ``<run>/student``, an ordinary diffusers folder; what was
+    best by ``train.keep_best``, if that was not the last step, as ``<run>/student-best``.
 
     Goes on from the run's last checkpoint. Returns the student's folder.
 
@@ -91,7 +92,11 @@ def distill(
     )
     trainer.fit()
     with trainer.averaged():
-        return roles.save(run.directory / "student", ranks)
+        student = roles.save(run.directory / "student", ranks)
+    if trainer.recall_best():
+        with trainer.averaged():
+            roles.save(run.directory / "student-best", ranks)
+    return student
 
 
 def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batches | None, ranks: Ranks) -> Job:
@@ -108,10 +113,6 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batch
     return Job(method, batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed))
 
 
-def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
-    spear = recipe.spear.weight if recipe.spear.enabled else 0.0
-    shield = recipe.shield.weight if recipe.shield.enabled else 0.0
-    if not spear and not shield and not recipe.shield.others:
 def _check_scales(recipe: DistillRecipe, teacher: TextToImage) -> None:
     """Raises: UserError for a latent that cannot be made so much smaller."""
     rows, columns = teacher.latent_shape(teacher.card.height, teacher.card.width)[-2:]
@@ -122,6 +123,10 @@ def _check_scales(recipe: DistillRecipe, teacher: TextToImage) -> None:
             )
 
 
+def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
+    spear = recipe.spear.weight if recipe.spear.enabled else 0.0
+    shield = recipe.shield.weight if recipe.shield.enabled else 0.0
+    if not spear and not shield and not recipe.shield.others:
         raise UserError("spear and shield are both off: the student would learn nothing")
     renoise = Renoise(recipe.renoise.schedule, shift, recipe.renoise.sigma_min, recipe.renoise.sigma_max)
     return DmdSettings(
@@ -130,11 +135,11 @@ def _check_scales(recipe: DistillRecipe, teacher: TextToImage) -> None:
         renoise=renoise,
         spear=spear,
         shield=shield,
+        scales=tuple((factor, weight) for factor, weight in sorted(recipe.shield.scales.items()) if weight),
         normaliser_floor=recipe.normaliser_floor,
         fake_updates=recipe.fake_updates,
         align_steps=round(recipe.align * recipe.train.steps),
         fake_warmup=recipe.fake_warmup,
-        scales=tuple((factor, weight) for factor, weight in sorted(recipe.shield.scales.items()) if weight),
         fake_follow=recipe.fake_follow,
         anchor_schedule=recipe.student.anchor_schedule,
         sampler=recipe.student.sampler,

@@ -22,6 +22,11 @@ class Settings(BaseModel):
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
+class BestSettings(Settings):
+    metric: str = Field(description='As it is logged in metrics.jsonl, such as "quality/name_top1".')
+    better: Literal["higher", "lower"] = Field(default="higher", description="Which way is better.")
+
+
 class TrainSettings(Settings):
     steps: int = Field(ge=1, description="Length of the training, in steps of the trainer.")
     minutes: float | None = Field(
@@ -44,6 +49,9 @@ class TrainSettings(Settings):
         default=None, gt=0, description="Also a checkpoint when this many minutes passed."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints to keep; older ones are deleted.")
+    keep_best: BestSettings | None = Field(
+        default=None, description="Keeps the checkpoint with the best logged value of a metric besides; null does not."
+    )
     shard_group: int | None = Field(
         default=None, ge=1, description="Processes that share one copy of the weights (hybrid sharding); null is all."
     )
@@ -64,6 +72,9 @@ class OptimSettings(Settings):
         default=(0.9, 0.999), description="Decay of AdamW's first and second moments."
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    bits: Literal[8, 32] = Field(
+        default=32, description="Size of AdamW's moments; 8 needs torchao (fewstep[lowbit]) and a compiler."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, on every parameter.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0 to lr.")
     decay: Literal["constant", "cosine", "linear"] = Field(
@@ -219,6 +230,10 @@ class ShieldSettings(Settings):
 
     enabled: bool = Field(default=True, description="Whether there is any shield.")
     weight: Weight = Field(default=1.0, description="Weight of distribution matching's direction.")
+    scales: dict[Annotated[int, Field(ge=2)], Weight] = Field(
+        default_factory=dict,
+        description="Distribution matching at coarser latents besides: how many times coarser -> weight beside 1.",
+    )
     mean_variance: Weight = Field(default=0.0, description="Weight of the mean-variance shield.")
     mmd: Weight = Field(default=0.0, description="Weight of the MMD of the teacher's features.")
     regression: Weight = Field(default=0.0, description="Weight of DMD's regression on the teacher's way from a noise.")
@@ -230,10 +245,6 @@ class ShieldSettings(Settings):
     )
     real_samples: int = Field(
         default=1024, ge=2, description="How many of the emoji world's; of the teacher's it is trajectory.samples."
-    scales: dict[Annotated[int, Field(ge=2)], Weight] = Field(
-        default_factory=dict,
-        description="Distribution matching at coarser latents besides: how many times coarser -> weight beside 1.",
-    )
     )
 
     @property

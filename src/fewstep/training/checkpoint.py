@@ -1,37 +1,80 @@
 """Checkpoints that are whole or not there: written aside, checksummed, moved into place in one step.
 
 checkpoints/step_00000500/
-    manifest.json           {"format": 1, "step": 500, "files": {name: sha256, ...}}
+    manifest.json           {"format": 1, "step": 500, "sharded": false, "files": {name: sha256, ...}}
     state.json              small values (counters, data position, ...)
-    <group>.safetensors     one file for each named group of tensors
+    <group>.safetensors     one file for each named group of tensors; or, of several processes,
+    shard-00001-....        one file each with its part of all groups (see `sharded`)
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from fewstep.errors import UserError
+from fewstep.training import sharded
+from fewstep.training.distribution import Ranks, like
 
 FORMAT = 1
 PREFIX = "step_"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: `groups` of named tensors (on the CPU) and a `state` of JSON values."""
+    """A whole checkpoint: named groups of tensors in the folder `path`, and a `state` of JSON values."""
 
     step: int
-    groups: dict[str, dict[str, Tensor]]
+    path: Path
     state: dict[str, Any]
+    sharded: bool
+
+    def shapes(self, group: str) -> dict[str, torch.Size]:
+        """Names and shapes of a group's tensors; empty if there is none."""
+        if self.sharded:
+            return sharded.shapes(self.path, group)
+        file = self.path / f"{group}.safetensors"
+        if not file.exists():
+            return {}
+        with safe_open(file, "pt") as tensors:
+            return {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        """A group's tensors, whole, on the CPU; of several processes all call it."""
+        if self.sharded:
+            return sharded.read(self.path, group)
+        return load_file(self.path / f"{group}.safetensors")
+
+    @torch.no_grad()
+    def fill(self, group: str, live: Mapping[str, Tensor]) -> None:
+        """Copies a group into tensors of the same names and shapes, sharded or not; every process calls it.
+
+        Raises: RuntimeError if names or shapes differ.
+        """
+        shapes = self.shapes(group)
+        if live.keys() != shapes.keys():
+            raise RuntimeError(f"its tensors differ: {', '.join(sorted(live.keys() ^ shapes.keys())[:3])}, ...")
+        for name, tensor in live.items():
+            if tensor.shape != shapes[name]:
+                raise RuntimeError(f"{name} is {tuple(shapes[name])} there and {tuple(tensor.shape)} here")
+        if not live:
+            return
+        if self.sharded:
+            sharded.fill(self.path, group, live)
+            return
+        with safe_open(self.path / f"{group}.safetensors", "pt") as tensors:
+            for name, tensor in live.items():
+                tensor.copy_(like(tensors.get_tensor(name), tensor))
 
 
 class BrokenCheckpoint(Exception):
@@ -39,83 +82,120 @@ class BrokenCheckpoint(Exception):
 
 
 def save(
-    directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    directory: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+    spare: Collection[int] = (),
+    ranks: Ranks | None = None,
 ) -> Path:
-    """Writes the checkpoint of `step` into `directory` and returns its folder; then deletes all but the newest `keep`.
+    """Writes the checkpoint of `step` into `directory` and returns its folder; then deletes all but the newest `keep`
+    and those of the steps in `spare`.
 
-    Nothing older is touched before the new one is on the disk. Raises: UserError if it cannot be written.
+    Nothing older is touched before the new one is on the disk. Of several processes all call it, and each writes its
+    part. Raises: UserError if it cannot be written.
     """
+    ranks = ranks or Ranks()
     target = directory / f"{PREFIX}{step:08d}"
     aside = directory / f".{target.name}.partial"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for torn in directory.glob(".*.partial"):
-            shutil.rmtree(torn)
-        aside.mkdir()
-        for name, tensors in groups.items():
-            contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-            save_file(contiguous, aside / f"{name}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if target.exists():  # a broken one: a whole one would have been resumed from
-            shutil.rmtree(target)
-        aside.rename(target)
-        _sync(directory)
-        for old in [path for path in steps(directory) if _step(path) <= step][:-keep]:
-            shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if ranks.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            for torn in directory.glob(".*.partial"):
+                shutil.rmtree(torn)
+            aside.mkdir()
+            (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        ranks.wait()
+        if ranks.world > 1:
+            sharded.write(aside, groups)
+        else:
+            for name, tensors in groups.items():
+                contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+                save_file(contiguous, aside / f"{name}.safetensors")
+        files = _checksums(sorted(aside.iterdir()), ranks)
+        if ranks.first:
+            manifest = {"format": FORMAT, "step": step, "sharded": ranks.world > 1, "files": files}
+            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (*aside.iterdir(), aside):
+                _sync(path)
+            if target.exists():  # a broken one: a whole one would have been resumed from
+                shutil.rmtree(target)
+            aside.rename(target)
+            _sync(directory)
+            old = [path for path in steps(directory) if _step(path) <= step and _step(path) not in spare]
+            for path in old[:-keep]:
+                shutil.rmtree(path)
+        ranks.wait()
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{target}: cannot write this checkpoint ({reason}); earlier ones are as they were") from error
     return target
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """The checkpoint in folder `path`. Raises: BrokenCheckpoint if a file is missing, changed or unreadable."""
+    ranks = ranks or Ranks()
+    found, problem = None, None
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise BrokenCheckpoint(f"has format {manifest['format']}, this version reads {FORMAT}")
-        for name, sha256 in manifest["files"].items():
-            if _sha256(path / name) != sha256:
-                raise BrokenCheckpoint(f"{name} is damaged (its checksum differs)")
-        groups = {Path(n).stem: load_file(path / n) for n in manifest["files"] if n.endswith(".safetensors")}
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(manifest["step"], groups, state)
+        found = _checked(path, ranks)
+    except BrokenCheckpoint as broken:
+        problem = str(broken)
     except FileNotFoundError as error:
-        raise BrokenCheckpoint(f"{Path(error.filename).name} is missing") from None
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise BrokenCheckpoint(f"cannot be read ({error})") from None
+        problem = f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        problem = f"cannot be read ({error})"
+    problems = [told for told in ranks.gather(problem) if told is not None]
+    if found is None or problems:
+        raise BrokenCheckpoint(problems[0])
+    return found
 
 
-def latest(directory: Path, notice: Callable[[str], None]) -> Checkpoint | None:
+def _checked(path: Path, ranks: Ranks) -> Checkpoint:
+    """Each process reads the manifest and looks at its share of the files."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise BrokenCheckpoint(f"has format {manifest['format']}, this version reads {FORMAT}")
+    for name, sha256 in list(manifest["files"].items())[ranks.rank :: ranks.world]:
+        if _sha256(path / name) != sha256:
+            raise BrokenCheckpoint(f"{name} is damaged (its checksum differs)")
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(manifest["step"], path, state, manifest.get("sharded", False))
+
+
+def latest(directory: Path, notice: Callable[[str], None], ranks: Ranks | None = None) -> Checkpoint | None:
     """The newest whole checkpoint in `directory`, or None; each broken one passed over is named through `notice`."""
     for path in reversed(steps(directory)):
         try:
-            return load(path)
+            return load(path, ranks)
         except BrokenCheckpoint as problem:
             notice(f"{path}: skipped, {problem}")
     return None
 
 
-def rewind(directory: Path, step: int, delete: bool = True) -> Checkpoint | None:
+def rewind(directory: Path, step: int, ranks: Ranks | None = None) -> Checkpoint | None:
     """The newest whole checkpoint that is no later than `step`; later ones are deleted. None changes nothing."""
+    ranks = ranks or Ranks()
     for path in reversed(steps(directory)):
         if _step(path) > step:
             continue
         try:
-            found = load(path)
+            found = load(path, ranks)
         except BrokenCheckpoint:
             continue
         for later in steps(directory):
-            if delete and _step(later) > found.step:
+            if ranks.first and _step(later) > found.step:
                 shutil.rmtree(later)
+        ranks.wait()
         return found
     return None
+
+
+def of_step(directory: Path, step: int, ranks: Ranks | None = None) -> Checkpoint:
+    """The checkpoint of one step. Raises: BrokenCheckpoint."""
+    return load(directory / f"{PREFIX}{step:08d}", ranks)
 
 
 def steps(directory: Path) -> list[Path]:
@@ -125,6 +205,12 @@ def steps(directory: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
+
+
+def _checksums(files: list[Path], ranks: Ranks) -> dict[str, str]:
+    """SHA-256 by name; each process reads its share of the files."""
+    mine = {file.name: _sha256(file) for file in files[ranks.rank :: ranks.world]}
+    return dict(sorted(pair for part in ranks.gather(mine) for pair in part.items()))
 
 
 def _sha256(file: Path) -> str:

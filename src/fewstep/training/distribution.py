@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from fewstep.errors import UserError
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import Recipe
 from fewstep.training.run import Run
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, in their order, on all of them."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
 
     def together(self, rows: Tensor) -> Tensor:
         """All processes' rows of a batch, in order, with gradient: for losses that are no mean over samples."""
@@ -187,7 +197,8 @@ def shard(denoiser: ZImageDenoiser, mesh: DeviceMesh) -> None:
         block.forward = types.MethodType(compute, block)
         fully_shard(block, mesh=mesh)
     denoiser.run_block = lambda block, x, rotations, condition: block(x, rotations, condition)
-    fully_shard(denoiser, mesh=mesh)
+    # by default the outermost weights stay gathered, and would not see it when others are copied into the shards
+    fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(denoiser, "features")
 
 

@@ -1,17 +1,18 @@
 """One player as the trainer sees it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.recipes.schema import OptimSettings, TrainSettings
-from fewstep.training.distribution import Ranks, like, whole
+from fewstep.training.checkpoint import Checkpoint
+from fewstep.training.distribution import Ranks, whole
 from fewstep.training.ema import Ema
 from fewstep.training.method import Batch, Player
-from fewstep.training.optim import adamw, learning_rate
+from fewstep.training.optim import learning_rate, make_optimizer, make_state, parts, set_rate
 from fewstep.training.precision import uses_bf16
 
 # After so many useless updates in a row the training has diverged, and more of them will not help.
@@ -26,7 +27,9 @@ class Learner:
         self.ranks = ranks or Ranks()
         # The parameters that move, by name, in the optimizer's order.
         self.weights = {name: p for name, p in player.module.named_parameters() if p.requires_grad}
-        self.optimizer = adamw(list(self.weights.values()), optim)
+        if optim.bits == 8 and self.ranks.world > 1:
+            raise UserError(f"optim.{player.name}.bits 8: with one process only; several share the moments as they are")
+        self.optimizer = make_optimizer(list(self.weights.values()), optim)
         self.ema = Ema(player.module, optim.ema) if optim.ema is not None else None
         self.device = next(player.module.parameters()).device
         self.bf16 = uses_bf16(train.precision, self.device)
@@ -44,8 +47,7 @@ class Learner:
         """One update by the mean of the batches' gradients; skipped, and only counted, if its loss or gradient is not
         finite. Returns the metrics, means over the batches."""
         rate = learning_rate(self.optim, step, self.train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         found: dict[str, list[float]] = {}
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), self.ranks.random():
@@ -81,36 +83,18 @@ class Learner:
         moving = self.weights.keys() | {name for name, _ in self.module.named_buffers()}
         weights = {name: tensor for name, tensor in self.module.state_dict().items() if name in moving}
         moments = {
-            f"{name}/{key}": value
+            f"{name}/{key}{part}": tensor
             for name, p in self.weights.items()
             for key, value in self.optimizer.state.get(p, {}).items()
+            for part, tensor in parts(value).items()
         }
         return {"weights": weights, "optimizer": moments} | ({"ema": self.ema.weights} if self.ema else {})
 
-    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: dict[str, int]) -> None:
-        """Puts back what `tensors` gave, put together. Raises: RuntimeError if names or shapes differ."""
-        expected = self.tensors()
-        for part, live in (("weights", expected["weights"]), ("ema", expected.get("ema", {}))):
-            _copy_into(live, tensors[part])
-        index = {name: i for i, name in enumerate(self.weights)}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors["optimizer"].items():
-            name, _, moment = key.rpartition("/")
-            if value.shape == self.weights[name].shape:
-                # In the memory layout of its weight: another one may round otherwise in the last bit.
-                weight = self.weights[name]
-                value = torch.empty_like(weight, requires_grad=False).copy_(like(value, weight))
-            state.setdefault(index[name], {})[moment] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    def restore(self, found: Checkpoint, counters: dict[str, int]) -> None:
+        """Puts back what `tensors` gave. Raises: RuntimeError if names or shapes differ."""
+        if found.shapes(f"{self.name}.optimizer") and not self.optimizer.state:
+            make_state(self.optimizer)
+        live = self.tensors()
+        for part in ("weights", "ema", "optimizer"):
+            found.fill(f"{self.name}.{part}", live.get(part, {}))
         self.counters = counters
-
-
-@torch.no_grad()
-def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    if live.keys() != saved.keys():
-        raise RuntimeError(f"its tensors differ: {', '.join(sorted(live.keys() ^ saved.keys())[:3])}, ...")
-    for name, tensor in live.items():
-        if tensor.shape != saved[name].shape:
-            raise RuntimeError(f"{name} is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here")
-        tensor.copy_(like(saved[name], tensor))

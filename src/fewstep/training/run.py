@@ -33,14 +33,14 @@ except ImportError:  # Windows
 # What a run writes into its directory besides recipe.yaml: all that `fresh` may delete.
 OWN = (
     *("checkpoints", "previews", "metrics.jsonl", "events.out.tfevents.*"),
-    *("model", "student", "report", "vae", "text_encoder", "tokenizer", "cache", "phases", "lora"),
+    *("model", "student", "student-best", "report", "vae", "text_encoder", "tokenizer", "cache", "phases", "lora"),
 )
 
 # Keys that may change between sittings: they don't change what one step does.
 FREE = (
     *("train.log_every", "train.preview_every", "train.checkpoint_every", "train.checkpoint_minutes"),
-    *("train.keep_checkpoints", "train.threads", "train.alarms", "train.minutes", "train.shard_group"),
-    "evaluate.",
+    *("train.keep_checkpoints", "train.keep_best", "train.threads", "train.alarms", "train.minutes"),
+    *("train.shard_group", "evaluate."),
 )
 
 

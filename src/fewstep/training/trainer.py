@@ -1,5 +1,6 @@
 """The loop: lets a method's players move in turn, and looks after everything around that."""
 
+import math
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.recipes.schema import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
 from fewstep.training.alarms import Alarm, Raised, Watchdog
-from fewstep.training.distribution import Ranks, whole
+from fewstep.training.distribution import Ranks
 from fewstep.training.learner import Learner
 from fewstep.training.method import Batch, Method
 from fewstep.training.progress import display, notice
@@ -61,6 +62,7 @@ class Trainer:
         self.step = 0  # steps done
         self.position = 0  # batches taken
         self.seconds = 0.0  # spent training, over all sittings
+        self.best: tuple[int, float] | None = None  # step and value of the best `train.keep_best` so far
         self._means = Means()
         self._saved = (0, time.monotonic())  # step and time of the last checkpoint
 
@@ -142,7 +144,7 @@ class Trainer:
         return losses
 
     def _log_and_save(self) -> None:
-        train, last = self.train, self.done
+        train, last, improved = self.train, self.done, False
         watched: Mapping[str, float] = {}
         raised: Raised | None = None
         if self.watch is not None and self.watch_every and (self.step % self.watch_every == 0 or last):
@@ -150,6 +152,7 @@ class Trainer:
                 watched = self.watch()
         if self.step % train.log_every == 0 or last or watched:
             metrics = {**self._means.take(), **watched}
+            improved = self._is_best(metrics)
             if self.ranks.first:
                 self.run.log(self.step, {**metrics, "seconds": self.seconds})
             raised = self._watchdog.look(self.step, metrics) if train.alarms != "off" else None
@@ -161,10 +164,35 @@ class Trainer:
         late = train.checkpoint_minutes is not None and (
             time.monotonic() - self._saved[1] >= 60 * train.checkpoint_minutes
         )
-        if self.step % train.checkpoint_every == 0 or late or last:
+        if self.step % train.checkpoint_every == 0 or late or last or improved:
             self._save()
         if raised is not None:
             self._answer(raised)
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a line of metrics is the best so far by `train.keep_best`; then it is kept in mind."""
+        wanted = self.train.keep_best
+        value = metrics.get(wanted.metric) if wanted is not None else None
+        if wanted is None or value is None or not math.isfinite(value):
+            return False
+        sign = 1 if wanted.better == "higher" else -1
+        if self.best is not None and sign * value <= sign * self.best[1]:
+            return False
+        self.best = (self.step, value)
+        return True
+
+    def recall_best(self) -> bool:
+        """Takes up the best checkpoint by `train.keep_best` once the training has ended; False if there is none, or it
+        is the last one anyway."""
+        if self.best is None or self.best[0] == self.step:
+            return False
+        try:
+            self._take_up(checkpoint.of_step(self.run.checkpoints, self.best[0], self.ranks))
+        except checkpoint.BrokenCheckpoint as problem:
+            if self.ranks.first:
+                notice(f"{self.run.checkpoints}: the best, step {self.best[0]}, is lost: {problem}")
+            return False
+        return True
 
     def _answer(self, raised: Raised) -> None:
         """Says what an alarm says, and does what `train.alarms` wants."""
@@ -174,8 +202,7 @@ class Trainer:
             self._save()
             raise UserError(f"{self.run.directory}: stopped at step {self.step} by an alarm: {raised}")
         if self.train.alarms == "rewind":
-            good = checkpoint.rewind(self.run.checkpoints, raised.since, delete=self.ranks.first)
-            self.ranks.wait()
+            good = checkpoint.rewind(self.run.checkpoints, raised.since, self.ranks)
             if good is None:
                 raise UserError(f"{self.run.directory}: no checkpoint is left from before the trouble: {raised}")
             self._take_up(good)
@@ -195,21 +222,21 @@ class Trainer:
             return
         groups: dict[str, dict[str, Tensor]] = {"random": _random_state()}
         for learner in self.learners:
-            for part, tensors in learner.tensors().items():
-                groups[f"{learner.name}.{part}"] = {name: whole(tensor) for name, tensor in tensors.items()}
+            groups |= {f"{learner.name}.{part}": tensors for part, tensors in learner.tensors().items()}
         state = {
             "position": self.position,
             "seconds": self.seconds,
             "means": self._means.state(),
             "players": {learner.name: learner.counters for learner in self.learners},
+            "best": self.best,
         }
-        if self.ranks.first:
-            checkpoint.save(self.run.checkpoints, self.step, groups, state, self.train.keep_checkpoints)
-        self.ranks.wait()
+        spare = [] if self.best is None else [self.best[0]]
+        keep = self.train.keep_checkpoints
+        checkpoint.save(self.run.checkpoints, self.step, groups, state, keep, spare, self.ranks)
         self._saved = (self.step, time.monotonic())
 
     def _restore(self) -> None:
-        found = checkpoint.latest(self.run.checkpoints, notice)
+        found = checkpoint.latest(self.run.checkpoints, notice if self.ranks.first else lambda _: None, self.ranks)
         if found is not None:
             self._take_up(found)
             if self.ranks.first:
@@ -219,9 +246,7 @@ class Trainer:
         """Everything as it was when the checkpoint was made."""
         try:
             for learner in self.learners:
-                parts = ("weights", "ema", "optimizer")
-                tensors = {part: found.groups.get(f"{learner.name}.{part}", {}) for part in parts}
-                learner.restore(tensors, found.state["players"][learner.name])
+                learner.restore(found, found.state["players"][learner.name])
         except (KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.run.checkpoints}: step {found.step} is not of this method and model ({error}); "
@@ -229,8 +254,9 @@ class Trainer:
             ) from error
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
         self._means = Means(found.state["means"])
+        self.best = found.state.get("best")
         self._saved = (found.step, time.monotonic())
-        _set_random_state(found.groups["random"])
+        _set_random_state(found.read("random"))
 
 
 def _random_state() -> dict[str, Tensor]:
