@@ -1,0 +1,90 @@
+"""What each process of a sharded distillation holds and sends: formulas, in bytes.
+
+For full copies as ``roles.py`` makes them and FSDP2 shards them (``fully_shard``, block by block): fp32 weights
+everywhere, each block gathered for its forward, let go, gathered again for its backward; AdamW; a moving average of
+the student. Activations are not in it. `benchmarks/scaling.py` prints them for Z-Image; a test holds them to real
+processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BYTES = 4  # of a weight, a gradient, a moment: fp32
+
+
+@dataclass(frozen=True)
+class Size:
+    """A denoiser's parameters: all of them, those of its largest block, and those outside of blocks."""
+
+    parameters: int
+    block: int
+    root: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """So many processes, in groups that hold one copy of the weights each (``train.shard_group``)."""
+
+    ranks: int
+    group: int
+
+    @property
+    def replicas(self) -> int:
+        return self.ranks // self.group
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How often the denoisers of a step speak and learn.
+
+    Attributes:
+        forwards: of all roles.
+        backwards: of all roles; each gives gradients.
+    """
+
+    forwards: float
+    backwards: float
+
+
+def calls(steps: int, fake_updates: int) -> Calls:
+    """Of one step of Decoupled-DMD, mean over the anchors of a student of so many steps (``distill/dmd.py``).
+
+    A rollout takes (steps - 1) / 2 forwards in the mean, the data prediction one more. The student's move also asks
+    teacher and fake once each; each of the fake's moves asks the fake once.
+    """
+    images = (steps - 1) / 2 + 1
+    return Calls(images + 2 + fake_updates * (images + 1), 1 + fake_updates)
+
+
+def memory(size: Size, layout: Layout) -> dict[str, float]:
+    """Bytes that a process holds, by what they are.
+
+    "gathered": whole, of the role that speaks: what lies outside of blocks, the block at work, and the next on its way.
+    """
+    share = BYTES * size.parameters / layout.group
+    gathered = BYTES * (2 * size.block + size.root) if layout.group > 1 else 0
+    return {
+        "teacher": share,
+        "student": share,
+        "fake": share,
+        "gradients": share,  # of one player at a time
+        "AdamW": 4 * share,  # two moments, of student and fake
+        "moving average": share,
+        "gathered": gathered,
+    }
+
+
+def traffic(size: Size, layout: Layout, calls: Calls) -> dict[str, float]:
+    """Bytes that a process receives in a step, by what they are for.
+
+    Every forward gathers all weights, every backward does so again; gradients are scattered within a group (each
+    process gets its part from all others), and summed up between groups by a ring.
+    """
+    others = (layout.group - 1) / layout.group
+    shard = BYTES * size.parameters / layout.group
+    return {
+        "weights": BYTES * others * (calls.forwards + calls.backwards) * size.parameters,
+        "gradients within a group": BYTES * others * calls.backwards * size.parameters,
+        "gradients between groups": 2 * (layout.replicas - 1) / layout.replicas * shard * calls.backwards,
+    }

@@ -1,0 +1,72 @@
+"""A program for torchrun: one step of a sharded distillation, and what this process held and received."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fewstep.data.prompts import training_prompts
+from fewstep.distill.roles import make_roles
+from fewstep.distill.run import dmd_job
+from fewstep.models.pipeline import load
+from fewstep.recipes.load import load_recipe
+from fewstep.training.distribution import launched
+from fewstep.training.learner import Learner
+
+
+def held(tensors) -> int:  # type: ignore[no-untyped-def]
+    """Bytes of this process's parts; scalars, such as counts of steps, aside."""
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(part.numel() * part.element_size() for part in parts if part.ndim)
+
+
+class Received(TorchDispatchMode):
+    """Counts what collectives bring from other processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = self.gradients = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        size = lambda t: t.numel() * t.element_size()  # noqa: E731
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.weights += size(args[0]) - size(args[1])
+        if func is torch.ops.c10d._reduce_scatter_base_.default:
+            self.gradients += size(args[1]) - size(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def main(folder: str, out: str) -> None:
+    settings = ("student.steps=1", "fake_updates=2", "shield.regression=0", "align=0", "fake_warmup=0")
+    sizes = ("train.batch_size=4", "train.precision=fp32", "optim.student={lr: 1.0e-4, ema: 0.9}")
+    recipe = load_recipe("micro-turbo", [f"teacher={folder}", *settings, *sizes])
+    with launched() as ranks:
+        torch.manual_seed(0)
+        teacher = load(folder, ranks.device)
+        roles = make_roles(recipe, teacher, ranks)
+        job = dmd_job(recipe, roles, training_prompts(recipe.prompts)[:64], None, ranks)
+        learners = [Learner(p, getattr(recipe.optim, p.name), recipe.train, ranks) for p in job.method.players]
+        with Received() as received:
+            for learner in learners:
+                for update in range(learner.player.updates):
+                    learner.update([ranks.share(job.data(update))], 1)
+        student, fake = learners
+        found = {
+            "teacher": held(teacher.denoiser.parameters()),
+            "student": held(student.weights.values()),
+            "fake": held(fake.weights.values()),
+            "gradients": held(p.grad for p in fake.weights.values() if p.grad is not None),
+            "AdamW": held(v for one in learners for s in one.optimizer.state.values() for v in s.values()),
+            "moving average": held(student.ema.weights.values()) if student.ema else 0,
+            "weights received": received.weights,
+            "gradients received": received.gradients,
+        }
+        if ranks.first:
+            Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
