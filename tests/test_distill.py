@@ -210,3 +210,19 @@ def test_best_student_is_saved_beside_the_last(tiny_folder, tmp_path):
     assert kept == ["step_00000001", "step_00000003"]
     last, first = (load(tmp_path / "run" / name).transformer.state_dict() for name in ("student", "student-best"))
     assert any(not tensor.equal(first[name]) for name, tensor in last.items())
+
+
+@pytest.mark.parametrize("recipe", ["micro-decoupled", "micro-ca", "micro-dm", "micro-dmd", "micro-dmd2", "micro-cdm"])
+def test_recipes_of_the_ablation_run(tiny_folder, tmp_path, recipe):
+    short = [f"teacher={tiny_folder}", "train.steps=1", "train.batch_size=2", "train.preview_every=0"]
+    sizes = ["train.precision=fp32", "evaluate={enabled: false}", "trajectory={samples: 4, substeps: 1}"]
+    made = api.distill(recipe, tmp_path / "run", overrides=[*short, *sizes])
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = {
+        "micro-ca": {"student/ca": True, "student/dm": False, "fake/loss": False},
+        "micro-dm": {"student/ca": False, "student/dm": True, "fake/loss": True},
+        "micro-dmd": {"student/regression": True, "discriminator/loss": False},
+        "micro-dmd2": {"student/regression": False, "discriminator/loss": True},
+    }.get(recipe, {"student/ca": True, "student/dm": True, "fake/loss": True})
+    assert {key: key in line for key in expected} == expected
+    assert load(made.student).card.steps == 4
