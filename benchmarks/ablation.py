@@ -62,7 +62,16 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "micro-turbo": (TURBO, ("fake_warmup=5",)),
 }
 
-FIGURES = ("name_top1", "style_top1", "fd_teacher", "diversity", "saturation", "hf_energy")
+#: Figure -> its title, its factor, and how it is written.
+FIGURES = {
+    "name_top1": ("name right, %", 100, ".1f"),
+    "style_top1": ("style right, %", 100, ".1f"),
+    "fd_teacher": ("FD to the teacher", 1, ".1f"),
+    "diversity": ("diversity, ×1000", 1000, ".1f"),
+    "saturation": ("saturation", 1, ".3f"),
+    "hf_energy": ("hf energy, ×1000", 1000, ".3f"),
+    "steps": ("steps", 1, ".0f"),
+}
 
 
 class Yardstick:
@@ -129,15 +138,9 @@ def run(arm: str, seed: int, yardstick: Yardstick, arguments: argparse.Namespace
 
 def show(found: dict[str, list[dict[str, float | None]]], teacher: dict[str, dict[str, float | None]]) -> str:
     """A Markdown table, means over seeds with their range; also printed."""
-    columns = ("arm", *FIGURES, "steps", "minutes")
-    rows = [[name, *(f"{one[key]:.4g}" for key in FIGURES), "", ""] for name, one in teacher.items()]
-    for arm, several in found.items():
-        cells = []
-        for key in columns[1:]:
-            values = [float(one[key] or 0) for one in several]
-            spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4g}{spread}")
-        rows.append([arm, *cells])
+    rows = [[name, *(_cell(key, [one.get(key)]) for key in FIGURES)] for name, one in teacher.items()]
+    rows += [[arm, *(_cell(key, [one[key] for one in several]) for key in FIGURES)] for arm, several in found.items()]
+    columns = ["arm", *(title for title, _, _ in FIGURES.values())]
     table = Table(title="Decoupled-DMD on the emoji world, 4 steps")
     for column in columns:
         table.add_column(column)
@@ -146,6 +149,15 @@ def show(found: dict[str, list[dict[str, float | None]]], teacher: dict[str, dic
     Console(width=200).print(table)
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(key: str, values: list[float | None]) -> str:
+    _, factor, style = FIGURES[key]
+    numbers = [factor * value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean = format(statistics.mean(numbers), style)
+    return f"{mean} ({min(numbers):{style}} to {max(numbers):{style}})" if len(numbers) > 1 else mean
 
 
 #: What the curves show: how many things are named, and what over-baking moves.

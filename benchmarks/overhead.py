@@ -62,7 +62,9 @@ def alone(denoiser: nn.Module, call: Call, prompts: EncodedPrompts, shape: tuple
             loss = denoiser(x, sigma, chosen).square().mean()
         if learns:
             loss.backward()
-    return time.perf_counter() - start
+    took = time.perf_counter() - start
+    denoiser.zero_grad()
+    return took
 
 
 def main() -> None:
@@ -104,8 +106,6 @@ def main() -> None:
     for _ in range(9):
         for call, found in times.items():
             found.append(alone(denoisers[call[0]], call, prompts, shape, bf16))
-    for denoiser in denoisers.values():
-        denoiser.zero_grad()
 
     table = Table(title=f"{arguments.steps} steps, batch {arguments.batch}, {torch.get_num_threads()} threads")
     for column in ("", "samples", "backward", "calls", "alone, ms (median)", "sum, s"):

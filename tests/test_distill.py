@@ -68,6 +68,7 @@ def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tm
     lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"student/loss", "fake/loss", "student/ca", "student/dm", "student/cosine"} <= set(lines[0])
+    assert 0.1 < lines[0]["student/x0_std_over_teacher"] < 2  # the student starts as the teacher
     for name in ("recipe.yaml", "checkpoints", "student"):
         assert (tmp_path / "whole" / name).exists()
 

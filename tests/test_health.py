@@ -5,7 +5,7 @@ import torch
 from gaussian import SHAPE, Gaussian, prompts_of
 
 from fewstep import flow
-from fewstep.distill.health import balance, fake_lag, pattern
+from fewstep.distill.health import balance, beside, fake_lag, pattern
 from fewstep.models.denoiser import predict_x0
 
 
@@ -35,6 +35,16 @@ def test_checkerboards_show():
     assert stats["x0_mean"].item() == pytest.approx(3, abs=0.05)
     assert stats["x0_std"].item() == pytest.approx(2, abs=0.05)
     assert stats["x0_hf"].item() == pytest.approx(0.25, abs=0.01)  # noise: a quarter of it is in that corner
+
+
+def test_beside_the_teacher():
+    """Latents of twice the teacher's deviation, 1 above its mean; what shares of checkerboard they have stays."""
+    teacher = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    looks = {name: float(value) for name, value in pattern(teacher).items()}
+    found = beside(pattern(1 + 2 * teacher), looks)
+    assert found["x0_std_over_teacher"].item() == pytest.approx(2.0, rel=1e-4)
+    assert found["x0_hf_over_teacher"].item() == pytest.approx(1.0, rel=1e-4)
+    assert found["x0_mean_less_teacher"].item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_balance():

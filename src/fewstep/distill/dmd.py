@@ -6,7 +6,7 @@ matching) keeps its images among the teacher's. The fake learns the student's di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,6 +88,7 @@ class DecoupledDmd(Method):
     Args:
         null: the encoded empty prompt, a batch of one.
         shields: further shields, each with its weight.
+        reference: ``health.pattern`` of the teacher's own images, for the log; empty leaves the comparison out.
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class DecoupledDmd(Method):
         null: EncodedPrompts,
         settings: DmdSettings,
         shields: Sequence[tuple[float, Shield]] = (),
+        reference: Mapping[str, float] | None = None,
     ) -> None:
         self.teacher, self.student, self.fake, self.null, self.settings = teacher, student, fake, null, settings
-        self.shields = shields
+        self.shields, self.reference = shields, reference
         self.aligning = False
         early = settings.fake_warmup - settings.align_steps if settings.shield else 0
         self.players = [Player("student", student, self.student_loss, waits=max(0, early))]
@@ -123,7 +125,8 @@ class DecoupledDmd(Method):
             held = shield.loss(x, batch)
             loss = loss + weight * held
             metrics[shield.name] = held.detach()
-        return loss, metrics | health.pattern(x.detach())
+        looks = health.pattern(x.detach())
+        return loss, metrics | looks | (health.beside(looks, self.reference) if self.reference else {})
 
     def shield_loss(self, shield: LearningShield, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """What a shield's own network learns from fresh images of the student."""

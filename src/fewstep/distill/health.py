@@ -1,6 +1,8 @@
-"""How a distillation is doing, from tensors that it has at hand anyway: no further forwards."""
+"""How a distillation is doing, from tensors that it has at hand anyway, beside some of the teacher's own images."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -9,8 +11,14 @@ from fewstep.training.alarms import Alarm
 
 #: What a log of Decoupled-DMD says when something is going wrong.
 ALARMS = (
-    Alarm("student/x0_std", "grows", 1.5, 50, "the student's variance rises: shield too weak, or fake's lr too low?"),
-    Alarm("student/x0_hf", "grows", 3.0, 50, "a checkerboard grows: spear.alpha too high, or shield too weak?"),
+    Alarm(
+        *("student/x0_std_over_teacher", "above", 1.5, 50),
+        "the student's variance is over the teacher's: shield too weak, or fake's lr too low?",
+    ),
+    Alarm(
+        *("student/x0_hf_over_teacher", "above", 2.0, 50),
+        "a checkerboard that the teacher has not: spear.alpha too high, or shield too weak?",
+    ),
     Alarm("student/fake_lag", "above", 0.98, 100, "the fake does not keep up: raise optim.fake.lr or fake_updates"),
     Alarm("student/skipped", "above", 0.2, 20, "updates are not finite: lower optim.student.lr, or precision fp32"),
     Alarm("fake/skipped", "above", 0.2, 20, "updates are not finite: lower optim.fake.lr, or precision fp32"),
@@ -40,6 +48,15 @@ def pattern(x: Tensor) -> dict[str, Tensor]:
     checkerboard = (x[..., ::2, ::2] - x[..., ::2, 1::2] - x[..., 1::2, ::2] + x[..., 1::2, 1::2]) / 4
     variance = x.var().clamp(min=1e-12)
     return {"x0_mean": x.mean(), "x0_std": variance.sqrt(), "x0_hf": checkerboard.square().mean() / variance}
+
+
+def beside(student: Mapping[str, Tensor], teacher: Mapping[str, float]) -> dict[str, Tensor]:
+    """The student's deviation and high-frequency energy over the teacher's, and its mean less the teacher's."""
+    return {
+        "x0_mean_less_teacher": student["x0_mean"] - teacher["x0_mean"],
+        "x0_std_over_teacher": student["x0_std"] / teacher["x0_std"],
+        "x0_hf_over_teacher": student["x0_hf"] / max(teacher["x0_hf"], 1e-12),
+    }
 
 
 def balance(ca: Tensor, dm: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,22 @@ from fewstep.distill.roles import Roles, make_roles
 from fewstep.distill.shielding import real_batches, shields_of
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
-from fewstep.generate import generate
+from fewstep.generate import generate, initial_noise
+from fewstep.models.denoiser import Guided
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.zimage import PATCH
 from fewstep.recipes.schema import DistillRecipe, PromptSettings
 from fewstep.training.distribution import Ranks
 from fewstep.training.method import Method
 from fewstep.training.run import Run
+from fewstep.samplers import sample_euler
 from fewstep.training.trainer import Trainer
 
 SHOWN = 32  # images of a preview
 
 
 @dataclass(frozen=True)
+LOOKED_AT, LOOKED_STEPS = 16, 16  # images of the teacher, and its steps, that the student's latents are compared with
 class Job:
     """What a recipe's method comes to: the algorithm, and where its batches come from."""
 
@@ -107,7 +110,8 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batch
     _check_scales(recipe, teacher)
     student = roles.student.denoiser
     shields = shields_of(recipe, teacher, student, settings.sigmas, settings.renoise, real, ranks)
-    method = DecoupledDmd(teacher.denoiser, student, roles.fake, teacher.encode([""]), settings, shields)
+    looks = teachers_looks(recipe, teacher, prompts, real)
+    method = DecoupledDmd(teacher.denoiser, student, roles.fake, teacher.encode([""]), settings, shields, looks)
     if real is not None and (recipe.align or any(shield.wants_real for _, shield in shields)):
         return Job(method, real)
     return Job(method, batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed))
@@ -116,6 +120,22 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batch
 def _check_scales(recipe: DistillRecipe, teacher: TextToImage) -> None:
     """Raises: UserError for a latent that cannot be made so much smaller."""
     rows, columns = teacher.latent_shape(teacher.card.height, teacher.card.width)[-2:]
+def teachers_looks(
+    recipe: DistillRecipe, teacher: TextToImage, prompts: Sequence[str], real: Batches | None
+) -> dict[str, float]:
+    """``health.pattern`` of the guided teacher's latents: of those that it has made already, or of a few made here."""
+    if real is not None and recipe.shield.real == "teacher":
+        latents = real(0).real
+    else:
+        shown = [prompts[i * len(prompts) // LOOKED_AT] for i in range(LOOKED_AT)]
+        noise = initial_noise(teacher, range(LOOKED_AT), teacher.card.height, teacher.card.width)
+        denoiser = Guided(teacher.denoiser, teacher.encode([""]), 1 + teacher.card.guidance_scale)
+        sigmas = [flow.shift_sigma(u, teacher.shift) for u in flow.uniform_anchors(LOOKED_STEPS)]
+        with torch.no_grad():
+            latents = sample_euler(denoiser, noise, sigmas, teacher.encode(shown))
+    return {name: float(value) for name, value in health.pattern(latents).items()}
+
+
     for factor in recipe.shield.scales:
         if rows % (factor * PATCH) or columns % (factor * PATCH):
             raise UserError(
