@@ -13,6 +13,7 @@ from fewstep.cli.data import app as data
 from fewstep.cli.distill import distill
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
+from fewstep.cli.prompts import prompts
 from fewstep.cli.train import train
 from fewstep.errors import UserError
 
@@ -75,6 +76,7 @@ app.command()(generate)
 app.command()(evaluate)
 app.command()(train)
 app.command()(cache)
+app.command()(prompts)
 app.add_typer(data, name="data")
 
 

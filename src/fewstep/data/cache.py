@@ -61,14 +61,21 @@ def digest(module: nn.Module) -> str:
 
 def fingerprint(teacher: TextToImage, sigmas: Sequence[float], **settings: object) -> dict[str, object]:
     """What the contents of a cache depend on: the teacher's weights, the words around a prompt, the noise levels."""
+    return {
+        "transformer": digest(teacher.transformer),
+        **text_fingerprint(teacher),
+        "sigmas": [round(sigma, 6) for sigma in sigmas],
+        **settings,
+    }
+
+
+def text_fingerprint(teacher: TextToImage) -> dict[str, object]:
+    """What encoded prompts depend on: the text encoder's weights, the tokenizer, the words around a prompt."""
     vocabulary = json.dumps(sorted(teacher.tokenizer.get_vocab().items()))
     template = chat(teacher.tokenizer, "prompt") + vocabulary
     return {
-        "transformer": digest(teacher.transformer),
         "text_encoder": digest(teacher.text_encoder),
         "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),
-        "sigmas": [round(sigma, 6) for sigma in sigmas],
-        **settings,
     }
 
 
@@ -115,7 +122,7 @@ def refuse_other(folder: Path, wanted: Mapping[str, object], found: Mapping[str,
     """Raises: UserError that names what differs."""
     differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differing:
-        raise UserError(f"{folder}: this cache was made with another {', '.join(differing)}; make a new one")
+        raise UserError(f"{folder}: was made with another {', '.join(differing)}; make a new one")
 
 
 def write_shard(file: Path, states: Tensor, prompts: EncodedPrompts, texts: Sequence[str]) -> None:

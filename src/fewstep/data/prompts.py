@@ -1,8 +1,10 @@
 """Prompts from text files, and those of the emoji world."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.data.emoji import TEMPLATES, EmojiWorld
+from fewstep.data.prompt_shards import PromptShards
 from fewstep.errors import UserError
 from fewstep.recipes.schema import PromptSettings
 
@@ -24,10 +26,11 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def training_prompts(settings: PromptSettings) -> list[str]:
-    """The emoji world's prompts in every wording, or the lines of a text file."""
+def training_prompts(settings: PromptSettings) -> Sequence[str]:
+    """The emoji world's prompts in every wording, the lines of a text file, or what ``fewstep prompts`` made."""
     if settings.source != "emoji":
-        return read_prompts(settings.source)
+        folder = Path(settings.source)
+        return PromptShards(folder) if folder.is_dir() else read_prompts(folder)
     world = EmojiWorld.load()
     concepts = world.concepts(settings.split)
     return [world.prompt(concept, wording) for concept in concepts for wording in range(len(TEMPLATES["en"]))]

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from fewstep import flow
+from fewstep.data.cache import text_fingerprint
 from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import grid
+from fewstep.data.prompt_shards import PromptShards
 from fewstep.data.prompts import training_prompts
 from fewstep.distill import health
 from fewstep.distill.anchors import anchors_of
@@ -25,19 +27,20 @@ from fewstep.errors import UserError
 from fewstep.generate import generate, initial_noise
 from fewstep.models.denoiser import Guided
 from fewstep.models.pipeline import TextToImage, load
+from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import PATCH
 from fewstep.recipes.schema import DistillRecipe, PromptSettings
+from fewstep.samplers import sample_euler
 from fewstep.training.distribution import Ranks
 from fewstep.training.method import Method
 from fewstep.training.run import Run
-from fewstep.samplers import sample_euler
 from fewstep.training.trainer import Trainer
 
 SHOWN = 32  # images of a preview
+LOOKED_AT, LOOKED_STEPS = 16, 16  # images of the teacher, and its steps, that the student's latents are compared with
 
 
 @dataclass(frozen=True)
-LOOKED_AT, LOOKED_STEPS = 16, 16  # images of the teacher, and its steps, that the student's latents are compared with
 class Job:
     """What a recipe's method comes to: the algorithm, and where its batches come from."""
 
@@ -102,7 +105,7 @@ def distill(
     return student
 
 
-def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batches | None, ranks: Ranks) -> Job:
+def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: Sequence[str], real: Batches | None, ranks: Ranks) -> Job:
     """Decoupled-DMD on prompts alone. Shields that hold the student to real images bring these, with prompts of their
     own."""
     teacher = roles.teacher
@@ -117,9 +120,6 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: list[str], real: Batch
     return Job(method, batches(teacher, prompts, recipe.train.batch_size, recipe.train.seed))
 
 
-def _check_scales(recipe: DistillRecipe, teacher: TextToImage) -> None:
-    """Raises: UserError for a latent that cannot be made so much smaller."""
-    rows, columns = teacher.latent_shape(teacher.card.height, teacher.card.width)[-2:]
 def teachers_looks(
     recipe: DistillRecipe, teacher: TextToImage, prompts: Sequence[str], real: Batches | None
 ) -> dict[str, float]:
@@ -136,6 +136,9 @@ def teachers_looks(
     return {name: float(value) for name, value in health.pattern(latents).items()}
 
 
+def _check_scales(recipe: DistillRecipe, teacher: TextToImage) -> None:
+    """Raises: UserError for a latent that cannot be made so much smaller."""
+    rows, columns = teacher.latent_shape(teacher.card.height, teacher.card.width)[-2:]
     for factor in recipe.shield.scales:
         if rows % (factor * PATCH) or columns % (factor * PATCH):
             raise UserError(
@@ -167,29 +170,33 @@ def settings_of(recipe: DistillRecipe, shift: float) -> DmdSettings:
     )
 
 
-def batches(model: TextToImage, prompts: list[str], size: int, seed: int) -> Batches:
-    """Batch number -> (pure noise, encoded prompts): prompts alone, no images. Each prompt is encoded once, here."""
-    encoded = model.encode(prompts)
+def batches(model: TextToImage, prompts: Sequence[str], size: int, seed: int) -> Batches:
+    """Batch number -> (pure noise, encoded prompts): prompts alone, no images. Each prompt is encoded once, here, or
+    was so before."""
+    encoded: PromptShards | EncodedPrompts = prompts if isinstance(prompts, PromptShards) else model.encode(prompts)
+    if isinstance(encoded, PromptShards):
+        encoded.check(text_fingerprint(model))
     shape = model.latent_shape(model.card.height, model.card.width)
 
     def data(position: int) -> DistillBatch:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
         chosen = torch.randint(len(prompts), (size,), generator=generator)
         noise = torch.randn(size, *shape, generator=generator)
-        return DistillBatch(noise.to(model.device), encoded[chosen])
+        rows = encoded.encoded(chosen.tolist()) if isinstance(encoded, PromptShards) else encoded[chosen]
+        return DistillBatch(noise.to(model.device), rows.to(model.device))
 
     return data
 
 
-def shown_prompts(settings: PromptSettings, prompts: list[str]) -> list[str]:
+def shown_prompts(settings: PromptSettings, prompts: Sequence[str]) -> list[str]:
     """What previews show: held-out prompts of the emoji world, or the first of the user's own."""
     if settings.source != "emoji":
-        return prompts[:SHOWN]
+        return list(prompts[:SHOWN])
     world = EmojiWorld.load()
     return [world.prompt(concept, i % 3) for i, concept in enumerate(world.sample(SHOWN, "heldout", seed=0))]
 
 
-def preview_of(student: TextToImage, prompts: list[str]) -> Callable[[int], Image.Image]:
+def preview_of(student: TextToImage, prompts: Sequence[str]) -> Callable[[int], Image.Image]:
     """The same prompts and seeds each time, as the student of that moment draws them."""
 
     def preview(step: int) -> Image.Image:

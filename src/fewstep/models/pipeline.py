@@ -104,6 +104,21 @@ class TextToImage:
         except PromptTooLong as error:
             raise UserError(str(error)) from error
 
+    def encode_each(self, texts: Sequence[str]) -> list[Tensor]:
+        """The features [L, D] of one batch of prompts, in the text encoder's precision; nothing is kept.
+
+        Raises:
+            UserError: a prompt is too long.
+        """
+        try:
+            return self._encoder.each(texts)
+        except PromptTooLong as error:
+            raise UserError(str(error)) from error
+
+    def count_tokens(self, text: str) -> int:
+        """The tokens of a prompt with the chat template around it."""
+        return self._encoder.count(text)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, rows and columns of the latent of an image.
 

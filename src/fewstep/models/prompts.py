@@ -81,22 +81,35 @@ class PromptEncoder:
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         for start in range(0, len(new), batch_size):
             part = new[start : start + batch_size]
-            tokens = self.tokenizer([chat(self.tokenizer, text) for text in part], padding=True, return_tensors="pt")
-            lengths = tokens.attention_mask.sum(dim=1)
-            for text, length in zip(part, lengths.tolist(), strict=True):
-                if length > MAX_TOKENS:
-                    shown = text if len(text) <= 60 else f"{text[:57]}..."
-                    raise PromptTooLong(f"prompt has {length} tokens, at most {MAX_TOKENS} fit: {shown!r}")
-            device = next(self.text_encoder.parameters()).device
-            features = self.text_encoder(
-                input_ids=tokens.input_ids.to(device),
-                attention_mask=tokens.attention_mask.to(device),
-                output_hidden_states=True,
-            ).hidden_states[-2]
-            for text, length, feature in zip(part, lengths.tolist(), features, strict=True):
-                self._cache[text] = feature[:length].float()
+            for text, feature in zip(part, self.each(part), strict=True):
+                self._cache[text] = feature.float()
         chosen = [self._cache[text] for text in texts]
         return EncodedPrompts(
             nn.utils.rnn.pad_sequence(chosen, batch_first=True),
             torch.tensor([len(feature) for feature in chosen], device=chosen[0].device),
         )
+
+    @torch.no_grad()
+    def each(self, texts: Sequence[str]) -> list[Tensor]:
+        """The features [L, D] of one batch of prompts as the text encoder gives them; nothing is kept.
+
+        Raises:
+            PromptTooLong: a prompt, with its template, has more than 512 tokens.
+        """
+        tokens = self.tokenizer([chat(self.tokenizer, text) for text in texts], padding=True, return_tensors="pt")
+        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        for text, length in zip(texts, lengths, strict=True):
+            if length > MAX_TOKENS:
+                shown = text if len(text) <= 60 else f"{text[:57]}..."
+                raise PromptTooLong(f"prompt has {length} tokens, at most {MAX_TOKENS} fit: {shown!r}")
+        device = next(self.text_encoder.parameters()).device
+        features = self.text_encoder(
+            input_ids=tokens.input_ids.to(device),
+            attention_mask=tokens.attention_mask.to(device),
+            output_hidden_states=True,
+        ).hidden_states[-2]
+        return [feature[:length] for feature, length in zip(features, lengths, strict=True)]
+
+    def count(self, text: str) -> int:
+        """The tokens of a prompt with its template."""
+        return len(self.tokenizer(chat(self.tokenizer, text)).input_ids)

@@ -197,7 +197,8 @@ class JudgeRecipe(BaseRecipe):
 
 class PromptSettings(Settings):
     source: str = Field(
-        default="emoji", description='"emoji" for the emoji world\'s, or the path of a text file, one a line.'
+        default="emoji",
+        description='"emoji" for the emoji world\'s, a text file with one a line, or a folder of fewstep prompts.',
     )
     split: Literal["train", "heldout"] = Field(default="train", description="Which of the emoji world's prompts.")
 

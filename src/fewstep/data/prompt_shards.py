@@ -1,0 +1,119 @@
+"""Encoded prompts on disk, in numbered shards, of which only what is asked for is read.
+
+    index.json              fingerprint of the text encoder, prompts in each shard, the report of the clean-up
+    shard-00000.safetensors features [tokens, D] of all its prompts in a row, ends [n]; their texts in its metadata
+
+Prompts that another text encoder or prompt template encoded are refused, never silently used.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fewstep.data.cache import refuse_other, shard_file
+from fewstep.errors import UserError
+from fewstep.models.prompts import EncodedPrompts
+
+FORMAT = 1
+INDEX = "index.json"
+KIND = "prompts"
+
+
+def write_prompt_shard(folder: Path, number: int, texts: Sequence[str], features: Sequence[Tensor]) -> None:
+    """A shard of prompts and their features [L_i, D], written aside and moved into place."""
+    file = shard_file(folder, number)
+    aside = file.with_suffix(".partial")
+    ends = torch.tensor(list(accumulate(len(feature) for feature in features)))
+    tensors = {"features": torch.cat(list(features)).cpu().contiguous(), "ends": ends}
+    save_file(tensors, aside, {"prompts": json.dumps(list(texts), ensure_ascii=False)})
+    aside.replace(file)
+
+
+def write_prompt_index(
+    folder: Path, fingerprint: Mapping[str, object], counts: Sequence[int], report: Mapping[str, Any]
+) -> None:
+    aside = folder / "index.partial"
+    index = {"format": FORMAT, "kind": KIND, "fingerprint": fingerprint, "counts": list(counts), "report": report}
+    aside.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+    aside.replace(folder / INDEX)
+
+
+class PromptShards(Sequence[str]):
+    """The prompts of a folder as a sequence of texts; :meth:`encoded` gives their features.
+
+    Raises:
+        UserError: nothing of the kind is there, or it cannot be read.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            if index["format"] != FORMAT or index["kind"] != KIND:
+                raise ValueError("it is of another kind or format")
+            self.fingerprint, self._ends = index["fingerprint"], list(accumulate(index["counts"]))
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no encoded prompts there; fewstep prompts makes them, or goes on") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / INDEX}: cannot be read ({error})") from None
+        self._open = lru_cache(maxsize=16)(self._open_shard)
+        self._texts = lru_cache(maxsize=16)(self._read_texts)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        shard, row = self._place(index)
+        return self._texts(shard)[row]
+
+    def check(self, fingerprint: Mapping[str, object]) -> None:
+        """Raises: UserError if another text encoder or template than the model's encoded them."""
+        refuse_other(self.folder, fingerprint, self.fingerprint)
+
+    def encoded(self, rows: Sequence[int]) -> EncodedPrompts:
+        """The encoded prompts with these numbers, in fp32."""
+        features = []
+        for index in rows:
+            shard, row = self._place(index)
+            tensors, ends = self._open(shard)
+            begin = ends[row - 1] if row else 0
+            features.append(tensors.get_slice("features")[begin : ends[row]].float())
+        lengths = torch.tensor([len(feature) for feature in features])
+        return EncodedPrompts(pad_sequence(features, batch_first=True), lengths)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Shard and row of a prompt."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
+
+    def _open_shard(self, shard: int) -> tuple[Any, list[int]]:
+        file = shard_file(self.folder, shard)
+        try:
+            tensors = safe_open(file, "pt")
+            return tensors, tensors.get_tensor("ends").tolist()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: missing or damaged ({error}); make the prompts again") from None
+
+    def _read_texts(self, shard: int) -> list[str]:
+        return json.loads(self._open(shard)[0].metadata()["prompts"])
