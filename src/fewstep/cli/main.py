@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from fewstep.cli.cache import cache
+from fewstep.cli.convert import convert
 from fewstep.cli.data import app as data
 from fewstep.cli.distill import distill
 from fewstep.cli.evaluate import evaluate
@@ -77,6 +78,7 @@ app.command()(evaluate)
 app.command()(train)
 app.command()(cache)
 app.command()(prompts)
+app.command()(convert)
 app.add_typer(data, name="data")
 
 

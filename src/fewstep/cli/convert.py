@@ -1,0 +1,57 @@
+"""`fewstep convert`: between diffusers' folders and single files."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class To(StrEnum):
+    diffusers = "diffusers"
+    original = "original"
+    comfyui = "comfyui"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A model's folder or name, or a transformer in a .safetensors file.")],
+    out: Annotated[Path, typer.Option(help="The folder, or the .safetensors file, to write.")],
+    to: Annotated[
+        To, typer.Option(help="A whole folder, or the transformer in one file with these names.")
+    ] = To.diffusers,
+    base: Annotated[
+        str | None, typer.Option(help="For a single file: the model that has its other parts, and its numbers.")
+    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the file that is written; the weights' own.")] = None,
+) -> None:
+    """Turn a transformer's single file (the original release's names, ComfyUI's, 8 bits) into a folder, or back."""
+    import torch
+
+    from fewstep.errors import UserError
+    from fewstep.models.pipeline import TextToImage, load
+    from fewstep.models.single_file import read_transformer, write_transformer
+
+    if out.exists():
+        raise UserError(f"{out}: is there already; choose another --out")
+    if to is To.diffusers and precision is not None:
+        raise UserError("--precision is for single files; a folder keeps its weights")
+    if to is not To.diffusers and out.suffix != ".safetensors":
+        raise UserError(f"{out}: a single file's name ends with .safetensors")
+    if model.endswith(".safetensors"):
+        if base is None:
+            raise UserError(f"{model}: a single file has the transformer alone; say --base, a model of the same kind")
+        parts = load(base)
+        transformer = read_transformer(model, parts.transformer.config).eval()
+        whole = TextToImage(transformer, parts.vae, parts.text_encoder, parts.tokenizer, parts.scheduler, parts.card)
+    else:
+        whole = load(model)
+    if to is To.diffusers:
+        typer.echo(whole.save(out))
+    else:
+        dtype = {None: None, Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[precision]
+        typer.echo(write_transformer(whole.transformer, out, "comfyui" if to is To.comfyui else "original", dtype))

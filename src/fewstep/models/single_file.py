@@ -1,0 +1,168 @@
+"""Transformers in one safetensors file: the original release's names and ComfyUI's, read and written.
+
+What differs from diffusers' names: queries, keys and values lie fused in one ``attention.qkv``, some parts are called
+otherwise, and ComfyUI puts ``model.diffusion_model.`` before everything. Weights of 8 bits (plain, or with a scale for
+each matrix) are widened when they are read. diffusers' own names in one file are read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+Naming = Literal["original", "comfyui"]
+
+#: Parts of names, ours (diffusers') and the original release's.
+RENAMED = {
+    "all_x_embedder.2-1.": "x_embedder.",
+    "all_final_layer.2-1.": "final_layer.",
+    ".attention.to_out.0.": ".attention.out.",
+    ".attention.norm_q.": ".attention.q_norm.",
+    ".attention.norm_k.": ".attention.k_norm.",
+}
+QKV = (".attention.to_q.", ".attention.to_k.", ".attention.to_v.")
+FUSED = ".attention.qkv."
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+SCALES = (".scale_weight", ".weight_scale")  # of a matrix in 8 bits, beside it
+OTHERS = ("norm_final.weight", "scaled_fp8")  # in some files, and part of no model
+
+#: How a tensor of a file is read once it is wanted.
+Read = Callable[[], Tensor]
+
+
+def read_transformer(
+    file: str | Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> ZImageTransformer2DModel:
+    """A transformer out of a single file, in any of the namings.
+
+    The weights are read one by one into a model that has none of its own, so that no more memory is needed than the
+    model takes.
+
+    Args:
+        config: of the transformer, as in diffusers' ``config.json``: a single file does not say it.
+        dtype: of the weights when they are read.
+
+    Raises:
+        UserError: the file cannot be read, or tensors are missing, left over or of other shapes; it names them.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            found = _by_our_names(tensors, dtype)
+            with torch.device("meta"):
+                model = ZImageTransformer2DModel.from_config(dict(config))
+            wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            _refuse_others(file, wanted, found)
+            for name, shape in wanted.items():
+                weight = found[name]()
+                if name.endswith("pad_token"):  # some files have them as rows, some without the first dimension
+                    weight = weight.reshape(shape) if weight.numel() == torch.Size(shape).numel() else weight
+                if tuple(weight.shape) != shape:
+                    raise UserError(f"{file}: {name} is {tuple(weight.shape)}, the model's is {shape}")
+                _put(model, name, weight)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a safetensors file, or damaged ({error})") from None
+    return model
+
+
+def write_transformer(
+    model: ZImageTransformer2DModel, file: str | Path, naming: Naming, dtype: torch.dtype | None = None
+) -> Path:
+    """The transformer's weights as one file with the original release's names, or ComfyUI's; moved into place whole.
+
+    Args:
+        dtype: to write in; None is what the model has.
+    """
+    prefix = PREFIXES[0] if naming == "comfyui" else ""
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    named: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if QKV[0] in name:
+            parts = [weights[name.replace(QKV[0], part)] for part in QKV]
+            named[prefix + name.replace(QKV[0], FUSED)] = torch.cat(parts)
+        elif not any(part in name for part in QKV):
+            named[prefix + _replaced(name, RENAMED)] = tensor.contiguous()
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.partial")
+    save_file(named, aside, {"format": "pt"})
+    aside.replace(file)
+    return file
+
+
+def _by_our_names(tensors: Any, dtype: torch.dtype) -> dict[str, Read]:
+    """What is in a file, by diffusers' names, each to be read when it is asked for."""
+    keys = set(tensors.keys())
+    prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in keys)), "")
+    scales = {key for key in keys if key.endswith(SCALES)}
+    found: dict[str, Read] = {}
+    for key in sorted(keys - scales):
+        name = key.removeprefix(prefix)
+        if name in OTHERS:
+            continue
+        read = _reader(tensors, key, keys, dtype)
+        if FUSED in name:
+            for third, part in enumerate(QKV):
+                found[name.replace(FUSED, part)] = partial(_third, read, third)
+        else:
+            already = any(ours in name for ours in list(RENAMED)[:2])
+            back = {theirs: ours for ours, theirs in RENAMED.items()}
+            found[name if already else _replaced(name, back)] = read
+    return found
+
+
+def _reader(tensors: Any, key: str, keys: set[str], dtype: torch.dtype) -> Read:
+    """Reads one tensor; one of 8 bits comes times its scale, if it has one."""
+    stem = key.removesuffix(".weight")
+    scale = next((stem + ending for ending in SCALES if stem + ending in keys and stem != key), None)
+
+    def read() -> Tensor:
+        weight = tensors.get_tensor(key)
+        if scale is not None:
+            return (weight.float() * tensors.get_tensor(scale).float()).to(dtype)
+        return weight.to(dtype)
+
+    return read
+
+
+def _third(read: Read, third: int) -> Tensor:
+    """Queries, keys or values out of a fused matrix, in memory of their own."""
+    return read().chunk(3)[third].clone()
+
+
+def _refuse_others(file: str | Path, wanted: Mapping[str, Any], found: Mapping[str, Read]) -> None:
+    for what, names in (("missing", wanted.keys() - found.keys()), ("of no part of the model", found.keys() - wanted)):
+        if names:
+            shown = sorted(names)
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            raise UserError(f"{file}: {len(shown)} tensors are {what}: {', '.join(shown[:3])}{more}")
+
+
+def _put(model: torch.nn.Module, name: str, weight: Tensor) -> None:
+    """A weight in place of the model's own, which is on the meta device."""
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if last in owner._buffers:
+        owner.register_buffer(last, weight)
+    else:
+        owner.register_parameter(last, torch.nn.Parameter(weight, requires_grad=False))
+
+
+def _replaced(name: str, pairs: Mapping[str, str]) -> str:
+    for old, new in pairs.items():
+        if old.startswith("."):
+            name = name.replace(old, new)
+        elif name.startswith(old):
+            name = new + name.removeprefix(old)
+    return name

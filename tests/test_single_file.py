@@ -1,0 +1,156 @@
+"""Single files: read whoever wrote them, written so that others read them."""
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fewstep.cli.main import app
+from fewstep.errors import UserError
+from fewstep.models.pipeline import load
+from fewstep.models.single_file import read_transformer, write_transformer
+
+
+def as_released(weights, prefix=""):
+    """The original release's file, written by other code than the project's: what a name becomes, spelled out."""
+    file = {}
+    for name, tensor in weights.items():
+        words = name.split(".")
+        if "to_q" in words:
+            block = name[: name.index(".attention.")]
+            q, k, v = (weights[f"{block}.attention.to_{letter}.weight"] for letter in "qkv")
+            file[f"{prefix}{block}.attention.qkv.weight"] = torch.cat([q, k, v], dim=0)
+        elif "to_k" in words or "to_v" in words:
+            continue
+        elif words[0] in ("all_x_embedder", "all_final_layer"):
+            file[prefix + ".".join([words[0][4:], *words[2:]])] = tensor
+        elif "to_out" in words:
+            file[prefix + name.replace("to_out.0", "out")] = tensor
+        elif len(words) > 1 and words[-2] in ("norm_q", "norm_k"):
+            file[prefix + name.replace(words[-2], f"{words[-2][-1]}_norm")] = tensor
+        else:
+            file[prefix + name] = tensor
+    return {name: tensor.contiguous() for name, tensor in file.items()}
+
+
+@pytest.fixture(scope="module")
+def weights(tiny):
+    return {name: tensor.clone() for name, tensor in tiny.transformer.state_dict().items()}
+
+
+def read(tiny, file):
+    return read_transformer(file, tiny.transformer.config).state_dict()
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_released_files_are_read(tmp_path, tiny, weights, prefix):
+    file = tmp_path / "model.safetensors"
+    extra = {f"{prefix}norm_final.weight": torch.ones(4)}  # in the released file, and part of no model
+    save_file(as_released(weights, prefix) | extra, file)
+    assert_same(read(tiny, file), weights)
+
+
+def test_diffusers_names_in_one_file_are_read(tmp_path, tiny, weights):
+    save_file(weights, tmp_path / "model.safetensors")
+    assert_same(read(tiny, tmp_path / "model.safetensors"), weights)
+
+
+def test_what_is_read_speaks_as_the_model(tmp_path, tiny, weights):
+    save_file(as_released(weights), tmp_path / "model.safetensors")
+    found = read_transformer(tmp_path / "model.safetensors", tiny.transformer.config).eval()
+    torch.manual_seed(0)
+    x, features = [torch.randn(16, 1, 8, 8)], [torch.randn(7, tiny.transformer.config["cap_feat_dim"])]
+    with torch.no_grad():
+        said = [model(x, torch.tensor([0.4]), features, return_dict=False)[0] for model in (tiny.transformer, found)]
+    torch.testing.assert_close(said[0][0], said[1][0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("naming", ["original", "comfyui"])
+def test_written_files_are_read_by_diffusers_and_by_us(tmp_path, tiny, weights, naming):
+    file = write_transformer(tiny.transformer, tmp_path / "new" / "model.safetensors", naming)
+    assert_same(convert_z_image_transformer_checkpoint_to_diffusers(load_file(file)), weights)
+    assert_same(read(tiny, file), weights)
+    prefix = "model.diffusion_model." if naming == "comfyui" else ""
+    assert_same(load_file(file), as_released(weights, prefix))
+    assert [path.name for path in file.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_precision_of_a_written_file(tmp_path, tiny, weights):
+    file = write_transformer(tiny.transformer, tmp_path / "model.safetensors", "comfyui", torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    assert_same(read(tiny, file), {name: tensor.bfloat16().float() for name, tensor in weights.items()})
+
+
+@pytest.mark.parametrize("ending", [None, "scale_weight", "weight_scale"])
+def test_8_bit_files_are_widened(tmp_path, tiny, weights, ending):
+    """Plain fp8, and fp8 with a scale for each matrix in either spelling; what is no matrix stays as it is."""
+    file, expected = {}, {}
+    for name, tensor in as_released(weights).items():
+        if tensor.ndim != 2 or not name.endswith(".weight"):
+            file[name] = expected[name] = tensor
+            continue
+        scale = tensor.abs().max() / 400 if ending else torch.tensor(1.0)
+        file[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        expected[name] = file[name].float() * scale
+        if ending:
+            file[f"{name.removesuffix('.weight')}.{ending}"] = scale
+    if ending == "scale_weight":
+        file["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    save_file(file, tmp_path / "model.safetensors")
+    found = read(tiny, tmp_path / "model.safetensors")
+    assert_same(found, convert_z_image_transformer_checkpoint_to_diffusers(dict(expected)))
+    if ending:  # the scale is what keeps small weights
+        name = "layers.0.attention.to_q.weight"
+        assert (found[name] - weights[name]).abs().max() < 0.07 * weights[name].abs().max()
+
+
+def test_pad_tokens_of_other_rank(tmp_path, tiny, weights):
+    file = as_released(weights)
+    for name in ("x_pad_token", "cap_pad_token"):
+        file[name] = file[name].flatten()
+    save_file(file, tmp_path / "model.safetensors")
+    assert_same(read(tiny, tmp_path / "model.safetensors"), weights)
+
+
+def test_mistakes_name_file_and_tensor(tmp_path, tiny, weights):
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match=r"model.safetensors: no such file"):
+        read(tiny, file)
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="not a safetensors file, or damaged"):
+        read(tiny, file)
+    released = as_released(weights)
+    save_file({name: tensor for name, tensor in released.items() if "cap_embedder.1.weight" not in name}, file)
+    with pytest.raises(UserError, match=r"1 tensors are missing: cap_embedder.1.weight"):
+        read(tiny, file)
+    save_file(released | {"layers.99.odd.weight": torch.zeros(2)}, file)
+    with pytest.raises(UserError, match=r"1 tensors are of no part of the model: layers.99.odd.weight"):
+        read(tiny, file)
+    save_file(released | {"cap_embedder.1.weight": torch.zeros(3, 2)}, file)
+    with pytest.raises(UserError, match=r"cap_embedder.1.weight is \(3, 2\), the model's is"):
+        read(tiny, file)
+
+
+def test_convert_there_and_back(tmp_path, tiny_folder, weights):
+    def convert(*words):
+        return CliRunner().invoke(app, ["convert", *map(str, words)])
+
+    single, folder = tmp_path / "one.safetensors", tmp_path / "folder"
+    assert convert(tiny_folder, "--to", "comfyui", "--out", single).exit_code == 0
+    assert convert(single, "--base", tiny_folder, "--out", folder).exit_code == 0
+    assert_same(load(folder).transformer.state_dict(), weights)
+    for words, message in (
+        ((single, "--out", tmp_path / "other"), "say --base"),
+        ((tiny_folder, "--out", folder), "is there already"),
+        ((tiny_folder, "--to", "original", "--out", tmp_path / "plain"), "ends with .safetensors"),
+    ):
+        done = convert(*words)
+        assert done.exit_code == 1
+        assert message in done.output
