@@ -173,3 +173,26 @@ def test_mistakes(tiny_folder):
         roles("fake_follow=0.1", "roles.fake_rank=1")
     with pytest.raises(UserError, match=r"roles\.targets to_x"):
         roles("roles.targets=[to_x]")
+
+
+def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):
+    """The base takes half the memory, stacks are fp32 and learn; merged, the student is the base and its stack."""
+    more = ("roles.kind=lora", "roles.base=bf16", "roles.rank=4", "train.steps=2", "train.precision=bf16")
+    out = tmp_path / "run"
+    overrides = [f"teacher={tiny_folder}", *SHORT, *more, "optim.student={lr: 0.01}"]
+    recipe = load_recipe("micro-turbo", overrides)
+    teacher = load(tiny_folder, dtype=torch.bfloat16)
+    roles = make_roles(recipe, teacher)
+    dtypes = {(".lora_" in name, p.dtype) for name, p in teacher.transformer.named_parameters()}
+    assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+    assert {p.dtype for p in roles.student.denoiser.parameters()} == {torch.float32}
+
+    api.distill("micro-turbo", out, overrides=overrides)
+    lora = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
+    assert any(tensor.abs().max() > 0 for name, tensor in lora.items() if "lora_B" in name)
+    merged_student, base = load(out / "student"), load(tiny_folder)
+    name = "layers.0.attention.to_q"
+    added = lora[f"transformer.{name}.lora_B.weight"] @ lora[f"transformer.{name}.lora_A.weight"]
+    expected = base.transformer.get_submodule(name).weight.bfloat16().float() + added
+    torch.testing.assert_close(merged_student.transformer.get_submodule(name).weight, expected, atol=1e-2, rtol=1e-2)

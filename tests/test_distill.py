@@ -227,3 +227,12 @@ def test_recipes_of_the_ablation_run(tiny_folder, tmp_path, recipe):
     }.get(recipe, {"student/ca": True, "student/dm": True, "fake/loss": True})
     assert {key: key in line for key in expected} == expected
     assert load(made.student).card.steps == 4
+
+
+def test_bf16_teacher_and_fp32_learners(tiny_folder, tmp_path):
+    distil(tiny_folder, tmp_path / "run", "train.steps=2", "roles.base=bf16")
+    student = load_file(tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in student.values()} == {torch.float32}
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["student/skipped"] == 0
+    assert 0 < line["fake/loss"] < 100

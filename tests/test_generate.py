@@ -192,3 +192,17 @@ def test_command_line(tiny_folder, tmp_path):
     done = run("generate", tiny_folder, "a bear", "-o", tmp_path / "many", "--guidance-scale", 0, "--width", 32)
     assert done.exit_code == 0, done.output
     assert [file.name for file in (tmp_path / "many").iterdir()] == ["0000.png"]
+
+
+def test_bf16_weights_draw_nearly_the_same(tiny_folder):
+    whole, half = (load(tiny_folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    images = [generate(model, ["a fox", "a dog"], steps=3).images.float() for model in (whole, half)]
+    assert (images[0] - images[1]).abs().mean() < 2  # of 255
+
+
+def test_fp16_is_refused_with_the_reason(tiny_folder):
+    with pytest.raises(UserError, match="overflow in it; take bf16"):
+        load(tiny_folder, dtype=torch.float16)
+    done = CliRunner().invoke(app, ["generate", str(tiny_folder), "a fox", "--precision", "fp16"])
+    assert done.exit_code == 1
+    assert "overflow" in done.output

@@ -6,16 +6,13 @@ from typing import Annotated
 
 import typer
 
+from fewstep.cli.options import Precision
+
 
 class To(StrEnum):
     diffusers = "diffusers"
     original = "original"
     comfyui = "comfyui"
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 def convert(
@@ -30,8 +27,6 @@ def convert(
     precision: Annotated[Precision | None, typer.Option(help="Of the file that is written; the weights' own.")] = None,
 ) -> None:
     """Turn a transformer's single file (the original release's names, ComfyUI's, 8 bits) into a folder, or back."""
-    import torch
-
     from fewstep.errors import UserError
     from fewstep.models.pipeline import TextToImage, load
     from fewstep.models.single_file import read_transformer, write_transformer
@@ -53,5 +48,5 @@ def convert(
     if to is To.diffusers:
         typer.echo(whole.save(out))
     else:
-        dtype = {None: None, Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[precision]
+        dtype = precision.dtype if precision is not None else None
         typer.echo(write_transformer(whole.transformer, out, "comfyui" if to is To.comfyui else "original", dtype))

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fewstep.cli.options import Precision
+
 
 def generate(
     model: Annotated[
@@ -28,6 +30,9 @@ def generate(
         float | None, typer.Option(min=0, max=1, help="Share of fresh noise for renoise. [default: the model's]")
     ] = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the weights; bf16 is as good, and half as large.")] = (
+        Precision.fp32
+    ),
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Generate images from prompts."""
@@ -46,7 +51,7 @@ def generate(
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
     _check_writable(out)
-    pipeline = load(model, device)
+    pipeline = load(model, device, precision.dtype)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("images", total=len(texts))
         made = make(

@@ -1,9 +1,15 @@
 """Options that several commands share."""
 
+from __future__ import annotations
+
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 RecipeFile = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or the name of a shipped one.")
@@ -14,4 +20,20 @@ RunDirectory = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field: -s train.steps=100")
 ]
+
+
+class Precision(StrEnum):
+    """Of weights; fp16 is there to be refused with its reason."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete what an earlier run left in the directory.")]

@@ -71,11 +71,11 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
     card, ranks = student_card(recipe, teacher), ranks or Ranks()
     mesh = ranks.mesh(recipe.train.shard_group) if ranks.world > 1 else None
     if recipe.roles.kind == "copies":
-        student = with_transformer(teacher, copy.deepcopy(teacher.transformer), card)
+        student = with_transformer(teacher, copy.deepcopy(teacher.transformer).float(), card)
         if recipe.init is not None:
             start_from(student, recipe.init)
         student.denoiser.requires_grad_(True)
-        fake = ZImageDenoiser(copy.deepcopy(teacher.transformer)).requires_grad_(True)
+        fake = ZImageDenoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
         if recipe.compile:
             for denoiser in (teacher.denoiser, student.denoiser, fake):
                 denoiser.compile_blocks()
@@ -88,6 +88,8 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
         return Roles(teacher, student, fake, shared=False)
 
     roles = recipe.roles
+    if mesh is not None and roles.base != "fp32":
+        raise UserError("roles.base bf16: FSDP cannot shard it together with LoRA stacks in fp32; take copies, or fp32")
     if recipe.init is not None:
         raise UserError(
             "roles.kind lora: all roles share the teacher's weights, so none can start from init; use copies"

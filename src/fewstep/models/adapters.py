@@ -53,6 +53,7 @@ def add_stack(
         layer._disable_adapters = True  # unless a role says otherwise, the transformer is its base
     for key, parameter in transformer.named_parameters():
         if ".lora_" in key:
+            parameter.data = parameter.data.float()  # what learns is fp32, whatever the base is
             parameter.requires_grad_(True)
 
 

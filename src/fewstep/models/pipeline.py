@@ -190,21 +190,26 @@ def read_card(folder: Path) -> ModelCard:
         raise UserError(f"{file}: {error}") from error
 
 
-def load(path_or_name: str | Path, device: str | torch.device = "cpu") -> TextToImage:
-    """Load a model in fp32 for inference: all its weights frozen, in eval mode.
+def load(
+    path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TextToImage:
+    """Load a model for inference: all its weights frozen, in eval mode.
 
     Args:
         path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
+        dtype: of the weights, fp32 or bf16.
 
     Raises:
-        UserError: no model there, or a file of it is missing or corrupt.
+        UserError: no model there, a file of it is missing or corrupt, or the weights are wanted in fp16.
     """
+    if dtype == torch.float16:
+        raise UserError("fp16: activations of this family of models overflow in it; take bf16")
     folder = find(path_or_name)
     parts: dict[str, Any] = {}
     loaders = {
-        "transformer": lambda path: ZImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32),
-        "vae": lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32),
-        "text_encoder": lambda path: Qwen3Model.from_pretrained(path, dtype=torch.float32),
+        "transformer": lambda path: ZImageTransformer2DModel.from_pretrained(path, torch_dtype=dtype),
+        "vae": lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=dtype),
+        "text_encoder": lambda path: Qwen3Model.from_pretrained(path, dtype=dtype),
         "tokenizer": Qwen2Tokenizer.from_pretrained,
         "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained,
     }
