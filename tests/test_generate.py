@@ -20,27 +20,47 @@ from fewstep.models.prompts import chat
 PROMPTS = ["a noto emoji of a red apple on a blue background", "蓝色背景上的红苹果，twemoji 风格", "a fox " * 12]
 
 
-def diffusers_images(folder, steps, guidance, seed):
+def diffusers_images(folder, steps, guidance, seed, **options):
     pipeline = ZImagePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(PROMPTS))]
     made = pipeline(
-        list(PROMPTS), height=64, width=64, num_inference_steps=steps, guidance_scale=guidance, generator=generators
+        list(PROMPTS),
+        height=64,
+        width=64,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        **options,
     )
     return np.stack([np.array(image) for image in made.images])
 
 
-@pytest.mark.parametrize(("steps", "guidance"), [(4, 0.0), (8, 0.0), (5, 2.5)])
-def test_same_images_as_diffusers(tiny_folder, steps, guidance):
-    ours = generate(load(tiny_folder), PROMPTS, seed=7, steps=steps, guidance_scale=guidance)
-    theirs = diffusers_images(tiny_folder, steps, guidance, seed=7)
+@pytest.mark.parametrize(
+    ("steps", "guidance", "options", "forwards"),
+    [
+        (4, 0.0, {}, 4),
+        (8, 0.0, {}, 8),
+        (5, 2.5, {}, 10),
+        (5, 4.0, {"negative_prompt": "a blue dog"}, 10),
+        (5, 4.0, {"cfg_normalization": 1.0}, 10),
+        (5, 4.0, {"cfg_truncation": 0.3, "cfg_normalization": 0.9, "negative_prompt": "a dog"}, 8),
+    ],
+)
+def test_same_images_as_diffusers(tiny_folder, steps, guidance, options, forwards):
+    ours = generate(load(tiny_folder), PROMPTS, seed=7, steps=steps, guidance_scale=guidance, **options)
+    each = {name: [value] * len(PROMPTS) if isinstance(value, str) else value for name, value in options.items()}
+    theirs = diffusers_images(tiny_folder, steps, guidance, seed=7, **each)
     assert ours.images.shape == theirs.shape == (3, 64, 64, 3)
     assert theirs.std() > 1
     # an average rounding apart would do; here at most single pixels may fall on the other side of a half
     difference = np.abs(ours.images.numpy().astype(int) - theirs.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
-    assert ours.forwards_per_image == steps * (2 if guidance else 1)
+    assert ours.forwards_per_image == forwards
+    if options:
+        plain = generate(load(tiny_folder), PROMPTS, seed=7, steps=steps, guidance_scale=guidance)
+        assert (ours.images.int() - plain.images.int()).abs().max() > 1
 
 
 def test_prompts_are_encoded_as_diffusers_does(tiny, tiny_folder):

@@ -51,6 +51,9 @@ def generate(
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    cfg_normalization: float = 0.0,
+    cfg_truncation: float = 1.0,
     height: int | None = None,
     width: int | None = None,
     sampler: str | None = None,
@@ -65,6 +68,9 @@ def generate(
         steps, guidance_scale, height, width, sampler, eta: unset, the model's card decides. ``guidance_scale`` is
             diffusers': ``cond + g (cond - null)``, 0 is none; ``eta`` in [0, 1] is the renoise sampler's share of fresh
             noise.
+        negative_prompt: what guidance leads away from.
+        cfg_normalization: the guided velocity's norm is at most so many times the unguided one's; 0 leaves it.
+        cfg_truncation: no guidance where ``1 - sigma`` is larger. All three are as in diffusers' pipeline.
         progress: called with the number of images done since the last call.
 
     Raises:
@@ -78,6 +84,10 @@ def generate(
     eta = card.eta if eta is None else eta
     height, width = height or card.height, width or card.width
     _check(model, prompts, steps, guidance, sampler, eta)
+    if cfg_normalization < 0 or not 0 <= cfg_truncation <= 1:
+        raise UserError("cfg_normalization cannot be negative, and cfg_truncation is a share from 0 to 1")
+    if guidance == 0 and (negative_prompt or cfg_normalization or cfg_truncation < 1):
+        warnings.warn("without guidance, what is said of it changes nothing: give a guidance_scale", stacklevel=2)
     seeds = [seed + i for i in range(len(prompts))] if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
@@ -85,8 +95,10 @@ def generate(
     encoded = model.encode(prompts)
     denoiser: Denoiser = model.denoiser
     if guidance > 0:
-        denoiser = Guided(model.denoiser, model.encode([""]), alpha=guidance + 1)
+        null = model.encode([negative_prompt])
+        denoiser = Guided(model.denoiser, null, guidance + 1, cfg_normalization, cfg_truncation)
     sigmas = model.sigmas(steps)
+    guided_steps = sum(1 - sigma <= cfg_truncation for sigma in sigmas) if guidance > 0 else 0
     images = []
     start = time.perf_counter()
     for first in range(0, len(prompts), batch_size):
@@ -101,7 +113,7 @@ def generate(
         if progress is not None:
             progress(len(images[-1]))
     seconds = time.perf_counter() - start
-    return Generated(torch.cat(images), steps * (2 if guidance > 0 else 1), seconds)
+    return Generated(torch.cat(images), steps + guided_steps, seconds)
 
 
 def _check(model: TextToImage, prompts: Sequence[str], steps: int, guidance: float, sampler: str, eta: float) -> None:

@@ -23,6 +23,11 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="cond + g (cond - null); 0 is none. [default: the model's]")
     ] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
+    cfg_normalization: Annotated[
+        float, typer.Option(min=0, help="Longest guided velocity, over the unguided one's; 0 is no limit.")
+    ] = 0.0,
+    cfg_truncation: Annotated[float, typer.Option(min=0, max=1, help="No guidance where 1 - sigma is larger.")] = 1.0,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
     sampler: Annotated[str | None, typer.Option(help="euler or renoise. [default: the model's]")] = None,
@@ -60,6 +65,9 @@ def generate(
             seed=seed,
             steps=steps,
             guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            cfg_normalization=cfg_normalization,
+            cfg_truncation=cfg_truncation,
             height=height,
             width=width,
             sampler=sampler,
