@@ -1,5 +1,8 @@
 """Single files: read whoever wrote them, written so that others read them."""
 
+import sys
+
+import gguf
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
@@ -109,6 +112,40 @@ def test_8_bit_files_are_widened(tmp_path, tiny, weights, ending):
     if ending:  # the scale is what keeps small weights
         name = "layers.0.attention.to_q.weight"
         assert (found[name] - weights[name]).abs().max() < 0.07 * weights[name].abs().max()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_gguf_files_are_read(tmp_path, tiny, weights, kind):
+    """Written by gguf's own writer: matrices in a format, the rest in fp32, pad tokens flat."""
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "lumina2")
+    packed = []
+    for name, tensor in as_released(weights).items():
+        values = tensor.flatten() if name.endswith("pad_token") else tensor
+        fits = tensor.ndim == 2 and name.endswith(".weight") and (kind != "Q8_0" or tensor.shape[1] % 32 == 0)
+        packed += [name] if fits and name in weights else []
+        form = gguf.GGMLQuantizationType[kind if fits else "F32"]
+        writer.add_tensor(name, gguf.quantize(values.numpy(), form), raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read(tiny, tmp_path / "model.gguf")
+    assert found.keys() == weights.keys()
+    tolerance = {"F32": 0.0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2}[kind]
+    for name, tensor in weights.items():
+        assert (found[name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
+    assert packed
+    for name in packed:
+        assert torch.equal(found[name], weights[name]) == (kind == "F32"), name
+
+
+def test_bad_gguf_files_are_named(tmp_path, tiny, monkeypatch):
+    (tmp_path / "bad.gguf").write_bytes(b"nothing of the kind, but long enough for a header" * 9)
+    with pytest.raises(UserError, match=r"bad.gguf: not a gguf file, or damaged"):
+        read(tiny, tmp_path / "bad.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"need gguf; pip install 'fewstep\[gguf\]'"):
+        read(tiny, tmp_path / "bad.gguf")
 
 
 def test_pad_tokens_of_other_rank(tmp_path, tiny, weights):

@@ -16,7 +16,7 @@ class To(StrEnum):
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A model's folder or name, or a transformer in a .safetensors file.")],
+    model: Annotated[str, typer.Argument(help="A model's folder or name, or a transformer as .safetensors or .gguf.")],
     out: Annotated[Path, typer.Option(help="The folder, or the .safetensors file, to write.")],
     to: Annotated[
         To, typer.Option(help="A whole folder, or the transformer in one file with these names.")
@@ -26,7 +26,7 @@ def convert(
     ] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the file that is written; the weights' own.")] = None,
 ) -> None:
-    """Turn a transformer's single file (the original release's names, ComfyUI's, 8 bits) into a folder, or back."""
+    """Turn a single file (the original names, ComfyUI's, 8 bits, GGUF) into a folder, or a folder into one."""
     from fewstep.errors import UserError
     from fewstep.models.pipeline import TextToImage, load
     from fewstep.models.single_file import read_transformer, write_transformer
@@ -37,7 +37,7 @@ def convert(
         raise UserError("--precision is for single files; a folder keeps its weights")
     if to is not To.diffusers and out.suffix != ".safetensors":
         raise UserError(f"{out}: a single file's name ends with .safetensors")
-    if model.endswith(".safetensors"):
+    if model.endswith((".safetensors", ".gguf")):
         if base is None:
             raise UserError(f"{model}: a single file has the transformer alone; say --base, a model of the same kind")
         parts = load(base)

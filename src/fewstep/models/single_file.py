@@ -1,13 +1,14 @@
-"""Transformers in one safetensors file: the original release's names and ComfyUI's, read and written.
+"""Transformers in one file: the original release's names and ComfyUI's, read and written; GGUF, read.
 
 What differs from diffusers' names: queries, keys and values lie fused in one ``attention.qkv``, some parts are called
 otherwise, and ComfyUI puts ``model.diffusion_model.`` before everything. Weights of 8 bits (plain, or with a scale for
-each matrix) are widened when they are read. diffusers' own names in one file are read too.
+each matrix) and GGUF's blocks are widened when they are read. diffusers' own names in one file are read too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ def read_transformer(
         UserError: the file cannot be read, or tensors are missing, left over or of other shapes; it names them.
     """
     try:
-        with safe_open(file, "pt") as tensors:
+        with _opened(Path(file)) as tensors:
             found = _by_our_names(tensors, dtype)
             with torch.device("meta"):
                 model = ZImageTransformer2DModel.from_config(dict(config))
@@ -71,8 +72,8 @@ def read_transformer(
                 _put(model, name, weight)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: not a safetensors file, or damaged ({error})") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file}: not a {Path(file).suffix[1:] or 'safetensors'} file, or damaged ({error})") from None
     return model
 
 
@@ -99,6 +100,36 @@ def write_transformer(
     save_file(named, aside, {"format": "pt"})
     aside.replace(file)
     return file
+
+
+class _Gguf:
+    """A GGUF file as safetensors' reader: memory-mapped, each tensor widened to fp32 when it is asked for."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise UserError(f"{file}: GGUF files need gguf; pip install 'fewstep[gguf]'") from None
+        self._tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        from gguf import dequantize
+
+        found = self._tensors[name]
+        return torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """What has the keys of a file, and gets its tensors."""
+    if file.suffix == ".gguf":
+        yield _Gguf(file)
+        return
+    with safe_open(file, "pt") as tensors:
+        yield tensors
 
 
 def _by_our_names(tensors: Any, dtype: torch.dtype) -> dict[str, Read]:
