@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from fewstep import api
 from fewstep.cli.main import app
 from fewstep.data import prepare as preparing
-from fewstep.data.cache import text_fingerprint
 from fewstep.data.prepare import Report, language, prepare
 from fewstep.data.prompt_files import read_texts
 from fewstep.data.prompt_shards import PromptShards
@@ -104,7 +103,7 @@ def test_languages(text, expected):
 
 
 def make(source, model, out, **options):
-    return prepare([str(source)], model, text_fingerprint(model), out, **options)
+    return prepare([str(source)], model.encoder, out, **options)
 
 
 def test_cleaned_and_encoded_as_the_model_would(tmp_path, tiny):
@@ -121,7 +120,7 @@ def test_cleaned_and_encoded_as_the_model_would(tmp_path, tiny):
     torch.testing.assert_close(found.features, expected.features, atol=1e-5, rtol=1e-5)
     summary = json.loads((tmp_path / "out" / "index.json").read_text())["report"]
     assert summary["languages"] == {"Latin script": 2, "Chinese": 1}
-    assert summary["tokens"]["longest"] == tiny.count_tokens("蓝色背景上的红苹果")
+    assert summary["tokens"]["longest"] == tiny.encoder.count("蓝色背景上的红苹果")
 
 
 def test_interrupted_goes_on_and_gives_the_same(tmp_path, tiny, monkeypatch):

@@ -27,17 +27,15 @@ def prompts(
     """
     import torch
 
-    from fewstep.data.cache import text_fingerprint
     from fewstep.data.prepare import prepare
-    from fewstep.models.pipeline import load
+    from fewstep.models.pipeline import load_encoder
     from fewstep.progress import counter
 
-    encoder = load(model, "cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load_encoder(model, "cuda" if torch.cuda.is_available() else "cpu")
     with counter("prompts read") as show:
         report = prepare(
             sources,
             encoder,
-            text_fingerprint(encoder),
             out,
             column=column,
             max_tokens=max_tokens,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.models.pipeline import TextToImage
-from fewstep.models.prompts import EncodedPrompts, chat
+from fewstep.models.prompts import EncodedPrompts, PromptEncoder, chat
 
 FORMAT = 1
 INDEX = "index.json"
@@ -63,18 +63,18 @@ def fingerprint(teacher: TextToImage, sigmas: Sequence[float], **settings: objec
     """What the contents of a cache depend on: the teacher's weights, the words around a prompt, the noise levels."""
     return {
         "transformer": digest(teacher.transformer),
-        **text_fingerprint(teacher),
+        **text_fingerprint(teacher.encoder),
         "sigmas": [round(sigma, 6) for sigma in sigmas],
         **settings,
     }
 
 
-def text_fingerprint(teacher: TextToImage) -> dict[str, object]:
+def text_fingerprint(encoder: PromptEncoder) -> dict[str, object]:
     """What encoded prompts depend on: the text encoder's weights, the tokenizer, the words around a prompt."""
-    vocabulary = json.dumps(sorted(teacher.tokenizer.get_vocab().items()))
-    template = chat(teacher.tokenizer, "prompt") + vocabulary
+    vocabulary = json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
+    template = chat(encoder.tokenizer, "prompt") + vocabulary
     return {
-        "text_encoder": digest(teacher.text_encoder),
+        "text_encoder": digest(encoder.text_encoder),
         "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),
     }
 

@@ -19,12 +19,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.cache import shard_file
+from fewstep.data.cache import shard_file, text_fingerprint
 from fewstep.data.prompt_files import read_texts
 from fewstep.data.prompt_shards import INDEX, write_prompt_index, write_prompt_shard
 from fewstep.errors import UserError
-from fewstep.models.pipeline import TextToImage
-from fewstep.models.prompts import MAX_TOKENS
+from fewstep.models.prompts import MAX_TOKENS, PromptEncoder
 
 SEEN = "seen.sqlite"
 ENCODED = 128  # prompts that the text encoder takes together
@@ -100,8 +99,7 @@ def normal(text: str) -> str:
 
 def prepare(
     sources: Sequence[str],
-    model: TextToImage,
-    fingerprint: Mapping[str, object],
+    encoder: PromptEncoder,
     out: Path,
     *,
     column: str = "prompt",
@@ -114,15 +112,19 @@ def prepare(
 
     Args:
         sources: see ``read_texts``.
-        fingerprint: of the model's text encoder and template.
         max_tokens: with the chat template; longer prompts are left out.
         progress: told the report so far, after each shard.
 
     Raises:
         UserError: a mistake in a source, other prompts in ``out``, or none left.
     """
-    asked = {"sources": list(sources), "column": column, "max_tokens": max_tokens, "shard_size": shard_size}
-    asked |= {"fingerprint": dict(fingerprint)}
+    asked: dict[str, Any] = {
+        "sources": list(sources),
+        "column": column,
+        "max_tokens": max_tokens,
+        "shard_size": shard_size,
+    }
+    asked |= {"fingerprint": text_fingerprint(encoder)}
     if fresh and out.exists():
         _clear(out)
     if (out / INDEX).exists():
@@ -131,20 +133,22 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with closing(_Ledger(out / SEEN, asked)) as ledger:
         report, counts = ledger.report, ledger.counts
-        for kept in _batched(_clean(islice(texts, report.read, None), report, ledger, model, max_tokens), shard_size):
-            features = [feature for part in _batched(iter(kept), ENCODED) for feature in model.encode_each(part)]
+        for kept in _batched(_clean(islice(texts, report.read, None), report, ledger, encoder, max_tokens), shard_size):
+            features = [feature for part in _batched(iter(kept), ENCODED) for feature in encoder.each(part)]
             write_prompt_shard(out, len(counts), kept, features)
             counts.append(len(kept))
             ledger.commit()
             progress(report)
         if not counts:
             raise UserError(f"{', '.join(sources)}: no prompt is left; {report.read} were read")
-    write_prompt_index(out, fingerprint, counts, report.summary())
+    write_prompt_index(out, asked["fingerprint"], counts, report.summary())
     (out / SEEN).unlink()
     return report
 
 
-def _clean(texts: Iterable[str], report: Report, ledger: _Ledger, model: TextToImage, max_tokens: int) -> Iterator[str]:
+def _clean(
+    texts: Iterable[str], report: Report, ledger: _Ledger, encoder: PromptEncoder, max_tokens: int
+) -> Iterator[str]:
     """The prompts to keep; what becomes of each is counted as it passes."""
     for text in texts:
         report.read += 1
@@ -153,7 +157,7 @@ def _clean(texts: Iterable[str], report: Report, ledger: _Ledger, model: TextToI
             report.empty += 1
         elif not ledger.is_new(prompt):
             report.duplicate += 1
-        elif (tokens := model.count_tokens(prompt)) > max_tokens:
+        elif (tokens := encoder.count(prompt)) > max_tokens:
             report.too_long += 1
         else:
             report.kept += 1

@@ -175,7 +175,7 @@ def batches(model: TextToImage, prompts: Sequence[str], size: int, seed: int) ->
     was so before."""
     encoded: PromptShards | EncodedPrompts = prompts if isinstance(prompts, PromptShards) else model.encode(prompts)
     if isinstance(encoded, PromptShards):
-        encoded.check(text_fingerprint(model))
+        encoded.check(text_fingerprint(model.encoder))
     shape = model.latent_shape(model.card.height, model.card.width)
 
     def data(position: int) -> DistillBatch:

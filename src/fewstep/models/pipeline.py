@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 from transformers.utils import logging as transformers_logging
 
@@ -71,7 +71,7 @@ class TextToImage:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.scheduler, self.card = tokenizer, scheduler, card
         self.denoiser = ZImageDenoiser(transformer)
-        self._encoder = PromptEncoder(tokenizer, text_encoder)
+        self.encoder = PromptEncoder(tokenizer, text_encoder)
 
     @property
     def shift(self) -> float:
@@ -100,24 +100,9 @@ class TextToImage:
             UserError: a prompt is too long.
         """
         try:
-            return self._encoder(texts)
+            return self.encoder(texts)
         except PromptTooLong as error:
             raise UserError(str(error)) from error
-
-    def encode_each(self, texts: Sequence[str]) -> list[Tensor]:
-        """The features [L, D] of one batch of prompts, in the text encoder's precision; nothing is kept.
-
-        Raises:
-            UserError: a prompt is too long.
-        """
-        try:
-            return self._encoder.each(texts)
-        except PromptTooLong as error:
-            raise UserError(str(error)) from error
-
-    def count_tokens(self, text: str) -> int:
-        """The tokens of a prompt with the chat template around it."""
-        return self._encoder.count(text)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, rows and columns of the latent of an image.
@@ -202,25 +187,38 @@ def load(
     Raises:
         UserError: no model there, a file of it is missing or corrupt, or the weights are wanted in fp16.
     """
-    if dtype == torch.float16:
-        raise UserError("fp16: activations of this family of models overflow in it; take bf16")
     folder = find(path_or_name)
-    parts: dict[str, Any] = {}
-    loaders = {
-        "transformer": lambda path: ZImageTransformer2DModel.from_pretrained(path, torch_dtype=dtype),
-        "vae": lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=dtype),
-        "text_encoder": lambda path: Qwen3Model.from_pretrained(path, dtype=dtype),
-        "tokenizer": Qwen2Tokenizer.from_pretrained,
-        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained,
-    }
-    for name, loader in loaders.items():
-        try:
-            with _without_bars():
-                parts[name] = loader(folder / name)
-        except Exception as error:  # whatever a library makes of a bad file, the user needs its name
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{folder / name}: cannot be loaded: {reason}") from error
-    for name in ("transformer", "vae", "text_encoder"):
-        parts[name].eval().requires_grad_(False)
+    parts = {name: _load_part(folder, name, dtype) for name in _LOADERS}
     vae_tools.as_channels_last(parts["vae"])
     return TextToImage(**parts, card=read_card(folder)).to(device)
+
+
+def load_encoder(
+    path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> PromptEncoder:
+    """The text encoder of a model with its tokenizer alone. Arguments and errors as for :func:`load`."""
+    folder = find(path_or_name)
+    text_encoder = _load_part(folder, "text_encoder", dtype).to(device)
+    return PromptEncoder(_load_part(folder, "tokenizer", dtype), text_encoder)
+
+
+_LOADERS: dict[str, Callable[[Path, torch.dtype], Any]] = {
+    "transformer": lambda path, dtype: ZImageTransformer2DModel.from_pretrained(path, torch_dtype=dtype),
+    "vae": lambda path, dtype: AutoencoderKL.from_pretrained(path, torch_dtype=dtype),
+    "text_encoder": lambda path, dtype: Qwen3Model.from_pretrained(path, dtype=dtype),
+    "tokenizer": lambda path, dtype: Qwen2Tokenizer.from_pretrained(path),
+    "scheduler": lambda path, dtype: FlowMatchEulerDiscreteScheduler.from_pretrained(path),
+}
+
+
+def _load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """A part of a model; what has weights is frozen, and in eval mode. Raises: UserError, which names the part."""
+    if dtype == torch.float16:
+        raise UserError("fp16: activations of this family of models overflow in it; take bf16")
+    try:
+        with _without_bars():
+            part = _LOADERS[name](folder / name, dtype)
+    except Exception as error:  # whatever a library makes of a bad file, the user needs its name
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder / name}: cannot be loaded: {reason}") from error
+    return part.eval().requires_grad_(False) if isinstance(part, nn.Module) else part
