@@ -14,6 +14,7 @@ from fewstep.cli.data import app as data
 from fewstep.cli.distill import distill
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
+from fewstep.cli.plan import plan
 from fewstep.cli.prompts import prompts
 from fewstep.cli.train import train
 from fewstep.errors import UserError
@@ -76,6 +77,7 @@ app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(train)
+app.command()(plan)
 app.command()(cache)
 app.command()(prompts)
 app.command()(convert)
