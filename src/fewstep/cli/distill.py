@@ -1,5 +1,7 @@
 """`fewstep distill`: a few-step student from a teacher."""
 
+import os
+
 import typer
 
 from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
@@ -14,6 +16,8 @@ def distill(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides =
         from fewstep.evaluate.table import print_summary
 
         print_summary(made.metrics)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes has said it
     typer.echo(f"student: {made.student}")
     if made.report is not None:
         typer.echo(f"report:  {made.report}")

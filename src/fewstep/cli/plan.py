@@ -36,7 +36,7 @@ def plan(
     found = make(resolved)
     console = Console(soft_wrap=True)
     console.print(
-        f"{resolved.name}: {found.parameters / 1e9:.3g}e9 parameters, {found.width}x{found.height} px, "
+        f"{resolved.name}: {found.parameters / 1e6:,.4g}e6 parameters, {found.width}x{found.height} px, "
         f"batch {resolved.train.batch_size}, roles: {resolved.roles.kind}"
     )
     table = Table()
