@@ -2,7 +2,7 @@
 
 A real training counts which model spoke how often, on how many samples, with or without gradient. Each of these calls
 is then timed alone, forward and backward of a plain loss, with the same precision; the ratio is the training's time
-over their sum.
+over their sum. The two take turns, a few steps each, so that a machine whose speed drifts drifts for both.
 
     python benchmarks/overhead.py [--model micro] [--batch 32] [--steps 24]
 """
@@ -35,6 +35,8 @@ from fewstep.training.trainer import Trainer
 
 #: Who spoke, on how many samples, and whether a backward followed.
 Call = tuple[str, int, bool]
+
+CHUNK = 4  # steps of the training between one look at the calls alone and the next
 
 PLAIN = ("align=0", "fake_warmup=0", "shield.regression=0", "evaluate.enabled=false", "train.preview_every=0")
 
@@ -87,35 +89,36 @@ def main() -> None:
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
     denoisers = {"teacher": teacher.denoiser, "student": roles.student.denoiser, "fake": roles.fake}
     counted = Counted(denoisers)
-    with tempfile.TemporaryDirectory() as folder:
-        took = []
-        for steps in (3, 3 + arguments.steps):  # the first warm up
-            with Run(Path(folder), recipe_of(steps)) as run:
-                trainer = Trainer(job.method, job.data, run, train=recipe_of(steps).train, optim=optim)
-                counted.calls.clear()
-                before = took[-1] if took else 0.0
-                trainer.fit()
-                took.append(trainer.seconds)
-        seconds = took[-1] - before
-        calls = dict(counted.calls)
-
     prompts = teacher.encode(texts[:: len(texts) // 256])
     shape = tuple(teacher.latent_shape(teacher.card.height, teacher.card.width))
     bf16 = uses_bf16(recipe.train.precision, teacher.device)
-    times: dict[Call, list[float]] = {call: [] for call in calls}
-    for _ in range(9):
-        for call, found in times.items():
-            found.append(alone(denoisers[call[0]], call, prompts, shape, bf16))
+    calls: Counter[Call] = Counter()
+    times: dict[Call, list[float]] = {}
+    seconds = total = done = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for steps in range(3, 4 + arguments.steps, CHUNK):  # the first chunk warms up
+            with Run(Path(folder), recipe_of(steps)) as run:
+                trainer = Trainer(job.method, job.data, run, train=recipe_of(steps).train, optim=optim)
+                counted.calls.clear()
+                trainer.fit()
+            made, took, done = Counter(counted.calls), trainer.seconds - done, trainer.seconds
+            each: dict[Call, float] = {}
+            for call in made:
+                each[call] = statistics.median(alone(denoisers[call[0]], call, prompts, shape, bf16) for _ in range(3))
+            if steps > 3:
+                calls += made
+                seconds += took
+                total += sum(number * each[call] for call, number in made.items())
+                for call, one in each.items():
+                    times.setdefault(call, []).append(one)
 
     table = Table(title=f"{arguments.steps} steps, batch {arguments.batch}, {torch.get_num_threads()} threads")
     for column in ("", "samples", "backward", "calls", "alone, ms (median)", "sum, s"):
         table.add_column(column, justify="left" if not column else "right")
-    total = 0.0
     for (name, count, learns), number in sorted(calls.items()):
-        each = statistics.median(times[name, count, learns][1:])
-        total += number * each
+        middle = statistics.median(times[name, count, learns])
         learning = "yes" if learns else "no"
-        table.add_row(name, str(count), learning, str(number), f"{1e3 * each:.0f}", f"{number * each:.2f}")
+        table.add_row(name, str(count), learning, str(number), f"{1e3 * middle:.0f}", f"{number * middle:.2f}")
     Console().print(table)
     print(f"sum of the models alone {total:.2f} s; the training {seconds:.2f} s; ratio {seconds / total:.3f}")
 
