@@ -30,6 +30,15 @@ def test_growth_is_measured_from_the_first_value() -> None:
     assert looks(grows, [4, 5, 6.1, 6.5]) == ["loss is 6.1, above 1.5 times its first value since step 20: rising"]
 
 
+def test_a_metric_that_comes_late_is_counted_from_there() -> None:
+    watchdog = Watchdog([HIGH], 0)
+    for step in range(10, 110, 10):
+        assert watchdog.look(step, {"other": 1.0}) is None
+    raised = [watchdog.look(step, {"loss": 2.0}) for step in range(110, 160, 10)]
+    assert raised[0] is None
+    assert [one.since for one in raised if one is not None] == [100]
+
+
 def test_other_metrics_do_not_matter() -> None:
     assert Watchdog([HIGH], 0).look(100, {"other": 9.0}) is None
 

@@ -48,6 +48,8 @@ class Watchdog:
         for alarm, well in list(self._well.items()):
             value = metrics.get(alarm.metric)
             if value is None:
+                if alarm.metric not in self._first:
+                    self._well[alarm] = step  # nothing is known of it yet, such as of spear and shield in an alignment
                 continue
             first = self._first.setdefault(alarm.metric, value)
             bound = alarm.bound * first if alarm.kind == "grows" else alarm.bound
