@@ -22,11 +22,7 @@ LAYOUTS = [(1, 1), (8, 8), (16, 8), (16, 16), (64, 8), (64, 64), (256, 8), (256,
 def zimage() -> Size:
     """Z-Image's own numbers, which are the defaults of diffusers' class."""
     with torch.device("meta"):
-        model = ZImageTransformer2DModel()
-    blocks = [*model.noise_refiner, *model.context_refiner, *model.layers]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    total = sum(p.numel() for p in model.parameters())
-    return Size(total, max(sizes), total - sum(sizes))
+        return Size.of(ZImageTransformer2DModel())
 
 
 def main() -> None:

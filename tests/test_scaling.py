@@ -14,11 +14,7 @@ from fewstep.training.scaling import Calls, Layout, Size, calls, memory, traffic
 
 @pytest.fixture(scope="module")
 def size(tiny_folder: Path) -> Size:
-    model = load(tiny_folder).transformer
-    blocks = [*model.noise_refiner, *model.context_refiner, *model.layers]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    total = sum(p.numel() for p in model.parameters())
-    return Size(total, max(sizes), total - sum(sizes))
+    return Size.of(load(tiny_folder).transformer)
 
 
 def test_two_processes_hold_and_receive_what_the_formulas_say(tiny_folder: Path, tmp_path: Path, size: Size) -> None:

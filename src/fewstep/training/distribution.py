@@ -187,12 +187,17 @@ def launched() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """What is sharded and gathered as a piece."""
+    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+
+
 def shard(denoiser: ZImageDenoiser, mesh: DeviceMesh) -> None:
     """Shard a denoiser's weights over the mesh, block by block (FSDP2's `fully_shard`): each block is gathered when it
     speaks, and let go after."""
     model = denoiser.transformer
     compute = denoiser.run_block
-    for block in [*model.noise_refiner, *model.context_refiner, *model.layers]:
+    for block in blocks_of(model):
         # FSDP gathers around a module's own forward, so the block must be called as one
         block.forward = types.MethodType(compute, block)
         fully_shard(block, mesh=mesh)

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
+from fewstep.training.distribution import blocks_of
+
 BYTES = 4  # of a weight, a gradient, a moment: fp32
 
 
@@ -20,6 +24,13 @@ class Size:
     parameters: int
     block: int
     root: int
+
+    @classmethod
+    def of(cls, transformer: nn.Module) -> Size:
+        """Of a Z-Image transformer; one on the meta device will do."""
+        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+        blocks = [count(block) for block in blocks_of(transformer)]
+        return cls(count(transformer), max(blocks), count(transformer) - sum(blocks))
 
 
 @dataclass(frozen=True)
