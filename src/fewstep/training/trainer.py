@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.recipes.schema import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
 from fewstep.training.alarms import Alarm, Raised, Watchdog
+from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.distribution import Ranks
 from fewstep.training.learner import Learner
 from fewstep.training.method import Batch, Method
@@ -74,6 +75,7 @@ class Trainer:
         Raises: KeyboardInterrupt, with what to tell the user, after such a save; UserError if losses stay non-finite,
         an alarm stops the run, or a checkpoint cannot be written or does not fit the method.
         """
+        keep_freed_memory()
         if self.train.threads is not None:
             torch.set_num_threads(self.train.threads)
         torch.manual_seed(self.train.seed)
