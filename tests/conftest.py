@@ -11,7 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from fewstep.micro.teacher import build_transformer
 from fewstep.micro.text import build_text_encoder
 from fewstep.micro.vae import build_vae
-from fewstep.models.pipeline import SHIPPED, ModelCard, TextToImage
+from fewstep.models.parts import SHIPPED
+from fewstep.models.pipeline import ModelCard, TextToImage
 from fewstep.recipes.schema import TextSettings, TransformerSettings
 
 torch.set_num_threads(1)  # tests run side by side

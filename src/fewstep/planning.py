@@ -20,7 +20,8 @@ from transformers import Qwen3Config, Qwen3Model
 
 from fewstep.errors import UserError
 from fewstep.models.adapters import add_stack, stack_parameters
-from fewstep.models.pipeline import find, read_card
+from fewstep.models.parts import find
+from fewstep.models.pipeline import read_card
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import PATCH, ZImageDenoiser, padded
 from fewstep.recipes.schema import DistillRecipe, OptimSettings

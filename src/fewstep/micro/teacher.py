@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen3Model
 
 from fewstep import flow
 from fewstep.data.emoji import TEMPLATES, EmojiWorld
 from fewstep.data.images import grid
 from fewstep.data.latents import build_bank
 from fewstep.models.denoiser import Denoiser, Guided
+from fewstep.models.parts import load_part
 from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.vae import as_channels_last
@@ -89,9 +89,9 @@ def train(recipe: FlowRecipe, run: Run) -> Path:
     """Train on the training combinations; ends with a whole model folder at ``<run>/model``."""
     world = EmojiWorld.load(recipe.data.things)
     concepts = world.concepts("train")
-    vae = as_channels_last(AutoencoderKL.from_pretrained(Path(recipe.vae) / "vae"))
-    text_encoder = Qwen3Model.from_pretrained(Path(recipe.text) / "text_encoder").eval().requires_grad_(False)
-    tokenizer = Qwen2Tokenizer.from_pretrained(Path(recipe.text) / "tokenizer")
+    vae = as_channels_last(load_part(Path(recipe.vae), "vae", torch.float32))
+    text_encoder = load_part(Path(recipe.text), "text_encoder", torch.float32)
+    tokenizer = load_part(Path(recipe.text), "tokenizer", torch.float32)
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
     if recipe.init is not None:

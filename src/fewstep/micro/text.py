@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from fewstep.data.emoji import STYLES, TEMPLATES, EmojiWorld
 from fewstep.data.latents import build_bank
+from fewstep.models.parts import load_part
 from fewstep.models.prompts import chat
 from fewstep.models.vae import as_channels_last, encode_images
 from fewstep.recipes.schema import TextRecipe, TextSettings
@@ -138,7 +138,7 @@ def train(recipe: TextRecipe, run: Run) -> Path:
     """Train on the teacher's own prompts and images, so nothing that is held out from it is seen here."""
     world = EmojiWorld.load(recipe.data.things)
     concepts = world.concepts("train")
-    vae = as_channels_last(AutoencoderKL.from_pretrained(Path(recipe.vae) / "vae"))
+    vae = as_channels_last(load_part(Path(recipe.vae), "vae", torch.float32))
     bank = build_bank(world, concepts, lambda images: encode_images(vae, images), recipe.data.variants, seed=1)
     tokenizer = build_tokenizer(recipe.model.vocab_size)
     torch.manual_seed(recipe.train.seed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import grid
+from fewstep.models.parts import load_part
 from fewstep.models.vae import as_channels_last
 from fewstep.recipes.schema import VaeLossSettings, VaeRecipe
 from fewstep.training.method import Batch, Method, Player
@@ -94,7 +95,7 @@ def train(recipe: VaeRecipe, run: Run) -> Path:
     torch.manual_seed(recipe.train.seed)
     vae = build_vae(model.block_out_channels, model.layers_per_block, model.latent_channels, model.norm_num_groups)
     if recipe.init is not None:
-        vae = as_channels_last(AutoencoderKL.from_pretrained(Path(recipe.init) / "vae"))
+        vae = as_channels_last(load_part(Path(recipe.init), "vae", torch.float32)).requires_grad_(True)
     vae.encoder.requires_grad_(recipe.train_encoder)
 
     def data(position: int) -> Tensor:

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen3Model
-from transformers.utils import logging as transformers_logging
+from torch import Tensor
+from transformers import Qwen3Model
 
 from fewstep import flow
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
+from fewstep.models.parts import PARTS, find, load_part, quiet
 from fewstep.models.prompts import EncodedPrompts, PromptEncoder, PromptTooLong
 from fewstep.models.zimage import PATCH, ZImageDenoiser
 
 CARD = "fewstep.json"
-SHIPPED = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Silences the libraries' progress bars for parts that take a moment each."""
-    libraries = (diffusers_logging, transformers_logging)
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
 
 
 class ModelCard(BaseModel):
@@ -136,25 +120,12 @@ class TextToImage:
             tokenizer=self.tokenizer,
             transformer=self.transformer,
         )
-        with _without_bars():
+        with quiet():
             pipeline.save_pretrained(draft, safe_serialization=True)
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
         return folder
-
-
-def find(path_or_name: str | Path) -> Path:
-    """The folder of a model: a path, or the name of one that ships.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = SHIPPED.get(str(path_or_name), Path(path_or_name))
-    if not (folder / "model_index.json").is_file():
-        names = ", ".join(SHIPPED)
-        raise UserError(f"{folder}: no model there (model_index.json is missing); give a folder, or a name: {names}")
-    return folder
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -188,7 +159,7 @@ def load(
         UserError: no model there, a file of it is missing or corrupt, or the weights are wanted in fp16.
     """
     folder = find(path_or_name)
-    parts = {name: _load_part(folder, name, dtype) for name in _LOADERS}
+    parts = {name: load_part(folder, name, dtype) for name in PARTS}
     vae_tools.as_channels_last(parts["vae"])
     return TextToImage(**parts, card=read_card(folder)).to(device)
 
@@ -198,27 +169,5 @@ def load_encoder(
 ) -> PromptEncoder:
     """The text encoder of a model with its tokenizer alone. Arguments and errors as for :func:`load`."""
     folder = find(path_or_name)
-    text_encoder = _load_part(folder, "text_encoder", dtype).to(device)
-    return PromptEncoder(_load_part(folder, "tokenizer", dtype), text_encoder)
-
-
-_LOADERS: dict[str, Callable[[Path, torch.dtype], Any]] = {
-    "transformer": lambda path, dtype: ZImageTransformer2DModel.from_pretrained(path, torch_dtype=dtype),
-    "vae": lambda path, dtype: AutoencoderKL.from_pretrained(path, torch_dtype=dtype),
-    "text_encoder": lambda path, dtype: Qwen3Model.from_pretrained(path, dtype=dtype),
-    "tokenizer": lambda path, dtype: Qwen2Tokenizer.from_pretrained(path),
-    "scheduler": lambda path, dtype: FlowMatchEulerDiscreteScheduler.from_pretrained(path),
-}
-
-
-def _load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """A part of a model; what has weights is frozen, and in eval mode. Raises: UserError, which names the part."""
-    if dtype == torch.float16:
-        raise UserError("fp16: activations of this family of models overflow in it; take bf16")
-    try:
-        with _without_bars():
-            part = _LOADERS[name](folder / name, dtype)
-    except Exception as error:  # whatever a library makes of a bad file, the user needs its name
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder / name}: cannot be loaded: {reason}") from error
-    return part.eval().requires_grad_(False) if isinstance(part, nn.Module) else part
+    text_encoder = load_part(folder, "text_encoder", dtype).to(device)
+    return PromptEncoder(load_part(folder, "tokenizer", dtype), text_encoder)

@@ -1,0 +1,146 @@
+"""A model's parts out of a folder in diffusers' layout, by diffusers' and transformers' own loaders: nothing is left
+as it was initialised, nothing is pickled, and no more memory is taken than the weights need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import Qwen2Tokenizer, Qwen3Model
+from transformers.utils import logging as transformers_logging
+
+from fewstep.errors import UserError
+
+SHIPPED = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
+
+_HUB_ID = re.compile(r"(hf:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DOWNLOADED = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "*/merges.txt"]
+
+#: Weights that a released text encoder has, and that hidden states do without.
+_SPARE = ("lm_head.",)
+
+_Report = Mapping[str, Any]
+
+_MODELS: dict[str, Callable[[Path, torch.dtype], tuple[nn.Module, _Report]]] = {
+    "transformer": lambda path, dtype: ZImageTransformer2DModel.from_pretrained(
+        path, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+    ),
+    "vae": lambda path, dtype: AutoencoderKL.from_pretrained(
+        path, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+    ),
+    "text_encoder": lambda path, dtype: Qwen3Model.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    ),
+}
+_OTHERS: dict[str, Callable[[Path], Any]] = {
+    "tokenizer": Qwen2Tokenizer.from_pretrained,
+    "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained,
+}
+PARTS = (*_MODELS, *_OTHERS)
+
+
+def find(path_or_name: str | Path) -> Path:
+    """The folder of a model: a path, the name of one that ships, or an id of the Hugging Face hub, which is downloaded
+    unless it was before.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = str(path_or_name)
+    folder = SHIPPED.get(name, Path(path_or_name))
+    if (folder / "model_index.json").is_file():
+        return folder
+    if _HUB_ID.fullmatch(name) and not (folder.parent.exists() or folder.exists()):
+        return _downloaded(name.removeprefix("hf:"))
+    names = ", ".join(SHIPPED)
+    raise UserError(
+        f"{folder}: no model there (model_index.json is missing); give a folder, a hub id, or a name: {names}"
+    )
+
+
+def _downloaded(repository: str) -> Path:
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_DOWNLOADED))
+    except LocalEntryNotFoundError:
+        reason = "it was not downloaded before, and the hub cannot be reached"
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{repository}: no such folder, and not to be had from the Hugging Face hub: {reason}")
+
+
+def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """A part of a model; what has weights is frozen, and in eval mode.
+
+    Raises:
+        UserError: it cannot be read, or weights are missing, left over or of other shapes; it names them and the file.
+    """
+    if dtype == torch.float16:
+        raise UserError("fp16: activations of this family of models overflow in it; take bf16")
+    path = folder / name
+    try:
+        with quiet():
+            if name in _OTHERS:
+                return _OTHERS[name](path)
+            part, report = _MODELS[name](path, dtype)
+    except Exception as error:  # whatever a library makes of a bad file, the user needs its name
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be loaded: {reason.partition(' If you want')[0]}") from error
+    _refuse(path, report)
+    return part.eval().requires_grad_(False)
+
+
+def _refuse(path: Path, report: _Report) -> None:
+    """Raises: UserError, if the loader had to leave weights as they were initialised, or weights were left over."""
+    extra = sorted(key for key in report["unexpected_keys"] if not key.startswith(_SPARE))
+    other = {key: (tuple(found), tuple(wanted)) for key, found, wanted in report["mismatched_keys"]}
+    missing = sorted(report["missing_keys"])
+    if other:
+        key, (found, wanted) = next(iter(other.items()))
+        raise UserError(f"{_file_of(path, key)}: {key} is {found}, the model's is {wanted}{_more(len(other) - 1)}")
+    for what, names in (("missing", missing), ("of no part of the model", extra)):
+        if names:
+            where = path if what == "missing" else _file_of(path, names[0])
+            shown = ", ".join(names[:3])
+            raise UserError(f"{where}: {len(names)} tensors are {what}: {shown}{_more(len(names) - 3)}")
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
+
+
+def _file_of(path: Path, key: str) -> Path:
+    """The file that holds a tensor; the loader may have cut a prefix off its name."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                if any(name == key or name.endswith(f".{key}") for name in set(tensors.keys())):
+                    return file
+        except SafetensorError:
+            continue
+    return path
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the libraries' progress bars, and warnings of what is said here otherwise."""
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.enable_progress_bar()
+            library.set_verbosity(level)
