@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from fewstep.cli.main import app
 from fewstep.errors import UserError
-from fewstep.generate import generate
+from fewstep.generate import generate, initial_noise
+from fewstep.models.denoiser import Guided
 from fewstep.models.pipeline import load
 from fewstep.models.prompts import chat
+from fewstep.samplers import sample_euler
 
 PROMPTS = ["a noto emoji of a red apple on a blue background", "蓝色背景上的红苹果，twemoji 风格", "a fox " * 12]
 
@@ -71,6 +73,56 @@ def test_prompts_are_encoded_as_diffusers_does(tiny, tiny_folder):
         assert ours.lengths[row] == len(expected)
         torch.testing.assert_close(ours.features[row, : len(expected)], expected, atol=1e-5, rtol=1e-5)
         assert (ours.features[row, len(expected) :] == 0).all()
+
+
+@pytest.mark.parametrize(("system", "thinking"), [("You draw.", ""), ("", "It is red."), ("You draw.", "It is red.")])
+def test_system_prompt_and_thinking_go_around_the_prompt(tiny, system, thinking):
+    """Held to the words written out here, padded to 512 as diffusers does."""
+    asked = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    asked += "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n"
+    asked += f"<think>\n{thinking}\n</think>\n\n" if thinking else ""
+    tokens = tiny.tokenizer(asked, padding="max_length", max_length=512, return_tensors="pt")
+    expected = tiny.text_encoder(**tokens, output_hidden_states=True).hidden_states[-2][tokens.attention_mask.bool()]
+    found = tiny.encode(["a fox"], system=system, thinking=thinking)
+    assert found.lengths.item() == len(expected)
+    torch.testing.assert_close(found.features[0], expected, atol=1e-5, rtol=1e-5)
+    assert tiny.encode(["a fox"]).lengths.item() < len(expected)  # what was kept of the one is not given for the other
+
+
+def test_a_cards_system_prompt_is_taken_unless_another_is_given(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    card = json.loads((folder / "fewstep.json").read_text())
+    (folder / "fewstep.json").write_text(json.dumps(card | {"system_prompt": "You draw."}))
+    mine, plain = load(folder), load(tiny_folder)
+    first = generate(mine, ["a fox"], steps=2).images
+    assert torch.equal(first, generate(plain, ["a fox"], steps=2, system_prompt="You draw.").images)
+    assert torch.equal(
+        generate(mine, ["a fox"], steps=2, system_prompt="").images, generate(plain, ["a fox"], steps=2).images
+    )
+    assert not torch.equal(first, generate(plain, ["a fox"], steps=2).images)
+
+
+@pytest.mark.parametrize(("steps", "guidance", "shift"), [(8, 0.0, 3.0), (50, 4.0, 6.0)])
+def test_same_latents_as_diffusers(tiny_folder, tmp_path, steps, guidance, shift):
+    """Z-Image-Turbo as it is run, its sigmas given, and Z-Image."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": shift}))
+    pipeline = ZImagePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    model, noise = load(folder), initial_noise(load(folder), [3, 4], 64, 64)
+    sigmas = np.linspace(1, 0, steps + 1)[:-1].tolist()  # before the shift, which diffusers applies to them
+    theirs = pipeline(
+        list(PROMPTS[:2]), height=64, width=64, latents=noise.clone(), sigmas=sigmas, num_inference_steps=steps,
+        guidance_scale=guidance, output_type="latent",
+    ).images  # fmt: skip
+    prompts, denoiser = model.encode(PROMPTS[:2]), model.denoiser
+    if guidance:
+        denoiser = Guided(denoiser, model.encode([""]), guidance + 1)
+    with torch.no_grad():
+        ours = sample_euler(denoiser, noise, model.sigmas(steps), prompts)
+    assert (theirs - noise).abs().mean() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * steps, rtol=1e-4)
 
 
 def test_null_prompt_is_the_encoded_empty_prompt(tiny):

@@ -1,10 +1,14 @@
 """Our batched forward against diffusers' own, and batches against single samples."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
 
 from fewstep.errors import UserError
+from fewstep.models.adapters import add_stack, stack_parameters, using
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import ZImageDenoiser
 
@@ -107,6 +111,72 @@ def test_checkpointed_blocks_give_the_same_gradients(transformer):
     assert kept[1] < 0.5 * kept[0]
 
 
+def test_mixed_sizes_match_diffusers(transformer):
+    sizes, lengths = [(8, 8), (12, 4), (8, 8), (16, 8)], [5, 40, 33, 7]
+    prompts, sigma = prompts_of(lengths), torch.rand(4)
+    samples = [torch.randn(16, *size) for size in sizes]
+    with torch.no_grad():
+        ours = ZImageDenoiser(transformer).mixed(samples, sigma, prompts)
+        for row, sample in enumerate(samples):
+            one = slice(row, row + 1)
+            theirs = diffusers_velocity(transformer, sample[None], sigma[one], prompts[one])[0]
+            assert ours[row].shape == sample.shape
+            torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_with_lora_matches_diffusers(transformer):
+    model = copy.deepcopy(transformer)
+    add_stack(model, "mine", rank=4, scale=2.0)
+    for parameter in stack_parameters(model, "mine").values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    prompts, x, sigma = prompts_of([6, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
+    gradients = []
+    with using(model, "mine"):
+        for ask in (ZImageDenoiser(model), lambda *given: diffusers_velocity(model, *given)):
+            model.zero_grad()
+            velocity = ask(x, sigma, prompts)
+            velocity.square().mean().backward()
+            learned = {name: p.grad.clone() for name, p in stack_parameters(model, "mine").items()}
+            gradients.append((velocity.detach(), learned))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert (gradients[0][0] - ZImageDenoiser(model)(x, sigma, prompts)).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("lengths", [[5, 9], [5, 40, 7]])
+def test_captions_are_computed_once_while_kept(transformer, lengths):
+    denoiser, prompts = ZImageDenoiser(transformer), prompts_of(lengths)
+    x, calls = torch.randn(len(lengths), 16, 8, 8), []
+    handle = transformer.cap_embedder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with torch.no_grad():
+            plain = [denoiser(x, torch.full((len(x),), sigma), prompts) for sigma in (1.0, 0.5, 0.2)]
+            calls.clear()
+            with denoiser.keeping_captions():
+                kept = [denoiser(x, torch.full((len(x),), sigma), prompts) for sigma in (1.0, 0.5, 0.2)]
+            assert len(calls) == len({length > 32 for length in lengths})
+            for one, other in zip(plain, kept, strict=True):
+                assert torch.equal(one, other)
+            denoiser(x, torch.ones(len(x)), prompts)
+        assert len(calls) == 2 * len({length > 32 for length in lengths})  # nothing is kept outside
+    finally:
+        handle.remove()
+
+
+def test_attention_is_by_the_backend_that_was_set(transformer):
+    prompts, x, sigma = prompts_of([5, 9]), torch.randn(2, 16, 8, 8), torch.rand(2)
+    model = copy.deepcopy(transformer)
+    denoiser, said = ZImageDenoiser(model), []
+    with torch.no_grad(), attention_backend("native"):  # what is set is set for all models, and put back here
+        before = denoiser(x, sigma, prompts)
+        for name in ("_native_math", "flex"):
+            model.set_attention_backend(name)
+            said.append(denoiser(x, sigma, prompts))
+    for other in said:
+        torch.testing.assert_close(before, other, atol=1e-5, rtol=1e-5)
+    assert not all(torch.equal(before, other) for other in said)  # another kernel, other roundings
+
+
 def test_compiling_needs_a_compiler(transformer, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):
@@ -125,3 +195,15 @@ def test_compiled_blocks_give_the_same(transformer):
         velocity.square().mean().backward()
         gradients.append((velocity.detach(), transformer.layers[0].attention.to_q.weight.grad.clone()))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_within_a_shape_nothing_is_compiled_again(transformer):
+    denoiser, graphs = ZImageDenoiser(transformer), []
+    denoiser.compile_blocks()
+    with torch.no_grad():
+        for seed in range(3):
+            x, sigma = torch.randn(2, 16, 8, 8), torch.rand(2)
+            denoiser(x, sigma, prompts_of([5 + seed, 9], seed))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1] == graphs[2]

@@ -52,6 +52,8 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
+    system_prompt: str | None = None,
+    thinking: str = "",
     cfg_normalization: float = 0.0,
     cfg_truncation: float = 1.0,
     height: int | None = None,
@@ -69,8 +71,11 @@ def generate(
             diffusers': ``cond + g (cond - null)``, 0 is none; ``eta`` in [0, 1] is the renoise sampler's share of fresh
             noise.
         negative_prompt: what guidance leads away from.
+        system_prompt: the system's turn before every prompt; unset, the card's.
+        thinking: what the text encoder is to have thought of the prompts already.
         cfg_normalization: the guided velocity's norm is at most so many times the unguided one's; 0 leaves it.
-        cfg_truncation: no guidance where ``1 - sigma`` is larger. All three are as in diffusers' pipeline.
+        cfg_truncation: no guidance where ``1 - sigma`` is larger. Both, and the negative prompt, are as in diffusers'
+            pipeline.
         progress: called with the number of images done since the last call.
 
     Raises:
@@ -92,10 +97,10 @@ def generate(
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
 
-    encoded = model.encode(prompts)
+    encoded = model.encode(prompts, system=system_prompt, thinking=thinking)
     denoiser: Denoiser = model.denoiser
     if guidance > 0:
-        null = model.encode([negative_prompt])
+        null = model.encode([negative_prompt], system=system_prompt)
         denoiser = Guided(model.denoiser, null, guidance + 1, cfg_normalization, cfg_truncation)
     sigmas = model.sigmas(steps)
     guided_steps = sum(1 - sigma <= cfg_truncation for sigma in sigmas) if guidance > 0 else 0
@@ -104,11 +109,12 @@ def generate(
     for first in range(0, len(prompts), batch_size):
         part = slice(first, first + batch_size)
         noise = initial_noise(model, seeds[part], height, width)
-        if sampler == "renoise":
-            fresh = _NoiseStreams(seeds[part])
-            latents = sample_renoise(denoiser, noise, sigmas, encoded[part], noise=fresh, eta=eta)
-        else:
-            latents = sample_euler(denoiser, noise, sigmas, encoded[part])
+        with model.denoiser.keeping_captions():
+            if sampler == "renoise":
+                fresh = _NoiseStreams(seeds[part])
+                latents = sample_renoise(denoiser, noise, sigmas, encoded[part], noise=fresh, eta=eta)
+            else:
+                latents = sample_euler(denoiser, noise, sigmas, encoded[part])
         images.append(to_uint8(model.decode(latents)).cpu())
         if progress is not None:
             progress(len(images[-1]))

@@ -24,6 +24,10 @@ def generate(
         float | None, typer.Option(min=0, help="cond + g (cond - null); 0 is none. [default: the model's]")
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
+    system_prompt: Annotated[
+        str | None, typer.Option(help="The system's turn before every prompt. [default: the model's]")
+    ] = None,
+    thinking: Annotated[str, typer.Option(help="What the text encoder is to have thought of the prompts.")] = "",
     cfg_normalization: Annotated[
         float, typer.Option(min=0, help="Longest guided velocity, over the unguided one's; 0 is no limit.")
     ] = 0.0,
@@ -66,6 +70,8 @@ def generate(
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
+            system_prompt=system_prompt,
+            thinking=thinking,
             cfg_normalization=cfg_normalization,
             cfg_truncation=cfg_truncation,
             height=height,

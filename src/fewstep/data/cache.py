@@ -72,7 +72,7 @@ def fingerprint(teacher: TextToImage, sigmas: Sequence[float], **settings: objec
 def text_fingerprint(encoder: PromptEncoder) -> dict[str, object]:
     """What encoded prompts depend on: the text encoder's weights, the tokenizer, the words around a prompt."""
     vocabulary = json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
-    template = chat(encoder.tokenizer, "prompt") + vocabulary
+    template = chat(encoder.tokenizer, "prompt", encoder.system) + vocabulary
     return {
         "text_encoder": digest(encoder.text_encoder),
         "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),

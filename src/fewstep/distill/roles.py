@@ -126,6 +126,7 @@ def student_card(recipe: DistillRecipe, teacher: TextToImage) -> ModelCard:
         sigmas=[flow.shift_sigma(u, teacher.shift) for u in anchors],
         sampler=recipe.student.sampler,
         eta=recipe.student.eta,
+        system_prompt=teacher.card.system_prompt,
         teacher=recipe.teacher,
         height=teacher.card.height,
         width=teacher.card.width,

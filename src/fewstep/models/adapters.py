@@ -121,6 +121,10 @@ class LoraRole(nn.Module):
         with using(self.base.transformer, self.stack):
             return self.base(x, sigma, prompts)
 
+    def keeping_captions(self) -> AbstractContextManager[None]:
+        """As the base's: inside, no other stack of it may speak."""
+        return self.base.keeping_captions()
+
     def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         with using(self.base.transformer, self.stack):
             return self.base.features(x, sigma, prompts)

@@ -54,13 +54,16 @@ class Guided:
     ) -> None:
         self.denoiser, self.null, self.alpha = denoiser, null, alpha
         self.normalization, self.truncation = normalization, truncation
+        self._last: tuple[EncodedPrompts, EncodedPrompts] | None = None  # prompts, and these with the null prompts
 
     def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         late = 1 - sigma > self.truncation
         if self.truncation < 1 and bool(late.all()):
             return self.denoiser(x, sigma, prompts)
-        null_prompts = self.null if len(self.null) == len(x) else self.null.repeat(len(x))
-        both = EncodedPrompts.cat([prompts, null_prompts])
+        if self._last is None or self._last[0] is not prompts:
+            null_prompts = self.null if len(self.null) == len(x) else self.null.repeat(len(x))
+            self._last = prompts, EncodedPrompts.cat([prompts, null_prompts])
+        both = self._last[1]
         cond, null = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         guided = null + self.alpha * (cond - null)
         if self.normalization:

@@ -35,6 +35,7 @@ class ModelCard(BaseModel):
     sigmas: list[float] | None = Field(None, description="Its sigmas from 1 down, without the final 0.")
     sampler: str = Field("euler", description='"euler", or "renoise" between steps.')
     eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the renoise sampler.")
+    system_prompt: str = Field("", description="The system's turn before every prompt; empty is none.")
     teacher: str | None = Field(None, description="The model it was made from: a folder, or a shipped one's name.")
     height: int = Field(1024, ge=1, description="Pixels.")
     width: int = Field(1024, ge=1, description="Pixels.")
@@ -55,7 +56,7 @@ class TextToImage:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.scheduler, self.card = tokenizer, scheduler, card
         self.denoiser = ZImageDenoiser(transformer)
-        self.encoder = PromptEncoder(tokenizer, text_encoder)
+        self.encoder = PromptEncoder(tokenizer, text_encoder, card.system_prompt)
 
     @property
     def shift(self) -> float:
@@ -77,14 +78,18 @@ class TextToImage:
             return self.card.sigmas
         return flow.schedule(steps, self.shift)
 
-    def encode(self, texts: Sequence[str]) -> EncodedPrompts:
+    def encode(self, texts: Sequence[str], *, system: str | None = None, thinking: str = "") -> EncodedPrompts:
         """Encoded prompts, each encoded once; "" is the null prompt.
+
+        Args:
+            system: the system's turn before each; None is the card's, "" is none.
+            thinking: what the model is to have thought of these prompts already.
 
         Raises:
             UserError: a prompt is too long.
         """
         try:
-            return self.encoder(texts)
+            return self.encoder(texts, system=system, thinking=thinking)
         except PromptTooLong as error:
             raise UserError(str(error)) from error
 
@@ -170,4 +175,5 @@ def load_encoder(
     """The text encoder of a model with its tokenizer alone. Arguments and errors as for :func:`load`."""
     folder = find(path_or_name)
     text_encoder = load_part(folder, "text_encoder", dtype).to(device)
-    return PromptEncoder(load_part(folder, "tokenizer", dtype), text_encoder)
+    tokenizer = load_part(folder, "tokenizer", dtype)
+    return PromptEncoder(tokenizer, text_encoder, read_card(folder).system_prompt)

@@ -53,50 +53,70 @@ class PromptTooLong(ValueError):
     """A prompt has more tokens than the model takes."""
 
 
-def chat(tokenizer: Any, text: str) -> str:
-    """``text`` as the user's turn of Z-Image's chat template, thinking enabled, as diffusers' pipeline writes it."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
+def chat(tokenizer: Any, text: str, system: str = "", thinking: str = "") -> str:
+    """``text`` as the user's turn of Z-Image's chat template, thinking enabled, as diffusers' pipeline writes it.
+
+    Args:
+        system: the system's turn before it; "" leaves it out.
+        thinking: what the model is to have thought already; "" leaves it out.
+    """
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": "user", "content": text}]
+    asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return f"{asked}<think>\n{thinking}\n</think>\n\n" if thinking else asked
 
 
 class PromptEncoder:
-    """Encodes each prompt once: what was encoded is kept by its text.
+    """Encodes each prompt once: what was encoded is kept by its content, the words around it included.
+
+    Args:
+        system: the system's turn before every prompt, unless a call says otherwise; "" is none.
 
     Only as many tokens run through the text encoder as there are; diffusers pads to 512. Padding is on the right and
     the encoder is causal, so the features are the same.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: nn.Module) -> None:
-        self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self._cache: dict[str, Tensor] = {}
+    def __init__(self, tokenizer: Any, text_encoder: nn.Module, system: str = "") -> None:
+        self.tokenizer, self.text_encoder, self.system = tokenizer, text_encoder, system
+        self._cache: dict[tuple[str, str, str], Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str], batch_size: int = 128) -> EncodedPrompts:
+    def __call__(
+        self, texts: Sequence[str], batch_size: int = 128, *, system: str | None = None, thinking: str = ""
+    ) -> EncodedPrompts:
         """Encode prompts; "" is the null prompt, through the same template.
+
+        Args:
+            system: None is the encoder's own.
+            thinking: what the model is to have thought of these prompts already.
 
         Raises:
             PromptTooLong: a prompt, with its template, has more than 512 tokens.
         """
-        new = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        system = self.system if system is None else system
+        keys = [(text, system, thinking) for text in texts]
+        new = [key for key in dict.fromkeys(keys) if key not in self._cache]
         for start in range(0, len(new), batch_size):
             part = new[start : start + batch_size]
-            for text, feature in zip(part, self.each(part), strict=True):
-                self._cache[text] = feature.float()
-        chosen = [self._cache[text] for text in texts]
+            features = self.each([text for text, _, _ in part], system=system, thinking=thinking)
+            self._cache |= {key: feature.float() for key, feature in zip(part, features, strict=True)}
+        chosen = [self._cache[key] for key in keys]
         return EncodedPrompts(
             nn.utils.rnn.pad_sequence(chosen, batch_first=True),
             torch.tensor([len(feature) for feature in chosen], device=chosen[0].device),
         )
 
     @torch.no_grad()
-    def each(self, texts: Sequence[str]) -> list[Tensor]:
-        """The features [L, D] of one batch of prompts as the text encoder gives them; nothing is kept.
+    def each(self, texts: Sequence[str], *, system: str | None = None, thinking: str = "") -> list[Tensor]:
+        """The features [L, D] of one batch of prompts as the text encoder gives them; nothing is kept. Arguments as for
+        a call.
 
         Raises:
             PromptTooLong: a prompt, with its template, has more than 512 tokens.
         """
-        tokens = self.tokenizer([chat(self.tokenizer, text) for text in texts], padding=True, return_tensors="pt")
+        system = self.system if system is None else system
+        asked = [chat(self.tokenizer, text, system, thinking) for text in texts]
+        tokens = self.tokenizer(asked, padding=True, return_tensors="pt")
         lengths = tokens.attention_mask.sum(dim=1).tolist()
         for text, length in zip(texts, lengths, strict=True):
             if length > MAX_TOKENS:
@@ -112,4 +132,4 @@ class PromptEncoder:
 
     def count(self, text: str) -> int:
         """The tokens of a prompt with its template."""
-        return len(self.tokenizer(chat(self.tokenizer, text)).input_ids)
+        return len(self.tokenizer(chat(self.tokenizer, text, self.system)).input_ids)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ RunBlock = Callable[[ZImageTransformerBlock, Tensor, Tensor, Tensor | None], Ten
 
 #: A block -> a maker of contexts in which the block is again what it is now.
 AsNow = Callable[[nn.Module], Callable[[], AbstractContextManager[None]]]
+
+#: Rows of a batch with captions of one padded length (None: all of them), their prompts, and that length.
+Group = tuple[list[int] | None, EncodedPrompts, int]
 
 #: x, sigma, prompts, padded caption length -> a tensor of as many samples.
 Run = Callable[[Tensor, Tensor, EncodedPrompts, int], Tensor]
@@ -75,13 +79,14 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.type_as(x), norm.eps)  # type: ignore[arg-type]
 
 
-def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention over [B, heads, L, head_dim]."""
+def mix(query: Tensor, key: Tensor, value: Tensor, backend: str | None = None) -> Tensor:
+    """Softmax attention over [B, L, heads, head_dim], by one of diffusers' backends; None is the one it is set to."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # there the fused kernel's backward is so slow that a training step takes half as long again
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return scores.softmax(dim=-1).type_as(value) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+        return (scores.softmax(dim=-1).type_as(value) @ value).transpose(1, 2)
+    return dispatch_attention_fn(query, key, value, backend=backend)
 
 
 def attend(attention: Attention, x: Tensor, rotations: Tensor) -> Tensor:
@@ -89,8 +94,8 @@ def attend(attention: Attention, x: Tensor, rotations: Tensor) -> Tensor:
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (project(x).unflatten(-1, (attention.heads, -1)) for project in projections)
     query, key = (rotate(rms_norm(t, n), rotations) for t, n in ((query, attention.norm_q), (key, attention.norm_k)))
-    mixed = mix(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+    mixed = mix(query, key, value, attention.processor._attention_backend)
+    return attention.to_out[0](mixed.flatten(2))
 
 
 def run_block(block: ZImageTransformerBlock, x: Tensor, rotations: Tensor, condition: Tensor | None) -> Tensor:
@@ -115,6 +120,19 @@ class ZImageDenoiser(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.run_block: RunBlock = run_block
+        self._groups: dict[int, tuple[EncodedPrompts, list[Group]]] | None = None
+        self._captions: dict[int, Tensor] = {}
+
+    @contextmanager
+    def keeping_captions(self) -> Iterator[None]:
+        """Inside, what depends on the prompts alone is computed once for each batch of them, and used at every step.
+        For sampling: weights must stay as they are, and no gradient reaches the caption's blocks."""
+        self._groups = {}
+        try:
+            yield
+        finally:
+            self._groups = None
+            self._captions.clear()
 
     def checkpoint_blocks(self, as_now: AsNow = lambda block: nullcontext) -> None:
         """Keep only each block's input for the backward pass, and run the block again there: memory for time.
@@ -151,20 +169,45 @@ class ZImageDenoiser(nn.Module):
         """x [B, C, H, W] with even H and W, sigma [B], B prompts -> velocity [B, C, H, W] in fp32."""
         return self._grouped(self._velocity, x, sigma, prompts)
 
+    def mixed(self, samples: Sequence[Tensor], sigma: Tensor, prompts: EncodedPrompts) -> list[Tensor]:
+        """As ``forward`` for samples [C, H, W] of several sizes, of which each size runs as one batch."""
+        sizes: dict[torch.Size, list[int]] = {}
+        for row, sample in enumerate(samples):
+            sizes.setdefault(sample.shape, []).append(row)
+        velocities = dict[int, Tensor]()
+        for rows in sizes.values():
+            each = self(torch.stack([samples[row] for row in rows]), sigma[rows], prompts[rows])
+            velocities |= dict(zip(rows, each, strict=True))
+        return [velocities[row] for row in range(len(samples))]
+
     def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         """What the middle layer makes of the image: [B, H/2 * W/2, D] in fp32. Arguments as for the velocity."""
         return self._grouped(self._middle, x, sigma, prompts)
 
     def _grouped(self, run: Run, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         """``run`` on each group of samples whose captions are padded to the same length, put together again."""
-        groups: dict[int, list[int]] = {}
+        parts, order = list[Tensor](), list[int]()
+        for rows, some, caption in self._grouping(prompts):
+            if rows is None:
+                return run(x, sigma, some, caption)
+            parts.append(run(x[rows], sigma[rows], some, caption))
+            order += rows
+        return torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
+
+    def _grouping(self, prompts: EncodedPrompts) -> list[Group]:
+        """The samples in groups of equal padded caption length."""
+        if self._groups is not None and id(prompts) in self._groups:
+            return self._groups[id(prompts)][1]
+        rows: dict[int, list[int]] = {}
         for index, length in enumerate(prompts.lengths.tolist()):
-            groups.setdefault(padded(length), []).append(index)
-        if len(groups) == 1:
-            return run(x, sigma, prompts, next(iter(groups)))
-        parts = {caption: run(x[rows], sigma[rows], prompts[rows], caption) for caption, rows in groups.items()}
-        order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
-        return torch.cat(list(parts.values()))[order.argsort()]
+            rows.setdefault(padded(length), []).append(index)
+        if len(rows) == 1:
+            groups: list[Group] = [(None, prompts, next(iter(rows)))]
+        else:
+            groups = [(some, prompts[some], caption) for caption, some in rows.items()]
+        if self._groups is not None:
+            self._groups[id(prompts)] = (prompts, groups)  # with the prompts, whose id would otherwise be given away
+        return groups
 
     def _velocity(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
         batch, channels, height, width = x.shape
@@ -206,6 +249,13 @@ class ZImageDenoiser(nn.Module):
 
     def _caption(self, prompts: EncodedPrompts, caption: int, rotations: Tensor) -> Tensor:
         """The caption's tokens [B, caption, D] after its own blocks."""
+        if self._groups is not None and not torch.is_grad_enabled():
+            if id(prompts) not in self._captions:
+                self._captions[id(prompts)] = self._caption_blocks(prompts, caption, rotations)
+            return self._captions[id(prompts)]
+        return self._caption_blocks(prompts, caption, rotations)
+
+    def _caption_blocks(self, prompts: EncodedPrompts, caption: int, rotations: Tensor) -> Tensor:
         model = self.transformer
         features = prompts.features[:, :caption].to(model.dtype)
         features = F.pad(features, (0, 0, 0, caption - features.shape[1]))
