@@ -35,6 +35,8 @@ def convert(
         raise UserError(f"{out}: is there already; choose another --out")
     if to is To.diffusers and precision is not None:
         raise UserError("--precision is for single files; a folder keeps its weights")
+    if precision is Precision.fp8:
+        raise UserError("--precision fp8: such files are read, not written; take bf16")
     if precision is Precision.fp16:
         raise UserError("fp16: activations of this family of models overflow in it; take bf16")
     if to is not To.diffusers and out.suffix != ".safetensors":

@@ -39,9 +39,9 @@ def generate(
         float | None, typer.Option(min=0, max=1, help="Share of fresh noise for renoise. [default: the model's]")
     ] = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the weights; bf16 is as good, and half as large.")] = (
-        Precision.fp32
-    ),
+    precision: Annotated[
+        Precision, typer.Option(help="Of the weights: bf16 is as good, and half as large; fp8 is half of that.")
+    ] = (Precision.fp32),
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Generate images from prompts."""

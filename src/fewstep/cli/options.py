@@ -27,13 +27,16 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8 = "fp8"
     fp16 = "fp16"
 
     @property
     def dtype(self) -> torch.dtype:
         import torch
 
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+        names = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "fp16": "float16"}
+        dtype: torch.dtype = getattr(torch, names[self.value])
+        return dtype
 
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete what an earlier run left in the directory.")]

@@ -6,13 +6,16 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import nn
 
 from fewstep import flow
 from fewstep.distill.anchors import anchors_of
 from fewstep.errors import UserError
-from fewstep.models.adapters import LoraRole, add_stack, as_now, lora_weights, merged
+from fewstep.models.adapters import LoraRole, add_stack, as_now, lora_weights, merged, stack_parameters
+from fewstep.models.fp8 import is_narrow, narrow
+from fewstep.models.parts import find, load_part
 from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import DistillRecipe
@@ -28,6 +31,7 @@ class Roles:
         student: generates as the student of that moment; its denoiser learns.
         fake: learns too.
         shared: whether they share a base.
+        teacher_folder: where the teacher is from.
         stacks: rank, scale and targets of each LoRA stack on it.
     """
 
@@ -35,6 +39,7 @@ class Roles:
     student: TextToImage
     fake: nn.Module
     shared: bool
+    teacher_folder: str
     stacks: dict[str, tuple[int, float, list[str]]] = field(default_factory=dict)
 
     def save(self, folder: Path, ranks: Ranks) -> Path:
@@ -44,11 +49,23 @@ class Roles:
         if ranks.first and self.shared:
             lora = lora_weights(transformer, "student")
             ZImagePipeline.save_lora_weights(folder.parent / "lora", transformer_lora_layers=lora)
-            transformer = merged(transformer, "student")
+            transformer = merged(self._in_full(transformer), "student")
         if ranks.first:
             with_transformer(self.student, transformer, self.student.card).save(folder)
         ranks.wait()
         return folder
+
+    def _in_full(self, transformer: ZImageTransformer2DModel) -> ZImageTransformer2DModel:
+        """The transformer with the stack on weights that it can be added to: not those in 8 bits."""
+        if not is_narrow(transformer):
+            return transformer
+        whole = load_part(find(self.teacher_folder), "transformer", torch.bfloat16)
+        add_stack(whole, "student", *self.stacks["student"])
+        learned = stack_parameters(transformer, "student")
+        with torch.no_grad():
+            for name, parameter in stack_parameters(whole, "student").items():
+                parameter.copy_(learned[name])
+        return whole
 
     def _put_together(self) -> ZImageTransformer2DModel:
         """The sharded transformer as a plain one."""
@@ -85,11 +102,15 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
         if mesh is not None:
             for denoiser in (teacher.denoiser, student.denoiser, fake):
                 shard(denoiser, mesh)
-        return Roles(teacher, student, fake, shared=False)
+        if recipe.roles.base == "fp8":
+            narrow(teacher.transformer)
+        return Roles(teacher, student, fake, shared=False, teacher_folder=recipe.teacher)
 
     roles = recipe.roles
     if mesh is not None and roles.base != "fp32":
-        raise UserError("roles.base bf16: FSDP cannot shard it together with LoRA stacks in fp32; take copies, or fp32")
+        raise UserError(
+            f"roles.base {roles.base}: FSDP cannot shard it together with LoRA stacks in fp32; take copies, or fp32"
+        )
     if recipe.init is not None:
         raise UserError(
             "roles.kind lora: all roles share the teacher's weights, so none can start from init; use copies"
@@ -100,6 +121,8 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
     stacks = {name: (rank, roles.scale, roles.targets) for name, rank in (("student", roles.rank), ("fake", fake_rank))}
     for name, (rank, scale, targets) in stacks.items():
         add_stack(teacher.transformer, name, rank, scale, targets)
+    if roles.base == "fp8":
+        narrow(teacher.transformer)
     if recipe.compile:
         teacher.denoiser.compile_blocks()
     if recipe.gradient_checkpointing:
@@ -108,7 +131,7 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
         shard(teacher.denoiser, mesh)
     student = with_transformer(teacher, teacher.transformer, card)
     student.denoiser = LoraRole(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
-    return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), shared=True, stacks=stacks)
+    return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), True, recipe.teacher, stacks)
 
 
 def with_transformer(model: TextToImage, transformer: nn.Module, card: ModelCard) -> TextToImage:

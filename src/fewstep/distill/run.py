@@ -67,7 +67,7 @@ def distill(
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.train.seed)
-    teacher = load(recipe.teacher, ranks.device, torch.bfloat16 if recipe.roles.base == "bf16" else torch.float32)
+    teacher = load(recipe.teacher, ranks.device, torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
     prompts = training_prompts(recipe.prompts)
     # what the teacher is to say beforehand it says before it is sharded among the processes
     real: Batches | None = None

@@ -17,6 +17,7 @@ from transformers import Qwen3Model
 from fewstep import flow
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
+from fewstep.models.fp8 import FP8, is_narrow, narrow
 from fewstep.models.parts import PARTS, find, load_part, quiet
 from fewstep.models.prompts import EncodedPrompts, PromptEncoder, PromptTooLong
 from fewstep.models.zimage import PATCH, ZImageDenoiser
@@ -114,7 +115,13 @@ class TextToImage:
         return vae_tools.decode_latents(self.vae, latents)
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder that ``diffusers.ZImagePipeline.from_pretrained`` opens. It appears whole or not at all."""
+        """Write a folder that ``diffusers.ZImagePipeline.from_pretrained`` opens. It appears whole or not at all.
+
+        Raises:
+            UserError: its weights are in 8 bits, which such a folder cannot hold.
+        """
+        if is_narrow(self.transformer):
+            raise UserError(f"{folder}: weights in 8 bits cannot be saved as a folder; load the model in bf16")
         folder = Path(folder)
         draft = folder.with_name(f".{folder.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
@@ -158,13 +165,17 @@ def load(
 
     Args:
         path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
-        dtype: of the weights, fp32 or bf16.
+        dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
+            rest is bf16 then).
 
     Raises:
         UserError: no model there, a file of it is missing or corrupt, or the weights are wanted in fp16.
     """
     folder = find(path_or_name)
-    parts = {name: load_part(folder, name, dtype) for name in PARTS}
+    narrowed = dtype == FP8
+    parts = {name: load_part(folder, name, torch.bfloat16 if narrowed else dtype) for name in PARTS}
+    if narrowed:
+        narrow(parts["transformer"])
     vae_tools.as_channels_last(parts["vae"])
     return TextToImage(**parts, card=read_card(folder)).to(device)
 

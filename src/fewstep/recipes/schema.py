@@ -283,9 +283,10 @@ class RolesSettings(Settings):
     kind: Literal["copies", "lora"] = Field(
         default="copies", description="copies: three full models; lora: one frozen base, a LoRA stack for each learner."
     )
-    base: Literal["fp32", "bf16"] = Field(
+    base: Literal["fp32", "bf16", "fp8"] = Field(
         default="fp32",
-        description="Weights of what is frozen: teacher, text encoder, autoencoder. What learns is fp32 in any case.",
+        description="Weights of what is frozen: teacher, text encoder, autoencoder; fp8: the matrices of the teacher's "
+        "blocks, the rest bf16. What learns is fp32 in any case.",
     )
     rank: int = Field(default=32, ge=1, description="Rank of the student's stack.")
     fake_rank: int | None = Field(None, ge=1, description="Rank of the fake's stack; null is the student's.")
