@@ -167,12 +167,29 @@ def test_mistakes(tiny_folder):
         recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", "roles.kind=lora", *overrides])
         return make_roles(recipe, load(tiny_folder))
 
-    with pytest.raises(UserError, match="none can start from init"):
-        roles("init=micro")
     with pytest.raises(UserError, match="same rank"):
         roles("fake_follow=0.1", "roles.fake_rank=1")
     with pytest.raises(UserError, match=r"roles\.targets to_x"):
         roles("roles.targets=[to_x]")
+
+
+def test_a_stack_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
+    more = ["roles.kind=lora", "roles.rank=2", "roles.scale=0.5", "train.steps=1", "optim.student={lr: 0.01}"]
+    overrides = [f"teacher={tiny_folder}", *SHORT, *more]
+    first = api.distill("micro-turbo", tmp_path / "first", overrides=overrides).student
+    recipe = load_recipe("micro-turbo", [*overrides, f"init={first}"])
+    roles = make_roles(recipe, load(tiny_folder))
+    stack = stack_parameters(roles.teacher.transformer, "student")
+    assert max(p.abs().max() for name, p in stack.items() if "lora_B" in name) > 1e-4
+    prompts, x, sigma = roles.teacher.encode(["a fox"]), torch.randn(1, 16, 8, 8), torch.ones(1)
+    with torch.no_grad():
+        expected = load(first).denoiser(x, sigma, prompts)
+        torch.testing.assert_close(roles.student.denoiser(x, sigma, prompts), expected, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(roles.teacher.denoiser(x, sigma, prompts), expected, atol=1e-4)
+    with pytest.raises(UserError, match="another rank"):
+        make_roles(load_recipe("micro-turbo", [*overrides, f"init={first}", "roles.rank=3"]), load(tiny_folder))
+    with pytest.raises(UserError, match="a student starts from that of a run with LoRA roles"):
+        make_roles(load_recipe("micro-turbo", [*overrides, f"init={tiny_folder}"]), load(tiny_folder))
 
 
 def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):

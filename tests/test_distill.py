@@ -116,6 +116,15 @@ def test_every_option_runs(tiny_folder, tmp_path, more):
     assert api.generate(student, "a fox").images.shape == (1, 64, 64, 3)
 
 
+def test_size_is_that_of_training_and_of_the_student(tiny_folder, tmp_path):
+    more = ("train.steps=2", "shield.regression=1", "trajectory.samples=4", "size=32")
+    made = distil(tiny_folder, tmp_path / "run", *more)
+    assert (load(made.student).card.height, load(made.student).card.width) == (32, 32)
+    assert generate(load(made.student), ["a fox"]).images.shape == (1, 32, 32, 3)
+    cached = load_file(next((tmp_path / "run" / "cache").glob("*.safetensors")))
+    assert cached["states"].shape[-2:] == (4, 4)
+
+
 def test_own_prompts(tiny_folder, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a fox\n一只狐狸\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from fewstep.cli.main import app
 from fewstep.errors import UserError
 from fewstep.generate import generate, initial_noise
 from fewstep.models.denoiser import Guided
-from fewstep.models.pipeline import load
+from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import chat
 from fewstep.samplers import sample_euler
 
@@ -123,6 +123,25 @@ def test_same_latents_as_diffusers(tiny_folder, tmp_path, steps, guidance, shift
         ours = sample_euler(denoiser, noise, model.sigmas(steps), prompts)
     assert (theirs - noise).abs().mean() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-5 * steps, rtol=1e-4)
+
+
+def test_parts_that_rest_come_only_while_they_are_asked(tiny_folder, monkeypatch):
+    model, moved = load(tiny_folder), []
+    expected = generate(model, ["a fox"], steps=2).images
+    model = load(tiny_folder)
+    for name in ("text_encoder", "vae"):
+        part = getattr(model, name)
+        go = part.to
+        monkeypatch.setattr(part, "to", lambda where, name=name, go=go: (moved.append((name, str(where))), go(where)))
+    monkeypatch.setattr(TextToImage, "device", property(lambda _: torch.device("cpu:0")))
+    model.rest()
+    assert moved == [("text_encoder", "cpu"), ("vae", "cpu")]
+    moved.clear()
+    for _ in range(2):  # the prompts of the second time are known
+        assert torch.equal(generate(model, ["a fox"], steps=2).images, expected)
+    there = [("text_encoder", "cpu:0"), ("text_encoder", "cpu")]
+    back = [("vae", "cpu:0"), ("vae", "cpu")]
+    assert moved == there + there + back + back  # the prompt, the null prompt; two images
 
 
 def test_null_prompt_is_the_encoded_empty_prompt(tiny):

@@ -6,12 +6,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from fewstep.cli.main import app
+from fewstep.distill.phases import distillation
 from fewstep.distill.roles import make_roles
 from fewstep.errors import UserError
 from fewstep.models.pipeline import load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.planning import PROMPT_TOKENS, parse_gpu, plan
-from fewstep.recipes.load import load_recipe
+from fewstep.recipes.load import SHIPPED, load_recipe
 from fewstep.training.learner import Learner
 from fewstep.training.method import Player
 
@@ -20,21 +21,33 @@ def recipe_of(folder, *more):
     return load_recipe("micro-decoupled", [f"teacher={folder}", "train.batch_size=4", *more])
 
 
+def plans_of(file, folder):
+    recipe = load_recipe(file, [f"teacher={folder}"])
+    return [distillation(recipe, phase) for phase in recipe.phases]
+
+
 def held(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("more", [(), ("roles.kind=lora", "roles.rank=4", "roles.fake_rank=2", "roles.base=bf16")])
+LORA = ("roles.kind=lora", "roles.rank=4", "roles.fake_rank=2")
+
+
+@pytest.mark.parametrize("more", [(), (*LORA, "roles.base=bf16"), (*LORA, "roles.base=fp8"), ("roles.base=fp8",)])
 def test_weights_and_states_are_those_of_real_roles(tiny_folder, more):
     recipe = recipe_of(tiny_folder, *more)
-    planned = plan(recipe).memory
-    dtype = torch.bfloat16 if recipe.roles.base == "bf16" else torch.float32
+    planned, before = plan(recipe).memory, plan(recipe).beforehand
+    dtype = torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16
     teacher = load(tiny_folder, dtype=dtype)
-    frozen = held(teacher.transformer.parameters())
+    assert before["teacher"] == held(teacher.transformer.parameters())
+    assert before["text encoder"] == held(teacher.text_encoder.parameters())
+    assert before["autoencoder"] == held(teacher.vae.parameters())
     roles = make_roles(recipe, teacher)
-    assert planned["base" if recipe.roles.kind == "lora" else "teacher"] == frozen
-    assert planned["text encoder"] == held(teacher.text_encoder.parameters())
-    assert planned["autoencoder"] == held(teacher.vae.parameters())
+    if recipe.roles.kind == "copies":
+        assert before["copies"] == held([*roles.student.denoiser.parameters(), *roles.fake.parameters()])
+    frozen = [p for name, p in teacher.transformer.named_parameters() if ".lora_" not in name]
+    scales = [scale for name, scale in teacher.transformer.named_buffers() if name.endswith("scale")]
+    assert planned["base" if recipe.roles.kind == "lora" else "teacher"] == held([*frozen, *scales])
     for name, module in (("student", roles.student.denoiser), ("fake", roles.fake)):
         loss = lambda _, module=module: (sum(p.square().sum() for p in module.parameters()), {})  # noqa: E731
         learner = Learner(Player(name, module, loss), getattr(recipe.optim, name), recipe.train)
@@ -80,6 +93,45 @@ def test_checkpointing_keeps_less_and_computes_more(tiny_folder):
     name = "kept for the backward pass"
     assert saving.memory[name] < 0.6 * plain.memory[name]
     assert saving.flops > plain.flops
+
+
+@pytest.mark.parametrize(("name", "gpu", "gpus"), [("zimage-turbo-8", "24", 1), ("zimage-turbo-4", "24", 1),
+                                                   ("zimage-turbo-full", "80", 8)])  # fmt: skip
+def test_recipes_for_the_large_model_fit(name, gpu, gpus):
+    done = CliRunner().invoke(app, ["plan", name, "--gpu", gpu, "--gpus", str(gpus)])
+    assert done.exit_code == 0, done.output
+    assert "6,155e6 parameters" in done.output
+    assert ": fits" in done.output
+    assert "does not fit" not in done.output
+
+
+def test_phases_are_planned_for_one_by_one(tiny_folder, tmp_path):
+    """And what is advised of one can be given: by its number."""
+    file = tmp_path / "two.yaml"
+    text = (SHIPPED / "zimage-turbo-8.yaml").read_text()
+    file.write_text(
+        text.replace("base: fp8", "base: bf16").replace("size: 512", "size: 32").replace("size: 1024", "size: 128")
+    )
+    words = ["plan", str(file), "-s", f"teacher={tiny_folder}"]
+    small, large = (plan(one) for one in plans_of(file, tiny_folder))
+    assert (small.height, large.height) == (32, 128)
+    assert large.flops > 1.2 * small.flops
+    done = CliRunner().invoke(app, [*words, "--gpu", f"{0.99 * small.total / 0.95e9}GB"])
+    assert "with -s phases.0.roles.base=fp8: " in done.output
+    assert CliRunner().invoke(app, [*words, "-s", "phases.1.roles.base=fp8"]).exit_code == 0
+    for wrong in ("phases.2.size=64", "phases.x.size=64", "phases.0=3", "phases=3"):
+        done = CliRunner().invoke(app, [*words, "-s", wrong])
+        assert done.exit_code == 1
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_several_gpus_share_weights_and_batches(tiny_folder):
+    one, four = plan(recipe_of(tiny_folder)), plan(recipe_of(tiny_folder), gpus=4)
+    for name in ("teacher", "student's weights", "fake's AdamW"):
+        assert four.memory[name] == one.memory[name] / 4
+    kept = "kept for the backward pass"
+    assert four.memory[kept] == pytest.approx(one.memory[kept] / 4, rel=0.05)
+    assert four.flops == pytest.approx(one.flops / 4, rel=0.01)
 
 
 def test_gpus():

@@ -19,13 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3Model
 
 from fewstep.errors import UserError
-from fewstep.models.adapters import add_stack, stack_parameters
+from fewstep.models.adapters import TARGETS, add_stack, stack_parameters
 from fewstep.models.parts import find
 from fewstep.models.pipeline import read_card
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import PATCH, ZImageDenoiser, padded
 from fewstep.recipes.schema import DistillRecipe, OptimSettings
-from fewstep.training.scaling import calls
+from fewstep.training.scaling import Size, calls
+
+#: Teachers whose configuration ships, so that they can be planned for before they are downloaded.
+KNOWN = {f"Tongyi-MAI/{name}": Path(__file__).parent / "assets" / "zimage" for name in ("Z-Image", "Z-Image-Turbo")}
 
 PROMPT_TOKENS = 64  # a prompt of some 40 words, with the chat template
 
@@ -56,6 +59,7 @@ SAVERS = (
     "gradient_checkpointing=true",
     "roles.base=bf16",
     "roles.kind=lora",
+    "roles.base=fp8",
     "optim.student.bits=8",
     "optim.fake.bits=8",
 )
@@ -63,10 +67,11 @@ SAVERS = (
 
 @dataclass
 class Plan:
-    """What a step needs.
+    """What a distillation needs of each GPU.
 
     Attributes:
-        memory: bytes by component; their sum is what is held at the worst moment.
+        memory: bytes by component; their sum is what is held at the worst moment of a step.
+        beforehand: the same, while the teacher is loaded, prompts are encoded and roles made.
         forwards, backwards: of denoisers in a step, mean over the anchors.
         flops: floating point operations of a step.
     """
@@ -75,29 +80,39 @@ class Plan:
     height: int
     width: int
     memory: dict[str, float] = field(default_factory=dict)
+    beforehand: dict[str, float] = field(default_factory=dict)
     forwards: float = 0.0
     backwards: float = 0.0
     flops: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(self.memory.values())
+        return max(sum(self.memory.values()), sum(self.beforehand.values()))
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether there is a twentieth to spare."""
+        return self.total < 0.95 * gpu.bytes
 
 
-def plan(recipe: DistillRecipe) -> Plan:
-    """The plan of a recipe on one device.
+def plan(recipe: DistillRecipe, gpus: int = 1) -> Plan:
+    """The plan of a recipe: of each of ``gpus`` GPUs, which share the weights.
 
     Raises:
         UserError: there is no such teacher, or its configuration cannot be read.
     """
-    folder = find(recipe.teacher)
+    folder = KNOWN.get(recipe.teacher) or find(recipe.teacher)
     card = read_card(folder)
-    frozen, lora = (2 if recipe.roles.base == "bf16" else 4), recipe.roles.kind == "lora"
+    height, width = (recipe.size or card.height), (recipe.size or card.width)
+    frozen, lora = (4 if recipe.roles.base == "fp32" else 2), recipe.roles.kind == "lora"
     with torch.device("meta"):
         transformer = ZImageTransformer2DModel.from_config(_config(folder, "transformer"))
         vae = AutoencoderKL.from_config(_config(folder, "vae"))
         text_encoder = Qwen3Model(Qwen3Config(**_config(folder, "text_encoder")))
-    size = _count(transformer)
+    size, layout = _count(transformer), Size.of(transformer)
+    base = float(frozen * size)
+    if recipe.roles.base == "fp8":
+        matrices = [m for name, m in transformer.named_modules() if name.endswith(TARGETS) and hasattr(m, "weight")]
+        base -= sum(matrix.weight.numel() - 4 * len(matrix.weight) for matrix in matrices)  # a byte each; scales
     learn = {"student": size, "fake": size}
     if lora:
         ranks = {"student": recipe.roles.rank, "fake": recipe.roles.fake_rank or recipe.roles.rank}
@@ -110,24 +125,32 @@ def plan(recipe: DistillRecipe) -> Plan:
     optims = {name: getattr(recipe.optim, name) for name in learn}
 
     latent = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    shape = (recipe.train.batch_size, transformer.in_channels, card.height // latent, card.width // latent)
+    batch = -(-recipe.train.batch_size // gpus)  # of each
+    shape = (batch, transformer.in_channels, height // latent, width // latent)
     nn.Module.to(transformer, torch.bfloat16)  # not diffusers' own, which warns of real weights
     kept, flops = _forward(ZImageDenoiser(transformer), shape, recipe.gradient_checkpointing)
 
-    found = Plan(size, card.height, card.width)
-    found.memory = {
-        "base" if lora else "teacher": frozen * size,
-        "text encoder": frozen * _count(text_encoder),
-        "autoencoder": frozen * _count(vae),
+    found = Plan(size, height, width)
+    shared = {
+        "base" if lora else "teacher": base,
         **{f"{name}'s weights": 4.0 * count for name, count in learn.items()},
         "gradients": 4.0 * max(learn.values()),
         **{f"{name}'s AdamW": count * _moments(optims[name]) for name, count in learn.items()},
         **{f"{name}'s moving average": 4.0 * count for name, count in learn.items() if optims[name].ema is not None},
-        # autocast keeps a bf16 copy of what learns as long as its loss is computed
-        "bf16 copies": 2.0 * max(learn.values()),
-        "kept for the backward pass": kept,
     }
-    found.memory = {name: bytes for name, bytes in found.memory.items() if bytes}
+    found.memory = {name: bytes / gpus for name, bytes in shared.items() if bytes}
+    if gpus > 1:
+        found.memory["gathered"] = 4.0 * (2 * layout.block + layout.root)
+    else:  # autocast keeps a bf16 copy of what learns as long as its loss is computed
+        found.memory["bf16 copies"] = 2.0 * max(learn.values())
+    found.memory["kept for the backward pass"] = kept
+    found.beforehand = {
+        "teacher": float(frozen * size),
+        "text encoder": float(frozen * _count(text_encoder)),
+        "autoencoder": float(frozen * _count(vae)),
+    }
+    if not lora:  # a copy, before it is shared out
+        found.beforehand["copies"] = 4.0 * size * (1 + (len(learn) - 1) / gpus)
     if recipe.method == "dmd":
         step = calls(recipe.student.steps, recipe.fake_updates if "fake" in learn else 0)
         found.forwards, found.backwards = step.forwards, step.backwards

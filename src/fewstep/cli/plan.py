@@ -1,67 +1,106 @@
 """`fewstep plan`: what a distillation will need."""
 
-from typing import Annotated
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fewstep.cli.options import Overrides, RecipeFile
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fewstep.planning import Gpu, Plan
+    from fewstep.recipes.schema import DistillRecipe
+
 
 def plan(
     recipe: RecipeFile,
     gpu: Annotated[str | None, typer.Option(help="A size such as 24GB, or a name such as rtx4090 or h100.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many share the weights (torchrun).")] = 1,
     overrides: Overrides = None,
 ) -> None:
     """Say what a recipe's distillation needs before any weight is loaded: memory, forwards, arithmetic, time.
 
-    The figures are estimates for one GPU; activations of the moment and the allocator's losses come on top.
+    The figures are estimates for each GPU; activations of the moment and the allocator's losses come on top.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    from fewstep.errors import UserError
-    from fewstep.planning import GPUS, REACHED, SAVERS, parse_gpu
+    from fewstep.planning import parse_gpu
     from fewstep.planning import plan as make
-    from fewstep.recipes.load import load_recipe
-    from fewstep.recipes.schema import DistillRecipe
-
-    def recipe_with(*more: str) -> DistillRecipe:
-        found = load_recipe(recipe, [*(overrides or []), *more])
-        if not isinstance(found, DistillRecipe):
-            raise UserError(f"{recipe}: its kind is {found.kind}; plans are made for distill")
-        return found
 
     chosen = parse_gpu(gpu) if gpu else None
-    resolved = recipe_with()
-    found = make(resolved)
     console = Console(soft_wrap=True)
+    for prefix, phase in _distillations(recipe, overrides or []):
+        found = make(phase, gpus)
+        _say(console, phase, found, gpus)
+        _compare(console, found, str(gpu), chosen)
+        if chosen is not None and not found.fits(chosen):
+            _advise(console, phase, found, chosen, gpus, prefix)
+    console.print("times are guesses, at 40% of the rates that makers state for bf16")
+
+
+def _distillations(recipe: str, overrides: Sequence[str]) -> list[tuple[str, DistillRecipe]]:
+    """A recipe's distillations, itself or its phases, with what comes before their keys. Raises: UserError."""
+    from fewstep.distill.phases import distillation
+    from fewstep.errors import UserError
+    from fewstep.recipes.load import load_recipe
+    from fewstep.recipes.schema import DistillRecipe, PhasesRecipe
+
+    found = load_recipe(recipe, list(overrides))
+    if isinstance(found, PhasesRecipe):
+        return [(f"phases.{number}.", distillation(found, phase)) for number, phase in enumerate(found.phases)]
+    if not isinstance(found, DistillRecipe):
+        raise UserError(f"{recipe}: its kind is {found.kind}; plans are made for distillations")
+    return [("", found)]
+
+
+def _say(console: Console, recipe: DistillRecipe, found: Plan, gpus: int) -> None:
+    from rich.table import Table
+
     console.print(
-        f"{resolved.name}: {found.parameters / 1e6:,.4g}e6 parameters, {found.width}x{found.height} px, "
-        f"batch {resolved.train.batch_size}, roles: {resolved.roles.kind}"
+        f"{recipe.name}: {found.parameters / 1e6:,.4g}e6 parameters, {found.width}x{found.height} px, "
+        f"batch {recipe.train.batch_size}, roles: {recipe.roles.kind}" + (f", {gpus} GPUs" if gpus > 1 else "")
     )
     table = Table()
-    table.add_column("memory")
+    table.add_column("memory" if gpus == 1 else "memory of each GPU")
     table.add_column("GB", justify="right")
-    for part, held in found.memory.items():
-        table.add_row(part, f"{held / 1e9:.3f}")
-    table.add_section()
-    table.add_row("in all", f"{found.total / 1e9:.3f}")
+    for title, parts in (("in a step", found.memory), ("before that, while all is loaded", found.beforehand)):
+        for part, held in parts.items():
+            table.add_row(part, f"{held / 1e9:.3f}")
+        table.add_row(title, f"{sum(parts.values()) / 1e9:.3f}", end_section=True)
     console.print(table)
     passes = f"{found.forwards:g} forwards and {found.backwards:g} backwards in the mean"
-    console.print(f"a step: {passes}, {found.flops / 1e12:.3g} TFLOP")
-    for name, one in GPUS.items() if chosen is None else [(str(gpu), chosen)]:
-        fits = "fits" if found.total < 0.95 * one.bytes else "does not fit"
+    console.print(f"a step: {passes} for each of {recipe.train.accumulate} batches, {found.flops / 1e12:.3g} TFLOP")
+
+
+def _compare(console: Console, found: Plan, name: str, chosen: Gpu | None) -> None:
+    from fewstep.planning import GPUS, REACHED
+
+    for label, one in GPUS.items() if chosen is None else [(name, chosen)]:
+        fits = "fits" if found.fits(one) else "does not fit"
         seconds = f", {found.flops / (REACHED * one.flops):.2g} s a step" if one.flops else ""
-        console.print(f"{name} ({one.bytes / 1e9:.0f} GB): {fits}{seconds}")
-    console.print(f"times are guesses, at {REACHED:.0%} of the rates that makers state for bf16")
-    if chosen is not None and found.total >= 0.95 * chosen.bytes:
-        turned_on: list[str] = []
-        for saver in SAVERS:
-            less = make(recipe_with(*turned_on, saver))
-            if less.total < 0.99 * found.total:
-                turned_on.append(saver)
-                console.print(f"with -s {' -s '.join(turned_on)}: {less.total / 1e9:.1f} GB")
-                found = less
-            if found.total < 0.95 * chosen.bytes:
-                return
-        console.print("that is still too much: make train.batch_size smaller, and train.accumulate larger")
+        console.print(f"{label} ({one.bytes / 1e9:.0f} GB): {fits}{seconds}")
+
+
+def _advise(console: Console, recipe: DistillRecipe, found: Plan, chosen: Gpu, gpus: int, prefix: str) -> None:
+    """What to turn on, one after the other, until it fits."""
+    from fewstep.planning import SAVERS
+    from fewstep.planning import plan as make
+    from fewstep.recipes.load import changed
+    from fewstep.recipes.schema import DistillRecipe
+
+    turned_on: list[str] = []
+    for saver in SAVERS:
+        other = changed(recipe, [*turned_on, saver])
+        assert isinstance(other, DistillRecipe)
+        less = make(other, gpus)
+        if less.total < 0.99 * found.total:
+            turned_on.append(saver)
+            console.print(f"with {' '.join(f'-s {prefix}{one}' for one in turned_on)}: {less.total / 1e9:.1f} GB")
+            found = less
+        if found.fits(chosen):
+            return
+    console.print("that is still too much: make train.batch_size smaller, and train.accumulate larger")

@@ -59,7 +59,8 @@ def trajectory(
 
 def cache_fingerprint(teacher: TextToImage, anchors: list[float], substeps: int, guidance: float) -> dict[str, object]:
     sigmas = [flow.shift_sigma(u, teacher.shift) for u in finer(anchors, substeps)]
-    return fingerprint(teacher, sigmas, states=len(anchors), guidance_scale=guidance)
+    latent = list(teacher.latent_shape(teacher.card.height, teacher.card.width))
+    return fingerprint(teacher, sigmas, states=len(anchors), guidance_scale=guidance, latent=latent)
 
 
 def make_cache(recipe: CacheRecipe, out: Path, *, fresh: bool = False, teacher: TextToImage | None = None) -> Path:

@@ -18,9 +18,20 @@ def cache_of_first(phase: Phase, phases: Sequence[Phase]) -> str:
     """The name of the first phase that asks the teacher the same: those that do share its answers."""
 
     def asked(one: Phase) -> tuple[object, ...]:
-        return one.prompts, one.trajectory, one.student.steps, one.student.anchors, one.train.precision
+        return one.prompts, one.size, one.trajectory, one.student.steps, one.student.anchors, one.train.precision
 
     return next(one.name for one in phases if asked(one) == asked(phase))
+
+
+def distillation(recipe: PhasesRecipe, phase: Phase, init: Path | None = None) -> DistillRecipe:
+    """A phase as a recipe of its own, from another student."""
+    return DistillRecipe(
+        **phase.model_dump(),
+        kind="distill",
+        teacher=recipe.teacher,
+        init=None if init is None else str(init),
+        evaluate=EvaluateSettings(enabled=False, every=recipe.evaluate.every, watched=recipe.evaluate.watched),
+    )
 
 
 def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None) -> Path:
@@ -34,13 +45,7 @@ def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, r
     lines: list[dict[str, float]] = []
     for number, phase in enumerate(recipe.phases, start=1):
         folder = run.directory / "phases" / f"{number}-{phase.name}"
-        one = DistillRecipe(
-            **phase.model_dump(),
-            kind="distill",
-            teacher=recipe.teacher,
-            init=None if student is None else str(student),
-            evaluate=EvaluateSettings(enabled=False, every=recipe.evaluate.every, watched=recipe.evaluate.watched),
-        )
+        one = distillation(recipe, phase, student)
         with open_run(ranks, folder, one, resume_command=run.resume_command) as inner:
             student = distill(one, inner, watch, ranks, run.directory / "cache" / cache_of_first(phase, recipe.phases))
         before = lines[-1]["step"] if lines else 0

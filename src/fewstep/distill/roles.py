@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fewstep import flow
 from fewstep.distill.anchors import anchors_of
@@ -20,6 +23,8 @@ from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.training.distribution import Ranks, shard, whole_state
+
+LORA = "lora"  # where a run keeps its student's stack, beside the student
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Roles:
         transformer = self.student.transformer if ranks.world == 1 else self._put_together()
         if ranks.first and self.shared:
             lora = lora_weights(transformer, "student")
-            ZImagePipeline.save_lora_weights(folder.parent / "lora", transformer_lora_layers=lora)
+            ZImagePipeline.save_lora_weights(folder.parent / LORA, transformer_lora_layers=lora)
             transformer = merged(self._in_full(transformer), "student")
         if ranks.first:
             with_transformer(self.student, transformer, self.student.card).save(folder)
@@ -88,22 +93,16 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
     card, ranks = student_card(recipe, teacher), ranks or Ranks()
     mesh = ranks.mesh(recipe.train.shard_group) if ranks.world > 1 else None
     if recipe.roles.kind == "copies":
+        # each is sharded before the next is made: three whole ones need not fit
         student = with_transformer(teacher, copy.deepcopy(teacher.transformer).float(), card)
         if recipe.init is not None:
             start_from(student, recipe.init)
-        student.denoiser.requires_grad_(True)
+        _prepare(student.denoiser.requires_grad_(True), recipe, mesh)
         fake = ZImageDenoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
-        if recipe.compile:
-            for denoiser in (teacher.denoiser, student.denoiser, fake):
-                denoiser.compile_blocks()
-        if recipe.gradient_checkpointing:
-            student.denoiser.checkpoint_blocks()
-            fake.checkpoint_blocks()
-        if mesh is not None:
-            for denoiser in (teacher.denoiser, student.denoiser, fake):
-                shard(denoiser, mesh)
+        _prepare(fake, recipe, mesh)
         if recipe.roles.base == "fp8":
             narrow(teacher.transformer)
+        _prepare(teacher.denoiser, recipe, mesh, learns=False)
         return Roles(teacher, student, fake, shared=False, teacher_folder=recipe.teacher)
 
     roles = recipe.roles
@@ -111,16 +110,14 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
         raise UserError(
             f"roles.base {roles.base}: FSDP cannot shard it together with LoRA stacks in fp32; take copies, or fp32"
         )
-    if recipe.init is not None:
-        raise UserError(
-            "roles.kind lora: all roles share the teacher's weights, so none can start from init; use copies"
-        )
     fake_rank = roles.fake_rank or roles.rank
     if recipe.fake_follow and fake_rank != roles.rank:
         raise UserError("fake_follow: student and fake need LoRA stacks of the same rank")
     stacks = {name: (rank, roles.scale, roles.targets) for name, rank in (("student", roles.rank), ("fake", fake_rank))}
     for name, (rank, scale, targets) in stacks.items():
         add_stack(teacher.transformer, name, rank, scale, targets)
+    if recipe.init is not None:
+        start_stack_from(teacher.transformer, roles.scale, recipe.init)
     if roles.base == "fp8":
         narrow(teacher.transformer)
     if recipe.compile:
@@ -132,6 +129,16 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
     student = with_transformer(teacher, teacher.transformer, card)
     student.denoiser = LoraRole(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
     return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), True, recipe.teacher, stacks)
+
+
+def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, learns: bool = True) -> None:
+    """Compiles, checkpoints and shards a denoiser as the recipe wants it."""
+    if recipe.compile:
+        denoiser.compile_blocks()
+    if recipe.gradient_checkpointing and learns:
+        denoiser.checkpoint_blocks()
+    if mesh is not None:
+        shard(denoiser, mesh)
 
 
 def with_transformer(model: TextToImage, transformer: nn.Module, card: ModelCard) -> TextToImage:
@@ -166,3 +173,27 @@ def start_from(student: TextToImage, path_or_name: str) -> None:
         student.transformer.load_state_dict(load(path_or_name).transformer.state_dict())
     except RuntimeError as error:
         raise UserError(f"init: {path_or_name} is not of the teacher's architecture ({error})".split("\n")[0]) from None
+
+
+def start_stack_from(transformer: nn.Module, scale: float, student: str) -> None:
+    """Give the student's LoRA stack the weights of the one that an earlier run saved beside its student.
+
+    Raises:
+        UserError: there is none, or it is of another rank or on other layers.
+    """
+    file = Path(student).parent / LORA / "pytorch_lora_weights.safetensors"
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"init: {file} cannot be read ({error}); with roles.kind lora a student starts from that of a run with "
+            "LoRA roles, because all roles share the teacher's weights"
+        ) from None
+    wanted = {key.replace(".student.", "."): p for key, p in stack_parameters(transformer, "student").items()}
+    given = {key.removeprefix("transformer."): tensor for key, tensor in found.items()}
+    shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (wanted, given)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"init: {file} is of another rank than the recipe's stack, or on other layers")
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(given[key] / scale if "lora_B" in key else given[key])  # the file has the scale in B

@@ -68,6 +68,8 @@ def distill(
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.train.seed)
     teacher = load(recipe.teacher, ranks.device, torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
+    if recipe.size is not None:
+        teacher.card = teacher.card.model_copy(update={"height": recipe.size, "width": recipe.size})
     prompts = training_prompts(recipe.prompts)
     # what the teacher is to say beforehand it says before it is sharded among the processes
     real: Batches | None = None
@@ -81,6 +83,8 @@ def distill(
         job = Job(TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas)), real)
     else:
         job = dmd_job(recipe, roles, prompts, real, ranks)
+    for model in (roles.teacher, roles.student):
+        model.rest()
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
     preview = preview_of(roles.student, shown_prompts(recipe.prompts, prompts))
     watched, every = (watch(roles.student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)

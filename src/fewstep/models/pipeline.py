@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Model
 
 from fewstep import flow
@@ -57,6 +58,7 @@ class TextToImage:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.scheduler, self.card = tokenizer, scheduler, card
         self.denoiser = ZImageDenoiser(transformer)
+        self._rests = False
         self.encoder = PromptEncoder(tokenizer, text_encoder, card.system_prompt)
 
     @property
@@ -72,6 +74,25 @@ class TextToImage:
         for module in (self.transformer, self.vae, self.text_encoder):
             module.to(device)  # type: ignore[arg-type]
         return self
+
+    def rest(self) -> None:
+        """From here on text encoder and autoencoder are in the CPU's memory, and come to the transformer's device only
+        while they are asked."""
+        for module in (self.text_encoder, self.vae):
+            module.to("cpu")
+        self._rests = True
+        self.encoder.awake = lambda: self._awake(self.text_encoder)
+
+    @contextmanager
+    def _awake(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a part that rests is where the transformer is."""
+        if self._rests:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            if self._rests:
+                module.to("cpu")
 
     def sigmas(self, steps: int) -> list[float]:
         """The noise levels of ``steps`` steps, from 1 down, without the final 0: the card's own where they fit."""
@@ -108,11 +129,13 @@ class TextToImage:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> latents."""
-        return vae_tools.encode_images(self.vae, images)
+        with self._awake(self.vae):
+            return vae_tools.encode_images(self.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> [B, 3, H, W] in [0, 1]."""
-        return vae_tools.decode_latents(self.vae, latents)
+        with self._awake(self.vae):
+            return vae_tools.decode_latents(self.vae, latents)
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder that ``diffusers.ZImagePipeline.from_pretrained`` opens. It appears whole or not at all.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +73,16 @@ class PromptEncoder:
     Args:
         system: the system's turn before every prompt, unless a call says otherwise; "" is none.
 
+    Attributes:
+        awake: a maker of contexts in which the text encoder is where it computes; set where it rests elsewhere.
+
     Only as many tokens run through the text encoder as there are; diffusers pads to 512. Padding is on the right and
     the encoder is causal, so the features are the same.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: nn.Module, system: str = "") -> None:
         self.tokenizer, self.text_encoder, self.system = tokenizer, text_encoder, system
+        self.awake: Callable[[], AbstractContextManager[None]] = nullcontext
         self._cache: dict[tuple[str, str, str], Tensor] = {}
 
     @torch.no_grad()
@@ -96,10 +101,11 @@ class PromptEncoder:
         system = self.system if system is None else system
         keys = [(text, system, thinking) for text in texts]
         new = [key for key in dict.fromkeys(keys) if key not in self._cache]
-        for start in range(0, len(new), batch_size):
-            part = new[start : start + batch_size]
-            features = self.each([text for text, _, _ in part], system=system, thinking=thinking)
-            self._cache |= {key: feature.float() for key, feature in zip(part, features, strict=True)}
+        with self.awake() if new else nullcontext():
+            for start in range(0, len(new), batch_size):
+                part = new[start : start + batch_size]
+                features = self.each([text for text, _, _ in part], system=system, thinking=thinking)
+                self._cache |= {key: feature.float() for key, feature in zip(part, features, strict=True)}
         chosen = [self._cache[key] for key in keys]
         return EncodedPrompts(
             nn.utils.rnn.pad_sequence(chosen, batch_first=True),

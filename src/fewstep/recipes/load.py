@@ -92,6 +92,14 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: {_explain(error, RECIPES[kind])}") from None
 
 
+def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with some fields changed, as ``"train.steps=100"``. Raises: UserError in one line."""
+    tree = recipe.model_dump(mode="json")
+    for override in overrides:
+        _override(tree, override)
+    return parse_recipe(tree, recipe.name)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every field resolved; `load_recipe` reads it back unchanged."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -106,12 +114,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"-s {override}: the value is not valid YAML") from None
-    node = tree
+    node: Any = tree
     for part in parts[:-1]:
-        # A missing section may have defaults for all else; a wrong name is found by the schema, with a suggestion.
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
+        if isinstance(node, list):  # a phase, by its number from 0
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"-s {override}: {part} is none of 0 to {len(node) - 1}")
+            node = node[int(part)]
+        else:
+            # A missing section may have defaults for all else; a wrong name is found by the schema, with a suggestion.
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
             raise UserError(f"-s {override}: {part} holds a value, not further keys")
+    if isinstance(node, list):
+        raise UserError(f"-s {override}: name a field of one of them, as in {parts[-2]}.0.train.steps=100")
     node[parts[-1]] = value
 
 

@@ -312,6 +312,9 @@ class Phase(BaseRecipe):
         default="dmd", description="dmd: Decoupled-DMD; trajectory: regression on the teacher's own states."
     )
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to distil on.")
+    size: int | None = Field(
+        None, ge=1, description="Pixels of a side in training, and the student's own; null asks the teacher's card."
+    )
     student: StudentSettings = Field(default_factory=StudentSettings, description="The student's schedule.")
     spear: SpearSettings = Field(default_factory=SpearSettings, description="The engine.")
     shield: ShieldSettings = Field(default_factory=ShieldSettings, description="The regulariser.")
