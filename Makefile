@@ -24,6 +24,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/distill_speed.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/zimage.py
 
 # torch first and alone: asked for by its exact version, pip takes the CPU build where one is offered.
 $(VENV)/ready: pyproject.toml constraints.txt

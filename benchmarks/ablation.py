@@ -62,6 +62,13 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "micro-turbo": (TURBO, ("fake_warmup=5",)),
 }
 
+#: Beyond the study, when they are asked for by name: other shields and roles.
+FURTHER: dict[str, tuple[str, tuple[str, ...]]] = {
+    "CA + MMD": (BASE, (NO_DM, "shield.mmd=0.3")),
+    "hybrid, coarser too": (BASE, ("shield.scales={2: 0.5}",)),
+    "hybrid, LoRA of rank 32": (BASE, ("roles.kind=lora", "optim.student.lr=1.5e-3", "optim.fake.lr=2.0e-3")),
+}
+
 #: Figure -> its title, its factor, and how it is written.
 FIGURES = {
     "name_top1": ("name right, %", 100, ".1f"),
@@ -123,7 +130,7 @@ def run(arm: str, seed: int, yardstick: Yardstick, arguments: argparse.Namespace
     file = folder / "figures.json"
     if file.exists():
         return json.loads(file.read_text())
-    recipe, changes = ARMS[arm]
+    recipe, changes = (ARMS | FURTHER)[arm]
     steps = round(arguments.minutes * TURBO_STEPS_A_MINUTE) if recipe == TURBO else 100_000
     common = [f"train.minutes={arguments.minutes}", f"train.steps={steps}", f"train.seed={seed}"]
     common += [f"teacher={arguments.teacher}", f"trajectory.cache={arguments.out / 'cache'}", "trajectory.substeps=4"]
@@ -190,7 +197,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="micro")
     parser.add_argument("--minutes", type=float, default=2.5, help="of training, each arm and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS | FURTHER))
     parser.add_argument("--prompts", type=int, default=200)
     arguments = parser.parse_args()
     torch.manual_seed(0)
