@@ -90,6 +90,23 @@ def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
 
 
 @pytest.mark.slow
+def test_a_full_disk_ends_all_processes_and_leaves_the_last_checkpoint(tiny_folder, tmp_path, alone):
+    """No file may grow beyond 256 KiB, as if the disk were full; without that limit the same command goes on."""
+    out = tmp_path / "two"
+    distil(tiny_folder, out, 2, "train.steps=2")
+    limited = ["bash", "-c", 'ulimit -f 256; exec "$@"', "-", *command(tiny_folder, out, 2, "train.steps=4")]
+    done = subprocess.run(
+        limited, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "step_00000004: cannot write this checkpoint" in done.stderr
+    assert "earlier ones are as they were" in done.stderr
+    assert [path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")] == ["step_00000002"]
+    assert "going on from step 2" in distil(tiny_folder, out, 2, "train.steps=4").stderr
+    assert_close(weights(out), weights(alone))
+
+
+@pytest.mark.slow
 def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alone):
     distil(tiny_folder, tmp_path / "run", 2, "train.steps=2")
     distil(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.shard_group=2")
