@@ -291,6 +291,27 @@ def test_bf16_weights_draw_nearly_the_same(tiny_folder):
     assert (images[0] - images[1]).abs().mean() < 2  # of 255
 
 
+def test_options_of_speed_and_memory(tiny_folder, tmp_path):
+    plain, saving = tmp_path / "plain.png", tmp_path / "saving.png"
+    assert run("generate", tiny_folder, "a fox", "-o", plain).exit_code == 0
+    done = run("generate", tiny_folder, "a fox", "-o", saving, "--offload", "--attention", "native")
+    assert done.exit_code == 0, done.output
+    assert plain.read_bytes() == saving.read_bytes()
+    assert run("generate", tiny_folder, "a fox", "-o", saving, "--tiling").exit_code == 0
+    one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--attention", "guess"), "attention guess")
+    one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--attention", "flash"), "attention flash")
+
+
+def test_large_images_are_decoded_in_tiles(tiny_folder):
+    model, sizes = load(tiny_folder), []
+    model.vae.tile_sample_min_size, model.vae.tile_latent_min_size = 64, 8
+    model.vae.enable_tiling()
+    model.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-1]))
+    assert model.decode(torch.randn(1, 16, 16, 16)).shape == (1, 3, 128, 128)
+    assert len(sizes) > 1
+    assert max(sizes) == 8
+
+
 def test_fp16_is_refused_with_the_reason(tiny_folder):
     with pytest.raises(UserError, match="overflow in it; take bf16"):
         load(tiny_folder, dtype=torch.float16)

@@ -42,6 +42,16 @@ def generate(
     precision: Annotated[
         Precision, typer.Option(help="Of the weights: bf16 is as good, and half as large; fp8 is half of that.")
     ] = (Precision.fp32),
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Text encoder and autoencoder wait in the CPU's memory.")
+    ] = False,
+    tiling: Annotated[bool, typer.Option("--tiling", help="Decode large images in tiles: less memory.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks: slow first, then faster.")
+    ] = False,
+    attention: Annotated[
+        str | None, typer.Option(help="One of diffusers' attention backends, as flash or sage. [default: native]")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Generate images from prompts."""
@@ -60,7 +70,13 @@ def generate(
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
     _check_writable(out)
-    pipeline = load(model, device, precision.dtype)
+    pipeline = load(model, device, precision.dtype, offload)
+    if attention is not None:
+        pipeline.attend_by(attention)
+    if tiling:
+        pipeline.vae.enable_tiling()
+    if compile:
+        pipeline.denoiser.compile_blocks()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("images", total=len(texts))
         made = make(

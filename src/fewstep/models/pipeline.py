@@ -94,6 +94,18 @@ class TextToImage:
             if self._rests:
                 module.to("cpu")
 
+    def attend_by(self, backend: str) -> None:
+        """Compute attention by one of diffusers' backends, for all models of this process.
+
+        Raises:
+            UserError: there is no such backend, or it does not run here.
+        """
+        try:
+            with quiet():
+                self.transformer.set_attention_backend(backend)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise UserError(f"attention {backend}: {str(error).splitlines()[0]}") from error
+
     def sigmas(self, steps: int) -> list[float]:
         """The noise levels of ``steps`` steps, from 1 down, without the final 0: the card's own where they fit."""
         if self.card.sigmas is not None and len(self.card.sigmas) == steps:
@@ -182,7 +194,10 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def load(
-    path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path_or_name: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
 ) -> TextToImage:
     """Load a model for inference: all its weights frozen, in eval mode.
 
@@ -190,6 +205,7 @@ def load(
         path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
         dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
             rest is bf16 then).
+        offload: only the transformer is on the device; see :meth:`TextToImage.rest`.
 
     Raises:
         UserError: no model there, a file of it is missing or corrupt, or the weights are wanted in fp16.
@@ -200,7 +216,12 @@ def load(
     if narrowed:
         narrow(parts["transformer"])
     vae_tools.as_channels_last(parts["vae"])
-    return TextToImage(**parts, card=read_card(folder)).to(device)
+    model = TextToImage(**parts, card=read_card(folder))
+    if not offload:
+        return model.to(device)
+    model.transformer.to(device)
+    model.rest()
+    return model
 
 
 def load_encoder(
