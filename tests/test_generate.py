@@ -15,6 +15,7 @@ from fewstep.cli.main import app
 from fewstep.errors import UserError
 from fewstep.generate import generate, initial_noise
 from fewstep.models.denoiser import Guided
+from fewstep.models.offload import offload_blocks
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import chat
 from fewstep.samplers import sample_euler
@@ -142,6 +143,29 @@ def test_parts_that_rest_come_only_while_they_are_asked(tiny_folder, monkeypatch
     there = [("text_encoder", "cpu:0"), ("text_encoder", "cpu")]
     back = [("vae", "cpu:0"), ("vae", "cpu")]
     assert moved == there + there + back + back  # the prompt, the null prompt; two images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_blocks_are_there_only_while_they_speak(tiny_folder, dtype):
+    """On the device that is not there, "meta", all but the blocks' homes have no contents."""
+    model = load(tiny_folder, dtype=dtype)
+    expected = {name: tensor.clone() for name, tensor in model.transformer.state_dict().items()}
+    met = []
+    offload_blocks(model.denoiser, "meta")
+    for block in model.transformer.layers:
+        block.attention.to_q.register_forward_pre_hook(
+            lambda module, _, block=block: met.append({str(p.device) for p in block.parameters()})
+        )
+    x = torch.randn(1, 16, 8, 8, device="meta")
+    prompts = model.encode(["a fox"])
+    with torch.no_grad():
+        velocity = model.denoiser._velocity(x, torch.ones(1, device="meta"), prompts.to("meta"), 32)
+    assert velocity.device.type == "meta"
+    assert met == [{"meta"}, {"meta"}]
+    for name, tensor in model.transformer.state_dict().items():
+        inside = name.startswith(("layers", "noise_refiner", "context_refiner"))
+        assert tensor.device.type == ("cpu" if inside else "meta")
+        assert not inside or torch.equal(tensor.float(), expected[name].float())
 
 
 def test_null_prompt_is_the_encoded_empty_prompt(tiny):
@@ -294,10 +318,12 @@ def test_bf16_weights_draw_nearly_the_same(tiny_folder):
 def test_options_of_speed_and_memory(tiny_folder, tmp_path):
     plain, saving = tmp_path / "plain.png", tmp_path / "saving.png"
     assert run("generate", tiny_folder, "a fox", "-o", plain).exit_code == 0
-    done = run("generate", tiny_folder, "a fox", "-o", saving, "--offload", "--attention", "native")
-    assert done.exit_code == 0, done.output
-    assert plain.read_bytes() == saving.read_bytes()
+    for offload in ("parts", "blocks"):
+        done = run("generate", tiny_folder, "a fox", "-o", saving, "--offload", offload, "--attention", "native")
+        assert done.exit_code == 0, done.output
+        assert plain.read_bytes() == saving.read_bytes()
     assert run("generate", tiny_folder, "a fox", "-o", saving, "--tiling").exit_code == 0
+    one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--compile", "--offload", "blocks"), "not together")
     one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--attention", "guess"), "attention guess")
     one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--attention", "flash"), "attention flash")
 

@@ -1,12 +1,19 @@
 """`fewstep generate`: images from prompts."""
 
 import math
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fewstep.cli.options import Precision
+
+
+class Offload(StrEnum):
+    none = "none"
+    parts = "parts"
+    blocks = "blocks"
 
 
 def generate(
@@ -43,8 +50,11 @@ def generate(
         Precision, typer.Option(help="Of the weights: bf16 is as good, and half as large; fp8 is half of that.")
     ] = (Precision.fp32),
     offload: Annotated[
-        bool, typer.Option("--offload", help="Text encoder and autoencoder wait in the CPU's memory.")
-    ] = False,
+        Offload,
+        typer.Option(
+            help="What waits in the CPU's memory: text encoder and autoencoder; or the transformer's blocks too."
+        ),
+    ] = Offload.none,
     tiling: Annotated[bool, typer.Option("--tiling", help="Decode large images in tiles: less memory.")] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer's blocks: slow first, then faster.")
@@ -69,8 +79,10 @@ def generate(
     texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
+    if compile and offload is Offload.blocks:
+        raise UserError("--compile: not together with --offload blocks, whose weights are elsewhere at every step")
     _check_writable(out)
-    pipeline = load(model, device, precision.dtype, offload)
+    pipeline = load(model, device, precision.dtype, offload.value)
     if attention is not None:
         pipeline.attend_by(attention)
     if tiling:

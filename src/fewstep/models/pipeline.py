@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
@@ -19,6 +19,7 @@ from fewstep import flow
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
 from fewstep.models.fp8 import FP8, is_narrow, narrow
+from fewstep.models.offload import offload_blocks
 from fewstep.models.parts import PARTS, find, load_part, quiet
 from fewstep.models.prompts import EncodedPrompts, PromptEncoder, PromptTooLong
 from fewstep.models.zimage import PATCH, ZImageDenoiser
@@ -197,7 +198,7 @@ def load(
     path_or_name: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    offload: bool = False,
+    offload: Literal["none", "parts", "blocks"] = "none",
 ) -> TextToImage:
     """Load a model for inference: all its weights frozen, in eval mode.
 
@@ -205,7 +206,8 @@ def load(
         path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
         dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
             rest is bf16 then).
-        offload: only the transformer is on the device; see :meth:`TextToImage.rest`.
+        offload: "parts": only the transformer is on the device (:meth:`TextToImage.rest`); "blocks": of the transformer
+            only the block that speaks.
 
     Raises:
         UserError: no model there, a file of it is missing or corrupt, or the weights are wanted in fp16.
@@ -217,9 +219,12 @@ def load(
         narrow(parts["transformer"])
     vae_tools.as_channels_last(parts["vae"])
     model = TextToImage(**parts, card=read_card(folder))
-    if not offload:
+    if offload == "none":
         return model.to(device)
-    model.transformer.to(device)
+    if offload == "blocks":
+        offload_blocks(model.denoiser, device)
+    else:
+        model.transformer.to(device)
     model.rest()
     return model
 
