@@ -42,7 +42,7 @@ def main() -> None:
     print("|" + " ---: |" * len(columns))
     for ranks, group in LAYOUTS:
         layout = Layout(ranks, group)
-        held, sent = memory(size, layout), traffic(size, layout, wanted)
+        held, sent = memory(size, layout, bf16=True), traffic(size, layout, wanted, bf16=True)
         weights = held.pop("teacher") + held.pop("student") + held.pop("fake")
         figures = [weights, *held.values()]
         figures += [sum(figures), sum(sent.values()), sent["gradients between groups"]]

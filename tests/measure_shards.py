@@ -39,9 +39,9 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(folder: str, out: str) -> None:
+def main(folder: str, precision: str, out: str) -> None:
     settings = ("student.steps=1", "fake_updates=2", "shield.regression=0", "align=0", "fake_warmup=0")
-    sizes = ("train.batch_size=4", "train.precision=fp32", "optim.student={lr: 1.0e-4, ema: 0.9}")
+    sizes = ("train.batch_size=4", f"train.precision={precision}", "optim.student={lr: 1.0e-4, ema: 0.9}")
     recipe = load_recipe("micro-turbo", [f"teacher={folder}", *settings, *sizes])
     with launched() as ranks:
         torch.manual_seed(0)

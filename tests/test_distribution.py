@@ -89,6 +89,26 @@ def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
     assert_close(weights(out), weights(alone))
 
 
+def test_in_bf16_two_processes_stay_near_one(tiny_folder, tmp_path):
+    """Weights are sent in bf16; what is held is fp32, so that small updates are not lost."""
+    for processes in (1, 2):
+        more = (
+            "train.steps=2",
+            "train.precision=bf16",
+            "train.preview_every=2",
+            "evaluate.every=2",
+            "evaluate.watched=2",
+        )
+        distil(tiny_folder, tmp_path / str(processes), processes, *more)
+    one, two = (losses(tmp_path / run) for run in ("1", "2"))
+    torch.testing.assert_close(two, one, atol=0.02, rtol=0.05)
+    before = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    moved = torch.cat([(weights(tmp_path / "1")[name] - before[name]).flatten() for name in before])
+    also = torch.cat([(weights(tmp_path / "2")[name] - before[name]).flatten() for name in before])
+    assert 0 < moved.abs().max() < 1e-3
+    assert torch.cosine_similarity(moved, also, dim=0) > 0.9
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_all_processes_and_leaves_the_last_checkpoint(tiny_folder, tmp_path, alone):
     """No file may grow beyond 256 KiB, as if the disk were full; without that limit the same command goes on."""

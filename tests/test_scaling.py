@@ -17,11 +17,14 @@ def size(tiny_folder: Path) -> Size:
     return Size.of(load(tiny_folder).transformer)
 
 
-def test_two_processes_hold_and_receive_what_the_formulas_say(tiny_folder: Path, tmp_path: Path, size: Size) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_processes_hold_and_receive_what_the_formulas_say(
+    tiny_folder: Path, tmp_path: Path, size: Size, precision: str
+) -> None:
     probe = Path(__file__).with_name("measure_shards.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(probe)]
     done = subprocess.run(
-        [*launch, str(tiny_folder), str(tmp_path / "found.json")],
+        [*launch, str(tiny_folder), precision, str(tmp_path / "found.json")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -30,7 +33,7 @@ def test_two_processes_hold_and_receive_what_the_formulas_say(tiny_folder: Path,
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     layout, wanted = Layout(2, 2), calls(steps=1, fake_updates=2)
-    held, sent = memory(size, layout), traffic(size, layout, wanted)
+    held, sent = memory(size, layout), traffic(size, layout, wanted, bf16=precision == "bf16")
     for what in ("teacher", "student", "fake", "gradients", "AdamW", "moving average"):
         assert found[what] == pytest.approx(held[what], rel=0.02), what  # rows that two cannot divide are filled up
     assert found["weights received"] == pytest.approx(sent["weights"], rel=0.02)

@@ -140,7 +140,8 @@ def plan(recipe: DistillRecipe, gpus: int = 1) -> Plan:
     }
     found.memory = {name: bytes / gpus for name, bytes in shared.items() if bytes}
     if gpus > 1:
-        found.memory["gathered"] = 4.0 * (2 * layout.block + layout.root)
+        bf16 = recipe.train.precision != "fp32"
+        found.memory["gathered"] = (2.0 if bf16 else 4.0) * (2 * layout.block + layout.root)
     else:  # autocast keeps a bf16 copy of what learns as long as its loss is computed
         found.memory["bf16 copies"] = 2.0 * max(learn.values())
     found.memory["kept for the backward pass"] = kept

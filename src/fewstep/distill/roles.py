@@ -23,6 +23,7 @@ from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.training.distribution import Ranks, shard, whole_state
+from fewstep.training.precision import uses_bf16
 
 LORA = "lora"  # where a run keeps its student's stack, beside the student
 
@@ -125,7 +126,7 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
     if recipe.gradient_checkpointing:
         teacher.denoiser.checkpoint_blocks(as_now)
     if mesh is not None:
-        shard(teacher.denoiser, mesh)
+        shard(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, ranks.device))
     student = with_transformer(teacher, teacher.transformer, card)
     student.denoiser = LoraRole(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
     return Roles(teacher, student, LoraRole(teacher.denoiser, "fake"), True, recipe.teacher, stacks)
@@ -138,7 +139,7 @@ def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh |
     if recipe.gradient_checkpointing and learns:
         denoiser.checkpoint_blocks()
     if mesh is not None:
-        shard(denoiser, mesh)
+        shard(denoiser, mesh, uses_bf16(recipe.train.precision, denoiser.transformer.device))
 
 
 def with_transformer(model: TextToImage, transformer: nn.Module, card: ModelCard) -> TextToImage:

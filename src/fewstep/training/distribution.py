@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
@@ -192,18 +192,28 @@ def blocks_of(transformer: Any) -> list[nn.Module]:
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
-def shard(denoiser: ZImageDenoiser, mesh: DeviceMesh) -> None:
+def shard(denoiser: ZImageDenoiser, mesh: DeviceMesh, bf16: bool = False) -> None:
     """Shard a denoiser's weights over the mesh, block by block (FSDP2's `fully_shard`): each block is gathered when it
-    speaks, and let go after."""
+    speaks, and let go after.
+
+    Args:
+        bf16: weights are sent, and speak, in bf16; what each holds, and gradients on their way, stay as they are.
+    """
     model = denoiser.transformer
+    # rotations and noise levels must stay fp32, so what goes in is not cast
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if bf16
+        else MixedPrecisionPolicy()
+    )
     compute = denoiser.run_block
     for block in blocks_of(model):
         # FSDP gathers around a module's own forward, so the block must be called as one
         block.forward = types.MethodType(compute, block)
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     denoiser.run_block = lambda block, x, rotations, condition: block(x, rotations, condition)
     # by default the outermost weights stay gathered, and would not see it when others are copied into the shards
-    fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
+    fully_shard(denoiser, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     register_fsdp_forward_method(denoiser, "features")
 
 

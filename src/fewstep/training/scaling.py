@@ -1,9 +1,9 @@
 """What each process of a sharded distillation holds and sends: formulas, in bytes.
 
-For full copies as ``roles.py`` makes them and FSDP2 shards them (``fully_shard``, block by block): fp32 weights
-everywhere, each block gathered for its forward, let go, gathered again for its backward; AdamW; a moving average of
-the student. Activations are not in it. `benchmarks/scaling.py` prints them for Z-Image; a test holds them to real
-processes.
+For full copies as ``roles.py`` makes them and FSDP2 shards them (``fully_shard``, block by block): fp32 weights, in
+bf16 on their way where the computation is, each block gathered for its forward, let go, gathered again for its
+backward; AdamW; a moving average of the student. Activations are not in it. `benchmarks/scaling.py` prints them for
+Z-Image; a test holds them to real processes.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def calls(steps: int, fake_updates: int) -> Calls:
     return Calls(images + 2 + fake_updates * (images + 1), 1 + fake_updates)
 
 
-def memory(size: Size, layout: Layout) -> dict[str, float]:
+def memory(size: Size, layout: Layout, bf16: bool = False) -> dict[str, float]:
     """Bytes that a process holds, by what they are.
 
     "gathered": whole, of the role that speaks: what lies outside of blocks, the block at work, and the next on its way.
     """
     share = BYTES * size.parameters / layout.group
-    gathered = BYTES * (2 * size.block + size.root) if layout.group > 1 else 0
+    gathered = (2 if bf16 else BYTES) * (2 * size.block + size.root) if layout.group > 1 else 0
     return {
         "teacher": share,
         "student": share,
@@ -86,7 +86,7 @@ def memory(size: Size, layout: Layout) -> dict[str, float]:
     }
 
 
-def traffic(size: Size, layout: Layout, calls: Calls) -> dict[str, float]:
+def traffic(size: Size, layout: Layout, calls: Calls, bf16: bool = False) -> dict[str, float]:
     """Bytes that a process receives in a step, by what they are for.
 
     Every forward gathers all weights, every backward does so again; gradients are scattered within a group (each
@@ -95,7 +95,7 @@ def traffic(size: Size, layout: Layout, calls: Calls) -> dict[str, float]:
     others = (layout.group - 1) / layout.group
     shard = BYTES * size.parameters / layout.group
     return {
-        "weights": BYTES * others * (calls.forwards + calls.backwards) * size.parameters,
+        "weights": (2 if bf16 else BYTES) * others * (calls.forwards + calls.backwards) * size.parameters,
         "gradients within a group": BYTES * others * calls.backwards * size.parameters,
         "gradients between groups": 2 * (layout.replicas - 1) / layout.replicas * shard * calls.backwards,
     }
