@@ -24,7 +24,7 @@ from fewstep.errors import UserError
 SHIPPED = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
 
 _HUB_ID = re.compile(r"(hf:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DOWNLOADED = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "*/merges.txt"]
+_DOWNLOADED = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.jinja"]
 
 #: Weights that a released text encoder has, and that hidden states do without.
 _SPARE = ("lm_head.",)
