@@ -163,6 +163,7 @@ def test_captions_are_computed_once_while_kept(transformer, lengths):
         handle.remove()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_attention_is_by_the_backend_that_was_set(transformer):
     prompts, x, sigma = prompts_of([5, 9]), torch.randn(2, 16, 8, 8), torch.rand(2)
     model = copy.deepcopy(transformer)
