@@ -12,6 +12,7 @@ from fewstep import api
 from fewstep.data.prompts import training_prompts
 from fewstep.distill.anchors import anchors_of
 from fewstep.distill.batch import DistillBatch
+from fewstep.distill.caching import make_cache
 from fewstep.distill.dmd import DecoupledDmd
 from fewstep.distill.run import batches, settings_of
 from fewstep.errors import UserError
@@ -123,6 +124,13 @@ def test_size_is_that_of_training_and_of_the_student(tiny_folder, tmp_path):
     assert generate(load(made.student), ["a fox"]).images.shape == (1, 32, 32, 3)
     cached = load_file(next((tmp_path / "run" / "cache").glob("*.safetensors")))
     assert cached["states"].shape[-2:] == (4, 4)
+    where = f"trajectory.cache={tmp_path / 'large'}"
+    for size in ("64", "32"):
+        asked = ["samples=4", "substeps=4", f"teacher={tiny_folder}", f"size={size}"]
+        make_cache(load_recipe("micro-cache", asked), tmp_path / ("large" if size == "64" else "small"))
+    with pytest.raises(UserError, match="latent"):
+        distil(tiny_folder, tmp_path / "other", *more, where)
+    distil(tiny_folder, tmp_path / "same", *more, where.replace("large", "small"))
 
 
 def test_own_prompts(tiny_folder, tmp_path):

@@ -74,6 +74,7 @@ def make_cache(recipe: CacheRecipe, out: Path, *, fresh: bool = False, teacher: 
     """
     if teacher is None:
         teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
+        teacher.at_size(recipe.size)
     device = teacher.device
     guidance = teacher.card.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_anchors(recipe.steps)

@@ -93,6 +93,12 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
     """
     card, ranks = student_card(recipe, teacher), ranks or Ranks()
     mesh = ranks.mesh(recipe.train.shard_group) if ranks.world > 1 else None
+    base = recipe.roles.base
+    if mesh is not None and (base == "fp8" or (base == "bf16" and recipe.roles.kind == "lora")):
+        raise UserError(
+            f"roles.base {base}: FSDP shards weights of one precision together; with several processes take fp32, or "
+            "bf16 with roles.kind copies"
+        )
     if recipe.roles.kind == "copies":
         # each is sharded before the next is made: three whole ones need not fit
         student = with_transformer(teacher, copy.deepcopy(teacher.transformer).float(), card)
@@ -107,10 +113,6 @@ def make_roles(recipe: DistillRecipe, teacher: TextToImage, ranks: Ranks | None 
         return Roles(teacher, student, fake, shared=False, teacher_folder=recipe.teacher)
 
     roles = recipe.roles
-    if mesh is not None and roles.base != "fp32":
-        raise UserError(
-            f"roles.base {roles.base}: FSDP cannot shard it together with LoRA stacks in fp32; take copies, or fp32"
-        )
     fake_rank = roles.fake_rank or roles.rank
     if recipe.fake_follow and fake_rank != roles.rank:
         raise UserError("fake_follow: student and fake need LoRA stacks of the same rank")

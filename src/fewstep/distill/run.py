@@ -69,8 +69,7 @@ def distill(
     torch.manual_seed(recipe.train.seed)
     prompts = training_prompts(recipe.prompts)  # first: a mistake there should not wait for the teacher
     teacher = load(recipe.teacher, ranks.device, torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
-    if recipe.size is not None:
-        teacher.card = teacher.card.model_copy(update={"height": recipe.size, "width": recipe.size})
+    teacher.at_size(recipe.size)
     # what the teacher is to say beforehand it says before it is sharded among the processes
     real: Batches | None = None
     with ranks.in_turn():

@@ -76,6 +76,12 @@ class TextToImage:
             module.to(device)  # type: ignore[arg-type]
         return self
 
+    def at_size(self, side: int | None) -> None:
+        """Square images of so many pixels a side from here on, where the caller of a method says nothing; None changes
+        nothing."""
+        if side is not None:
+            self.card = self.card.model_copy(update={"height": side, "width": side})
+
     def rest(self) -> None:
         """From here on text encoder and autoencoder are in the CPU's memory, and come to the transformer's device only
         while they are asked."""

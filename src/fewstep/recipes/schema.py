@@ -390,6 +390,7 @@ class CacheRecipe(Settings):
     name: str = Field(pattern=NAME, description="Name of the cache; its folder is runs/<name>.")
     teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to draw from.")
+    size: int | None = Field(None, ge=1, description="Pixels of a side; null asks the teacher's card.")
     steps: int = Field(default=4, ge=1, le=64, description="The student's steps: one state is kept for each.")
     substeps: int = Field(default=12, ge=1, description="The teacher's steps for each one of the student.")
     guidance_scale: float | None = Field(None, ge=0, description="The teacher's guidance; null asks its card.")
