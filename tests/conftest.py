@@ -13,7 +13,7 @@ from fewstep.micro.text import build_text_encoder
 from fewstep.micro.vae import build_vae
 from fewstep.models.parts import SHIPPED
 from fewstep.models.pipeline import ModelCard, TextToImage
-from fewstep.recipes.schema import TextSettings, TransformerSettings
+from fewstep.recipes.settings import TextSettings, TransformerSettings
 
 torch.set_num_threads(1)  # tests run side by side
 

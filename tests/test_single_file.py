@@ -191,3 +191,13 @@ def test_convert_there_and_back(tmp_path, tiny_folder, weights):
         done = convert(*words)
         assert done.exit_code == 1
         assert message in done.output
+
+
+@pytest.mark.parametrize(("precision", "reason"), [("fp16", "overflow in it; take bf16"), ("fp8", "read, not written")])
+def test_precisions_that_are_not_written(tmp_path, tiny_folder, precision, reason):
+    out = tmp_path / "one.safetensors"
+    words = ["convert", str(tiny_folder), "--to", "comfyui", "--out", str(out), "--precision", precision]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    assert reason in done.stderr
+    assert not out.exists()

@@ -12,32 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import TinyMethod, fit, tiny_recipe, tiny_trainer
+from tiny import TinyMethod, assert_same, everything, fit, tiny_trainer
 from torch import nn
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import OptimSettings, TrainSettings
+from fewstep.recipes.settings import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
 from fewstep.training.learner import MAX_SKIPPED, Learner
-from fewstep.training.method import Method, Player
-from fewstep.training.optim import learning_rate
-from fewstep.training.run import Run
+from fewstep.training.method import Player
 from fewstep.training.trainer import Trainer
-
-
-def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, EMA, moments and random state, by name."""
-    tensors = {"random": torch.get_rng_state()}
-    for learner in trainer.learners:
-        for part, named in learner.tensors().items():
-            tensors |= {f"{learner.name}.{part}.{name}": tensor.clone() for name, tensor in named.items()}
-    return tensors
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different
 
 
 def stop_after(trainer: Trainer, step: int) -> None:
@@ -206,41 +189,6 @@ def test_time_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
     assert again.step == trainer.step
 
 
-def test_8_bits_without_torchao_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao.optim", None)  # as if it were not there
-    player = Player("one", nn.Linear(2, 2), lambda batch: (batch.sum(), {}))
-    with pytest.raises(UserError, match=r"needs torchao; pip install 'fewstep\[lowbit\]'"):
-        Learner(player, OptimSettings(lr=0.1, bits=8), TrainSettings(steps=1, batch_size=1))
-
-
-@pytest.mark.slow  # compiles
-def test_8_bit_adamw_follows_the_full_one_and_resumes_exactly(tmp_path: Path) -> None:
-    """Moments of one byte: the same way within a few percent, and codes and scales as they were after a resume."""
-    pytest.importorskip("torchao", reason="fewstep[lowbit] is not installed")
-
-    def trainer(folder: str, bits: int, steps: int) -> Trainer:
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Tanh(), nn.Linear(128, 64, bias=False))
-        target = torch.randn(64, 64) / 8
-        loss = lambda batch: ((module(batch) - batch @ target).square().mean(), {})  # noqa: E731
-        method = Method()
-        method.players = [Player("one", module, loss)]
-        recipe = tiny_recipe(steps=steps, batch_size=32, checkpoint_every=5)
-        run = Run(tmp_path / folder, recipe)
-        data = lambda position: torch.randn(32, 64, generator=torch.Generator().manual_seed(position))  # noqa: E731
-        return Trainer(method, data, run, train=recipe.train, optim={"one": OptimSettings(lr=0.01, bits=bits)})
-
-    full, whole = fit(trainer("full", 32, 20)), fit(trainer("whole", 8, 20))
-    fit(trainer("parts", 8, 11))
-    resumed = fit(trainer("parts", 8, 20))
-    assert_same(everything(resumed), everything(whole))
-    moments = whole.learners[0].tensors()["optimizer"]
-    assert moments["0.weight/exp_avg/codes"].dtype == torch.uint8
-    start = trainer("start", 32, 1).learners[0].weights["0.weight"]
-    ways = [one.learners[0].weights["0.weight"].detach() - start.detach() for one in (full, whole)]
-    assert torch.cosine_similarity(ways[0].flatten(), ways[1].flatten(), dim=0) > 0.98
-
-
 def test_accumulated_batches_are_one_large_batch() -> None:
     torch.manual_seed(0)
     data, start = torch.randn(8, 3), nn.Linear(3, 1)
@@ -344,15 +292,6 @@ def test_a_player_that_waits_lets_the_others_go_first(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["first/loss" in line for line in lines] == [False, False, True]
     assert all("second/loss" in line for line in lines)
-
-
-def test_learning_rate() -> None:
-    cosine = OptimSettings(lr=1.0, warmup_steps=4, decay="cosine", final_lr_ratio=0.1)
-    assert [learning_rate(cosine, step, 12) for step in (1, 2, 4, 8, 12)] == pytest.approx([0.25, 0.5, 1, 0.55, 0.1])
-    linear = OptimSettings(lr=2.0, decay="linear")
-    assert [learning_rate(linear, step, 5) for step in (1, 2, 3, 4, 5)] == pytest.approx([2, 1.5, 1, 0.5, 0])
-    constant = OptimSettings(lr=2.0, final_lr_ratio=0.5)
-    assert [learning_rate(constant, step, 5) for step in (1, 5, 50)] == [2, 2, 2]
 
 
 def test_bf16_keeps_master_weights(tmp_path: Path) -> None:

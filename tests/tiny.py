@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.recipes.schema import JudgeRecipe, OptimSettings
+from fewstep.recipes.schema import JudgeRecipe
+from fewstep.recipes.settings import OptimSettings
 from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
@@ -64,6 +65,21 @@ def fit(trainer: Trainer) -> Trainer:
     with trainer.run:
         trainer.fit()
     return trainer
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights, EMA, moments and random state, by name."""
+    tensors = {"random": torch.get_rng_state()}
+    for learner in trainer.learners:
+        for part, named in learner.tensors().items():
+            tensors |= {f"{learner.name}.{part}.{name}": tensor.clone() for name, tensor in named.items()}
+    return tensors
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
 
 
 if __name__ == "__main__":

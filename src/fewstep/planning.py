@@ -19,12 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3Model
 
 from fewstep.errors import UserError
-from fewstep.models.adapters import TARGETS, add_stack, stack_parameters
+from fewstep.models.adapters import add_stack, stack_parameters
+from fewstep.models.fp8 import matrices
 from fewstep.models.parts import find
 from fewstep.models.pipeline import read_card
 from fewstep.models.prompts import EncodedPrompts
+from fewstep.models.vae import downscale
 from fewstep.models.zimage import PATCH, ZImageDenoiser, padded
-from fewstep.recipes.schema import DistillRecipe, OptimSettings
+from fewstep.recipes.schema import DistillRecipe
+from fewstep.recipes.settings import OptimSettings
 from fewstep.training.scaling import Size, calls
 
 #: Teachers whose configuration ships, so that they can be planned for before they are downloaded.
@@ -111,8 +114,8 @@ def plan(recipe: DistillRecipe, gpus: int = 1) -> Plan:
     size, layout = _count(transformer), Size.of(transformer)
     base = float(frozen * size)
     if recipe.roles.base == "fp8":
-        matrices = [m for name, m in transformer.named_modules() if name.endswith(TARGETS) and hasattr(m, "weight")]
-        base -= sum(matrix.weight.numel() - 4 * len(matrix.weight) for matrix in matrices)  # a byte each; scales
+        # of bf16's two bytes one goes, and each row gets a scale
+        base -= sum(linear.weight.numel() - 4 * linear.out_features for linear in matrices(transformer).values())
     learn = {"student": size, "fake": size}
     if lora:
         ranks = {"student": recipe.roles.rank, "fake": recipe.roles.fake_rank or recipe.roles.rank}
@@ -124,7 +127,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1) -> Plan:
         learn.pop("fake")
     optims = {name: getattr(recipe.optim, name) for name in learn}
 
-    latent = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    latent = downscale(vae)
     batch = -(-recipe.train.batch_size // gpus)  # of each
     shape = (batch, transformer.in_channels, height // latent, width // latent)
     nn.Module.to(transformer, torch.bfloat16)  # not diffusers' own, which warns of real weights

@@ -28,6 +28,7 @@ def convert(
 ) -> None:
     """Turn a single file (the original names, ComfyUI's, 8 bits, GGUF) into a folder, or a folder into one."""
     from fewstep.errors import UserError
+    from fewstep.models.parts import NO_FP16
     from fewstep.models.pipeline import TextToImage, load
     from fewstep.models.single_file import read_transformer, write_transformer
 
@@ -38,7 +39,7 @@ def convert(
     if precision is Precision.fp8:
         raise UserError("--precision fp8: such files are read, not written; take bf16")
     if precision is Precision.fp16:
-        raise UserError("fp16: activations of this family of models overflow in it; take bf16")
+        raise UserError(NO_FP16)
     if to is not To.diffusers and out.suffix != ".safetensors":
         raise UserError(f"{out}: a single file's name ends with .safetensors")
     if model.endswith((".safetensors", ".gguf")):

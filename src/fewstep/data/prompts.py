@@ -6,7 +6,7 @@ from pathlib import Path
 from fewstep.data.emoji import TEMPLATES, EmojiWorld
 from fewstep.data.prompt_shards import PromptShards
 from fewstep.errors import UserError
-from fewstep.recipes.schema import PromptSettings
+from fewstep.recipes.settings import PromptSettings
 
 
 def read_prompts(path: str | Path) -> list[str]:

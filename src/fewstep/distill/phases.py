@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.distill.run import Watch, distill
-from fewstep.recipes.schema import DistillRecipe, EvaluateSettings, Phase, PhasesRecipe
+from fewstep.recipes.schema import DistillRecipe, Phase, PhasesRecipe
+from fewstep.recipes.settings import EvaluateSettings
 from fewstep.training.distribution import Ranks, open_run
 from fewstep.training.run import Run
 from fewstep.training.tracking import read_metrics

@@ -29,7 +29,8 @@ from fewstep.models.denoiser import Guided
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.zimage import PATCH
-from fewstep.recipes.schema import DistillRecipe, PromptSettings
+from fewstep.recipes.schema import DistillRecipe
+from fewstep.recipes.settings import PromptSettings
 from fewstep.samplers import sample_euler
 from fewstep.training.distribution import Ranks
 from fewstep.training.method import Method

@@ -18,7 +18,8 @@ from fewstep.models.parts import load_part
 from fewstep.models.pipeline import ModelCard, TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.vae import as_channels_last
-from fewstep.recipes.schema import FlowRecipe, TransformerSettings
+from fewstep.recipes.schema import FlowRecipe
+from fewstep.recipes.settings import TransformerSettings
 from fewstep.samplers import sample_euler
 from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run

@@ -16,7 +16,8 @@ from fewstep.data.latents import build_bank
 from fewstep.models.parts import load_part
 from fewstep.models.prompts import chat
 from fewstep.models.vae import as_channels_last, encode_images
-from fewstep.recipes.schema import TextRecipe, TextSettings
+from fewstep.recipes.schema import TextRecipe
+from fewstep.recipes.settings import TextSettings
 from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer

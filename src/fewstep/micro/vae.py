@@ -14,7 +14,8 @@ from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import grid
 from fewstep.models.parts import load_part
 from fewstep.models.vae import as_channels_last
-from fewstep.recipes.schema import VaeLossSettings, VaeRecipe
+from fewstep.recipes.schema import VaeRecipe
+from fewstep.recipes.settings import VaeLossSettings
 from fewstep.training.method import Batch, Method, Player
 from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer

@@ -62,10 +62,18 @@ def is_narrow(module: nn.Module) -> bool:
     return any(isinstance(part, Fp8Linear) for part in module.modules())
 
 
+def matrices(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """What is narrowed, by name; with LoRA stacks on it, it is their base layer."""
+    return {
+        name: module
+        for name, module in transformer.named_modules()
+        if type(module) is nn.Linear and name.removesuffix(".base_layer").endswith(TARGETS)
+    }
+
+
 def narrow(transformer: ZImageTransformer2DModel) -> ZImageTransformer2DModel:
     """Puts the matrices of the transformer's blocks into 8 bits, in place; LoRA stacks on them stay."""
-    for name, module in list(transformer.named_modules()):
-        if type(module) is nn.Linear and name.removesuffix(".base_layer").endswith(TARGETS):
-            owner, _, last = name.rpartition(".")
-            transformer.get_submodule(owner).register_module(last, Fp8Linear(module))
+    for name, linear in matrices(transformer).items():
+        owner, _, last = name.rpartition(".")
+        transformer.get_submodule(owner).register_module(last, Fp8Linear(linear))
     return transformer

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.zimage import ZImageDenoiser
+from fewstep.models.zimage import ZImageDenoiser, blocks_of
 
 
 def offload_blocks(denoiser: ZImageDenoiser, device: torch.device | str) -> None:
     """From here on the denoiser computes on ``device``, where only what lies outside of its blocks stays."""
     model, compute = denoiser.transformer, denoiser.run_block
-    blocks = [*model.noise_refiner, *model.context_refiner, *model.layers]
-    inside = {id(module) for block in blocks for module in block.modules()}
+    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
     for module in model.modules():
         _replace(module, (lambda t: _pinned(t, device)) if id(module) in inside else (lambda t: t.to(device)))
 

@@ -4,7 +4,7 @@ as it was initialised, nothing is pickled, and no more memory is taken than the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ SHIPPED = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
 
 _HUB_ID = re.compile(r"(hf:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DOWNLOADED = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.jinja"]
+
+NO_FP16 = "fp16: activations of this family of models overflow in it; take bf16"
 
 #: Weights that a released text encoder has, and that hidden states do without.
 _SPARE = ("lm_head.",)
@@ -85,7 +87,7 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
         UserError: it cannot be read, or weights are missing, left over or of other shapes; it names them and the file.
     """
     if dtype == torch.float16:
-        raise UserError("fp16: activations of this family of models overflow in it; take bf16")
+        raise UserError(NO_FP16)
     path = folder / name
     try:
         with quiet():
@@ -110,8 +112,12 @@ def _refuse(path: Path, report: _Report) -> None:
     for what, names in (("missing", missing), ("of no part of the model", extra)):
         if names:
             where = path if what == "missing" else _file_of(path, names[0])
-            shown = ", ".join(names[:3])
-            raise UserError(f"{where}: {len(names)} tensors are {what}: {shown}{_more(len(names) - 3)}")
+            raise UserError(f"{where}: {tensors_are(what, names)}")
+
+
+def tensors_are(what: str, names: Sequence[str]) -> str:
+    """What is wrong with some tensors, the first few of them by name."""
+    return f"{len(names)} tensors are {what}: {', '.join(names[:3])}{_more(len(names) - 3)}"
 
 
 def _more(count: int) -> str:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.models.parts import tensors_are
 
 Naming = Literal["original", "comfyui"]
 
@@ -175,9 +176,7 @@ def _third(read: Read, third: int) -> Tensor:
 def _refuse_others(file: str | Path, wanted: Mapping[str, Any], found: Mapping[str, Read]) -> None:
     for what, names in (("missing", wanted.keys() - found.keys()), ("of no part of the model", found.keys() - wanted)):
         if names:
-            shown = sorted(names)
-            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-            raise UserError(f"{file}: {len(shown)} tensors are {what}: {', '.join(shown[:3])}{more}")
+            raise UserError(f"{file}: {tensors_are(what, sorted(names))}")
 
 
 def _put(model: torch.nn.Module, name: str, weight: Tensor) -> None:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,11 @@ def run_block(block: ZImageTransformerBlock, x: Tensor, rotations: Tensor, condi
     x = x + gate_msa.tanh() * rms_norm(attended, block.attention_norm2)
     fed = block.feed_forward(rms_norm(x, block.ffn_norm1) * (1 + scale_mlp))
     return x + gate_mlp.tanh() * rms_norm(fed, block.ffn_norm2)
+
+
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """What is sharded, gathered and offloaded as a piece."""
+    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
 class ZImageDenoiser(nn.Module):

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
 
 from fewstep.errors import UserError
-from fewstep.models.zimage import ZImageDenoiser
+from fewstep.models.zimage import ZImageDenoiser, blocks_of
 from fewstep.recipes.schema import Recipe
 from fewstep.training.run import Run
 
@@ -185,11 +185,6 @@ def launched() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
-
-
-def blocks_of(transformer: Any) -> list[nn.Module]:
-    """What is sharded and gathered as a piece."""
-    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
 def shard(denoiser: ZImageDenoiser, mesh: DeviceMesh, bf16: bool = False) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import OptimSettings, TrainSettings
+from fewstep.recipes.settings import OptimSettings, TrainSettings
 from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.distribution import Ranks, whole
 from fewstep.training.ema import Ema

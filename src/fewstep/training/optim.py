@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import OptimSettings
+from fewstep.recipes.settings import OptimSettings
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fewstep.training.distribution import blocks_of
+from fewstep.models.zimage import blocks_of
 
 BYTES = 4  # of a weight, a gradient, a moment: fp32
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import OptimSettings, TrainSettings
+from fewstep.recipes.settings import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
 from fewstep.training.alarms import Alarm, Raised, Watchdog
 from fewstep.training.allocator import keep_freed_memory
