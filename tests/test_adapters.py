@@ -208,7 +208,7 @@ def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):
     lora = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
     assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
     assert any(tensor.abs().max() > 0 for name, tensor in lora.items() if "lora_B" in name)
-    merged_student, base = load(out / "student"), load(tiny_folder)
+    merged_student, base = load(out / "student", dtype=torch.float32), load(tiny_folder)
     name = "layers.0.attention.to_q"
     added = lora[f"transformer.{name}.lora_B.weight"] @ lora[f"transformer.{name}.lora_A.weight"]
     expected = base.transformer.get_submodule(name).weight.bfloat16().float() + added

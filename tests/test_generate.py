@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fewstep.cli.main import app
 from fewstep.errors import UserError
-from fewstep.generate import generate, initial_noise
+from fewstep.generate import at_once, generate, initial_noise
 from fewstep.models.denoiser import Guided
 from fewstep.models.offload import offload_blocks
 from fewstep.models.pipeline import TextToImage, load
@@ -189,6 +189,29 @@ def test_image_does_not_depend_on_its_batch(tiny):
     assert (euler.int() - whole.int()).abs().max() > 1
     with pytest.raises(UserError, match="eta 2"):
         generate(tiny, PROMPTS, eta=2)
+
+
+def test_large_images_are_drawn_and_decoded_a_few_at_a_time(tiny, monkeypatch):
+    assert [at_once(side, side) for side in (64, 128, 512, 1024, 4096)] == [64, 64, 8, 2, 1]
+    expected, drawn, decoded = generate(tiny, PROMPTS, steps=2).images, [], []
+    monkeypatch.setattr("fewstep.generate.AT_ONCE", 2 * 64 * 64)
+    monkeypatch.setattr("fewstep.generate.DECODED", 64 * 64)
+    handles = [
+        tiny.transformer.all_final_layer["2-1"].register_forward_pre_hook(
+            lambda _, inputs: drawn.append(len(inputs[0]))
+        ),
+        tiny.vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0]))),
+    ]
+    done = []
+    try:
+        found = generate(tiny, PROMPTS, steps=2, guidance_scale=0, progress=done.append).images
+        assert (generate(tiny, PROMPTS, steps=2).images.int() - expected.int()).abs().max() <= 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(found) == len(PROMPTS) == sum(done)
+    assert max(drawn[:4]) <= 2
+    assert set(decoded) == {1}
 
 
 def test_seeds(tiny):

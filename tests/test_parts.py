@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import UserError
+from fewstep.generate import generate
 from fewstep.models.parts import find, load_part
 from fewstep.models.pipeline import load
 
@@ -65,6 +66,17 @@ def test_a_text_encoder_with_the_names_of_a_language_model(tiny, folder):
     weights["lm_head.weight"] = torch.zeros_like(weights["model.embed_tokens.weight"])
     save_file(weights, file, {"format": "pt"})
     same(load(folder).text_encoder.state_dict(), tiny.text_encoder.state_dict())
+
+
+def test_without_a_word_each_part_keeps_its_precision(tiny, folder):
+    for part, dtype in (("transformer", torch.bfloat16), ("vae", torch.float16)):
+        weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / part / FILES[part]).items()}
+        save_file(weights, folder / part / FILES[part], {"format": "pt"})
+    found = load(folder)
+    assert found.transformer.dtype == torch.bfloat16
+    assert found.vae.dtype == found.text_encoder.dtype == torch.float32  # fp16 overflows in this family
+    assert {load(folder, dtype=torch.float32).transformer.dtype} == {torch.float32}
+    assert generate(found, ["a fox"], steps=2).images.float().std() > 1
 
 
 def test_pickled_weights_are_not_opened(folder):

@@ -175,6 +175,37 @@ def test_reading_streams(tmp_path):
     assert [next(first) for _ in range(3)] == ["0", "1", "2"]
 
 
+def test_few_tokens_are_encoded_at_once(tiny, monkeypatch):
+    """However many prompts there are: what all layers say of them is in memory together."""
+    texts = ["a fox", "a very long story of a fox and a dog " * 8, "a dog", "a red apple", "eine Katze"]
+    expected, seen = tiny.encoder.each(texts), []
+    monkeypatch.setattr("fewstep.models.prompts.AT_ONCE", 200)
+    handle = tiny.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        found = tiny.encoder.each(texts)
+    finally:
+        handle.remove()
+    assert sum(rows for rows, _ in seen) == len(texts)
+    assert max(rows for rows, _ in seen) > 1
+    assert all(rows == 1 or rows * longest <= 200 for rows, longest in seen)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["bf16", "fp8"])
+def test_prompts_do_not_mind_the_precision_of_the_text_encoder(tmp_path, tiny, tiny_folder, base):
+    """Encoded in one, trained on in another: the same weights."""
+    (tmp_path / "prompts.txt").write_text("a fox\na red apple\n")
+    make(tmp_path / "prompts.txt", tiny, tmp_path / "shards")
+    overrides = [
+        f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'shards'}", "roles.kind=lora", f"roles.base={base}",
+        "roles.rank=2", "train.steps=1", "train.batch_size=2", "train.preview_every=0", "evaluate.enabled=false",
+    ]  # fmt: skip
+    assert api.distill("micro-decoupled", tmp_path / "run", overrides=overrides).student.is_dir()
+
+
 def test_quantiles_of_lengths():
     report = Report(kept=10)
     report.tokens.update([5] * 5 + [6] * 4 + [50])

@@ -1,5 +1,7 @@
 """Single files: read whoever wrote them, written so that others read them."""
 
+import json
+import subprocess
 import sys
 
 import gguf
@@ -114,6 +116,63 @@ def test_8_bit_files_are_widened(tmp_path, tiny, weights, ending):
         assert (found[name] - weights[name]).abs().max() < 0.07 * weights[name].abs().max()
 
 
+def in_8_bits(weights, scale_of, ending="weight_scale"):
+    """ComfyUI's file with matrices in e4m3, each with the scale that is asked for and the hints that are of no use."""
+    file, expected = {}, {}
+    for name, tensor in as_released(weights).items():
+        if tensor.ndim != 2 or not name.endswith(".weight"):
+            file[f"model.diffusion_model.{name}"] = expected[name] = tensor
+            continue
+        scale, stem = scale_of(tensor), f"model.diffusion_model.{name.removesuffix('.weight')}"
+        factor = scale if scale.numel() else torch.tensor(1.0)
+        file[f"{stem}.weight"] = (tensor / factor.reshape(-1, 1)).to(torch.float8_e4m3fn)
+        expected[name] = file[f"{stem}.weight"].float() * factor.reshape(-1, 1)
+        file[f"{stem}.{ending}"] = scale
+        file[f"{stem}.input_scale"] = torch.tensor(1.0)
+        file[f"{stem}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    return file, convert_z_image_transformer_checkpoint_to_diffusers(expected)
+
+
+@pytest.mark.parametrize(
+    "scale_of",
+    [
+        lambda tensor: tensor.abs().max() / 400,
+        lambda tensor: tensor.abs().amax(dim=1) / 400,
+        lambda tensor: tensor.abs().amax(dim=1, keepdim=True) / 400,
+        lambda tensor: torch.empty(0),
+    ],
+    ids=["matrix", "rows", "column of rows", "empty"],
+)
+def test_scales_of_every_shape_and_hints(tmp_path, tiny, weights, scale_of):
+    file, expected = in_8_bits(weights, scale_of)
+    save_file(file, tmp_path / "model.safetensors")
+    assert_same(read(tiny, tmp_path / "model.safetensors"), expected)
+
+
+def test_ways_of_storing_that_are_not_known(tmp_path, tiny, weights):
+    """Read as numbers they would be noise."""
+    stem, path = "model.diffusion_model.layers.0.attention.out", tmp_path / "model.safetensors"
+    whole, _ = in_8_bits(weights, lambda tensor: tensor.abs().max() / 400)
+    kind = {f"{stem}.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
+    integers = {f"{stem}.weight": torch.zeros(48, 48, dtype=torch.int8)}
+    blocks = {f"{stem}.weight_scale": torch.ones(48, 3)}
+    for change, message in (
+        (kind, f"{stem} is stored as nvfp4, which is not read"),
+        (integers, f"{stem}.weight is stored as torch.int8, which is not read"),
+        (blocks, f"{stem}.weight_scale is \\(48, 3\\); one scale is known"),
+    ):
+        save_file(whole | change, path)
+        with pytest.raises(UserError, match=f"model.safetensors: {message}"):
+            read(tiny, path)
+
+
+def test_a_whole_checkpoint_gives_its_transformer(tmp_path, tiny, weights):
+    more = {"vae.decoder.conv_in.bias": torch.ones(3), "text_encoders.qwen3_4b.transformer.x": torch.ones(3)}
+    save_file(as_released(weights, "model.diffusion_model.") | more, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"model.safetensors: only its transformer is read"):
+        assert_same(read(tiny, tmp_path / "model.safetensors"), weights)
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_gguf_files_are_read(tmp_path, tiny, weights, kind):
     """Written by gguf's own writer: matrices in a format, the rest in fp32, pad tokens flat."""
@@ -191,6 +250,69 @@ def test_convert_there_and_back(tmp_path, tiny_folder, weights):
         done = convert(*words)
         assert done.exit_code == 1
         assert message in done.output
+
+
+def test_what_is_written_has_the_precision_of_what_was_read(tmp_path, tiny_folder, weights):
+    """8 bits are widened to 16, not to 32: a folder of twice the file's size, not of four times."""
+
+    def converted(name, file, *words):
+        save_file(file, tmp_path / f"{name}.safetensors")
+        words = [tmp_path / f"{name}.safetensors", "--base", tiny_folder, "--out", tmp_path / name, *words]
+        done = CliRunner().invoke(app, ["convert", *map(str, words)])
+        assert done.exit_code == 0, done.output
+        return load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+
+    half = {name: tensor.bfloat16() for name, tensor in as_released(weights).items()}
+    narrow, expected = in_8_bits(weights, lambda tensor: tensor.abs().max() / 400)
+    assert_same(converted("half", half), {name: tensor.bfloat16() for name, tensor in weights.items()})
+    assert_same(converted("narrow", narrow), {name: tensor.bfloat16() for name, tensor in expected.items()})
+    assert_same(converted("wide", narrow, "--precision", "fp32"), expected)
+    words = [tmp_path / "half", "--to", "comfyui", "--out", tmp_path / "back.safetensors"]
+    assert CliRunner().invoke(app, ["convert", *map(str, words)]).exit_code == 0
+    back = load_file(tmp_path / "back.safetensors")
+    assert_same({name.removeprefix("model.diffusion_model."): tensor for name, tensor in back.items()}, half)
+
+
+MEASURED = """
+import json, sys, threading
+import torch
+from fewstep.models.single_file import read_transformer
+
+def held():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, held())
+
+config = json.load(open(sys.argv[2]))
+before = peak = held()
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+part = read_transformer(sys.argv[1], config, torch.bfloat16)
+done.set()
+watcher.join()
+print((peak - before) / sum(p.numel() * p.element_size() for p in part.parameters()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_reading_takes_no_more_than_the_weights(tiny, tmp_path, stored):
+    config = {**tiny.transformer.config, "dim": 768, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [32, 32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layers": 4}))
+    large = type(tiny.transformer).from_config({**config, "n_layers": 4})
+    released = as_released({name: tensor.clone() for name, tensor in large.state_dict().items()})
+    stored = {
+        name: tensor.to(getattr(torch, stored) if tensor.ndim == 2 else None) for name, tensor in released.items()
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "model.safetensors"), str(tmp_path / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.1
 
 
 @pytest.mark.parametrize(("precision", "reason"), [("fp16", "overflow in it; take bf16"), ("fp8", "read, not written")])

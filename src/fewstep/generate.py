@@ -18,6 +18,8 @@ from fewstep.models.pipeline import TextToImage
 from fewstep.samplers import sample_euler, sample_renoise
 
 SAMPLERS = ("euler", "renoise")
+AT_ONCE = 2**21  # pixels that the transformer draws together, two images of 1024 x 1024
+DECODED = 2**20  # pixels that the autoencoder decodes together: it takes far more memory for each
 
 
 @dataclass
@@ -60,7 +62,7 @@ def generate(
     width: int | None = None,
     sampler: str | None = None,
     eta: float | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Generated:
     """Generate one image a prompt.
@@ -76,6 +78,7 @@ def generate(
         cfg_normalization: the guided velocity's norm is at most so many times the unguided one's; 0 leaves it.
         cfg_truncation: no guidance where ``1 - sigma`` is larger. Both, and the negative prompt, are as in diffusers'
             pipeline.
+        batch_size: images that are drawn together; unset, as many as have two million pixels, 64 at most.
         progress: called with the number of images done since the last call.
 
     Raises:
@@ -106,8 +109,7 @@ def generate(
     guided_steps = sum(1 - sigma <= cfg_truncation for sigma in sigmas) if guidance > 0 else 0
     images = []
     start = time.perf_counter()
-    for first in range(0, len(prompts), batch_size):
-        part = slice(first, first + batch_size)
+    for part in batched(len(prompts), batch_size or at_once(height, width)):
         noise = initial_noise(model, seeds[part], height, width)
         with model.denoiser.keeping_captions():
             if sampler == "renoise":
@@ -115,11 +117,22 @@ def generate(
                 latents = sample_renoise(denoiser, noise, sigmas, encoded[part], noise=fresh, eta=eta)
             else:
                 latents = sample_euler(denoiser, noise, sigmas, encoded[part])
-        images.append(to_uint8(model.decode(latents)).cpu())
-        if progress is not None:
-            progress(len(images[-1]))
+        for some in batched(len(latents), max(1, DECODED // (height * width))):
+            images.append(to_uint8(model.decode(latents[some])).cpu())
+            if progress is not None:
+                progress(len(images[-1]))
     seconds = time.perf_counter() - start
     return Generated(torch.cat(images), steps + guided_steps, seconds)
+
+
+def at_once(height: int, width: int) -> int:
+    """How many images of so many pixels are drawn together, where nobody says."""
+    return max(1, min(64, AT_ONCE // (height * width)))
+
+
+def batched(count: int, size: int) -> list[slice]:
+    """``count`` things in order, ``size`` of them at a time."""
+    return [slice(first, first + size) for first in range(0, count, size)]
 
 
 def _check(model: TextToImage, prompts: Sequence[str], steps: int, guidance: float, sampler: str, eta: float) -> None:

@@ -6,7 +6,6 @@ a backward pass would keep is counted as autograd asks for it, and so are the op
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from transformers import Qwen3Config, Qwen3Model
 from fewstep.errors import UserError
 from fewstep.models.adapters import add_stack, stack_parameters
 from fewstep.models.fp8 import matrices
-from fewstep.models.parts import find
+from fewstep.models.parts import find, read_config
 from fewstep.models.pipeline import read_card
 from fewstep.models.prompts import EncodedPrompts
 from fewstep.models.vae import downscale
@@ -108,9 +107,9 @@ def plan(recipe: DistillRecipe, gpus: int = 1) -> Plan:
     height, width = (recipe.size or card.height), (recipe.size or card.width)
     frozen, lora = (4 if recipe.roles.base == "fp32" else 2), recipe.roles.kind == "lora"
     with torch.device("meta"):
-        transformer = ZImageTransformer2DModel.from_config(_config(folder, "transformer"))
-        vae = AutoencoderKL.from_config(_config(folder, "vae"))
-        text_encoder = Qwen3Model(Qwen3Config(**_config(folder, "text_encoder")))
+        transformer = ZImageTransformer2DModel.from_config(read_config(folder, "transformer"))
+        vae = AutoencoderKL.from_config(read_config(folder, "vae"))
+        text_encoder = Qwen3Model(Qwen3Config(**read_config(folder, "text_encoder")))
     size, layout = _count(transformer), Size.of(transformer)
     base = float(frozen * size)
     if recipe.roles.base == "fp8":
@@ -175,14 +174,6 @@ def parse_gpu(text: str) -> Gpu:
         return Gpu(float(text.lower().removesuffix("gb")) * 1e9, 0.0)
     except ValueError:
         raise UserError(f"--gpu {text}: give a size such as 24GB, or one of {', '.join(GPUS)}") from None
-
-
-def _config(folder: Path, part: str) -> dict[str, object]:
-    file = folder / part / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
 
 
 def _count(module: nn.Module) -> int:

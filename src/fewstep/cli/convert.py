@@ -24,34 +24,32 @@ def convert(
     base: Annotated[
         str | None, typer.Option(help="For a single file: the model that has its other parts, and its numbers.")
     ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Of the file that is written; the weights' own.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of what is written. [default: the weights' own; bf16 for 8 bits and GGUF]")
+    ] = None,
 ) -> None:
     """Turn a single file (the original names, ComfyUI's, 8 bits, GGUF) into a folder, or a folder into one."""
     from fewstep.errors import UserError
-    from fewstep.models.parts import NO_FP16
-    from fewstep.models.pipeline import TextToImage, load
-    from fewstep.models.single_file import read_transformer, write_transformer
+    from fewstep.models.parts import NO_FP16, find, load_part, read_config
+    from fewstep.models.pipeline import load, with_parts_of
+    from fewstep.models.single_file import own_precision, read_transformer, write_transformer
 
     if out.exists():
         raise UserError(f"{out}: is there already; choose another --out")
-    if to is To.diffusers and precision is not None:
-        raise UserError("--precision is for single files; a folder keeps its weights")
     if precision is Precision.fp8:
         raise UserError("--precision fp8: such files are read, not written; take bf16")
     if precision is Precision.fp16:
         raise UserError(NO_FP16)
     if to is not To.diffusers and out.suffix != ".safetensors":
         raise UserError(f"{out}: a single file's name ends with .safetensors")
-    if model.endswith((".safetensors", ".gguf")):
-        if base is None:
-            raise UserError(f"{model}: a single file has the transformer alone; say --base, a model of the same kind")
-        parts = load(base)
-        transformer = read_transformer(model, parts.transformer.config).eval()
-        whole = TextToImage(transformer, parts.vae, parts.text_encoder, parts.tokenizer, parts.scheduler, parts.card)
-    else:
-        whole = load(model)
+    single, dtype = model.endswith((".safetensors", ".gguf")), precision.dtype if precision is not None else None
+    if single and base is None:
+        raise UserError(f"{model}: a single file has the transformer alone; say --base, a model of the same kind")
+    if single:
+        config = read_config(find(str(base)), "transformer")
+        transformer = read_transformer(model, config, dtype or own_precision(model))
     if to is To.diffusers:
-        typer.echo(whole.save(out))
+        typer.echo((with_parts_of(transformer, str(base)) if single else load(model, dtype=dtype)).save(out))
     else:
-        dtype = precision.dtype if precision is not None else None
-        typer.echo(write_transformer(whole.transformer, out, "comfyui" if to is To.comfyui else "original", dtype))
+        transformer = transformer if single else load_part(find(model), "transformer", dtype)
+        typer.echo(write_transformer(transformer, out, "comfyui" if to is To.comfyui else "original"))

@@ -47,8 +47,11 @@ def generate(
     ] = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Of the weights: bf16 is as good, and half as large; fp8 is half of that.")
-    ] = (Precision.fp32),
+        Precision | None,
+        typer.Option(
+            help="Of the weights: bf16 is as good, and half as large; fp8 is half of that. [default: their own]"
+        ),
+    ] = None,
     offload: Annotated[
         Offload,
         typer.Option(
@@ -82,7 +85,7 @@ def generate(
     if compile and offload is Offload.blocks:
         raise UserError("--compile: not together with --offload blocks, whose weights are elsewhere at every step")
     _check_writable(out)
-    pipeline = load(model, device, precision.dtype, offload.value)
+    pipeline = load(model, device, precision.dtype if precision else None, offload.value)
     if attention is not None:
         pipeline.attend_by(attention)
     if tiling:

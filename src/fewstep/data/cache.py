@@ -48,14 +48,16 @@ class Index:
 
 
 def digest(module: nn.Module) -> str:
-    """A hash of a module's weights: names, shapes, values. LoRA stacks on it do not count."""
+    """A hash of a module's weights: names, shapes, values. LoRA stacks on it do not count, nor does the precision in
+    which the same weights were loaded."""
     total = hashlib.blake2b(digest_size=16)
     weights = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
     for name, tensor in sorted(weights.items()):
         if ".lora_" in name:
             continue
-        total.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        values = tensor.detach().cpu().to(torch.bfloat16).contiguous().flatten()
+        total.update(f"{name}{tuple(tensor.shape)}".encode())
+        total.update(values.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -26,7 +26,6 @@ from fewstep.errors import UserError
 from fewstep.models.prompts import MAX_TOKENS, PromptEncoder
 
 SEEN = "seen.sqlite"
-ENCODED = 128  # prompts that the text encoder takes together
 
 #: Script of a letter, by the first word of its Unicode name -> what is most likely written in it.
 LANGUAGES = {
@@ -134,8 +133,7 @@ def prepare(
     with closing(_Ledger(out / SEEN, asked)) as ledger:
         report, counts = ledger.report, ledger.counts
         for kept in _batched(_clean(islice(texts, report.read, None), report, ledger, encoder, max_tokens), shard_size):
-            features = [feature for part in _batched(iter(kept), ENCODED) for feature in encoder.each(part)]
-            write_prompt_shard(out, len(counts), kept, features)
+            write_prompt_shard(out, len(counts), kept, encoder.each(kept))
             counts.append(len(kept))
             ledger.commit()
             progress(report)

@@ -55,23 +55,17 @@ class Roles:
         if ranks.first and self.shared:
             lora = lora_weights(transformer, "student")
             ZImagePipeline.save_lora_weights(folder.parent / LORA, transformer_lora_layers=lora)
-            transformer = merged(self._in_full(transformer), "student")
+            transformer = merged(transformer, "student", self._whole_base())
         if ranks.first:
             with_transformer(self.student, transformer, self.student.card).save(folder)
         ranks.wait()
         return folder
 
-    def _in_full(self, transformer: ZImageTransformer2DModel) -> ZImageTransformer2DModel:
-        """The transformer with the stack on weights that it can be added to: not those in 8 bits."""
-        if not is_narrow(transformer):
-            return transformer
-        whole = load_part(find(self.teacher_folder), "transformer", torch.bfloat16)
-        add_stack(whole, "student", *self.stacks["student"])
-        learned = stack_parameters(transformer, "student")
-        with torch.no_grad():
-            for name, parameter in stack_parameters(whole, "student").items():
-                parameter.copy_(learned[name])
-        return whole
+    def _whole_base(self) -> ZImageTransformer2DModel | None:
+        """What the student's stack is added to where the base is in 8 bits: the teacher as it is on disk."""
+        if not is_narrow(self.teacher.transformer):
+            return None
+        return load_part(find(self.teacher_folder), "transformer", torch.bfloat16)
 
     def _put_together(self) -> ZImageTransformer2DModel:
         """The sharded transformer as a plain one."""

@@ -24,7 +24,7 @@ from fewstep.distill.roles import Roles, make_roles
 from fewstep.distill.shielding import real_batches, shields_of
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
-from fewstep.generate import generate, initial_noise
+from fewstep.generate import at_once, batched, generate, initial_noise
 from fewstep.models.denoiser import Guided
 from fewstep.models.pipeline import TextToImage, load
 from fewstep.models.prompts import EncodedPrompts
@@ -38,7 +38,7 @@ from fewstep.training.run import Run
 from fewstep.training.trainer import Trainer
 
 SHOWN = 32  # images of a preview
-LOOKED_AT, LOOKED_STEPS = 16, 16  # images of the teacher, and its steps, that the student's latents are compared with
+LOOKED_STEPS = 16  # of the teacher's images that the student's latents are compared with
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def distill(
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.train.seed)
     prompts = training_prompts(recipe.prompts)  # first: a mistake there should not wait for the teacher
-    teacher = load(recipe.teacher, ranks.device, torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
+    dtype = torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16
+    teacher = load(recipe.teacher, ranks.device, dtype, offload="parts")
     teacher.at_size(recipe.size)
     # what the teacher is to say beforehand it says before it is sharded among the processes
     real: Batches | None = None
@@ -83,8 +84,7 @@ def distill(
         job = Job(TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas)), real)
     else:
         job = dmd_job(recipe, roles, prompts, real, ranks)
-    for model in (roles.teacher, roles.student):
-        model.rest()
+    roles.student.rest()
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
     preview = preview_of(roles.student, shown_prompts(recipe.prompts, prompts))
     watched, every = (watch(roles.student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)
@@ -127,16 +127,21 @@ def dmd_job(recipe: DistillRecipe, roles: Roles, prompts: Sequence[str], real: B
 def teachers_looks(
     recipe: DistillRecipe, teacher: TextToImage, prompts: Sequence[str], real: Batches | None
 ) -> dict[str, float]:
-    """``health.pattern`` of the guided teacher's latents: of those that it has made already, or of a few made here."""
+    """``health.pattern`` of the guided teacher's latents: of those that it has made already, or of a few made here.
+    Nothing where no alarm would ask for it."""
+    if recipe.train.alarms == "off":
+        return {}
     if real is not None and recipe.shield.real == "teacher":
-        latents = real(0).real
-    else:
-        shown = [prompts[i * len(prompts) // LOOKED_AT] for i in range(LOOKED_AT)]
-        noise = initial_noise(teacher, range(LOOKED_AT), teacher.card.height, teacher.card.width)
-        denoiser = Guided(teacher.denoiser, teacher.encode([""]), 1 + teacher.card.guidance_scale)
-        sigmas = [flow.shift_sigma(u, teacher.shift) for u in flow.uniform_anchors(LOOKED_STEPS)]
-        with torch.no_grad():
-            latents = sample_euler(denoiser, noise, sigmas, teacher.encode(shown))
+        return {name: float(value) for name, value in health.pattern(real(0).real).items()}
+    height, width = teacher.card.height, teacher.card.width
+    count = 16 if height * width <= 256**2 else 4  # large images have latents enough
+    shown = teacher.encode([prompts[i * len(prompts) // count] for i in range(count)])
+    noise = initial_noise(teacher, range(count), height, width)
+    denoiser = Guided(teacher.denoiser, teacher.encode([""]), 1 + teacher.card.guidance_scale)
+    sigmas = [flow.shift_sigma(u, teacher.shift) for u in flow.uniform_anchors(LOOKED_STEPS)]
+    with torch.no_grad():
+        parts = batched(count, at_once(height, width))
+        latents = torch.cat([sample_euler(denoiser, noise[part], sigmas, shown[part]) for part in parts])
     return {name: float(value) for name, value in health.pattern(latents).items()}
 
 

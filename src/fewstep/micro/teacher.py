@@ -92,7 +92,7 @@ def train(recipe: FlowRecipe, run: Run) -> Path:
     concepts = world.concepts("train")
     vae = as_channels_last(load_part(Path(recipe.vae), "vae", torch.float32))
     text_encoder = load_part(Path(recipe.text), "text_encoder", torch.float32)
-    tokenizer = load_part(Path(recipe.text), "tokenizer", torch.float32)
+    tokenizer = load_part(Path(recipe.text), "tokenizer")
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
     if recipe.init is not None:

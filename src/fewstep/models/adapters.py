@@ -6,7 +6,6 @@ role is a denoiser like any other, whose parameters are its stack's alone: metho
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -131,12 +130,25 @@ class LoraRole(nn.Module):
 
 
 @torch.no_grad()
-def merged(transformer: ZImageTransformer2DModel, name: str) -> ZImageTransformer2DModel:
-    """A plain transformer with the stack added into the weights; the given one stays as it is."""
-    plain = copy.deepcopy(transformer)
-    plain.fuse_lora(adapter_names=[name])
-    plain.unload_lora()
-    return plain
+def merged(
+    transformer: ZImageTransformer2DModel, name: str, base: ZImageTransformer2DModel | None = None
+) -> ZImageTransformer2DModel:
+    """A plain transformer with the stack added into the weights, in the CPU's memory; the given one stays as it is.
+
+    Args:
+        base: whose weights the stack is added to; unset, the transformer's own.
+    """
+    with torch.device("meta"):
+        plain: ZImageTransformer2DModel = ZImageTransformer2DModel.from_config(transformer.config)
+    own = (base or transformer).state_dict()
+    weights = {key.replace(".base_layer.", "."): tensor.cpu() for key, tensor in own.items() if ".lora_" not in key}
+    for path, layer in transformer.named_modules():
+        if isinstance(layer, LoraLayer):
+            added: Tensor = layer.get_delta_weight(name)  # type: ignore[attr-defined]  # scaled
+            weight = weights[f"{path}.weight"]
+            weights[f"{path}.weight"] = (weight.float() + added.float().cpu()).to(weight.dtype)
+    plain.load_state_dict(weights, assign=True)
+    return plain.eval().requires_grad_(False)
 
 
 def lora_weights(transformer: ZImageTransformer2DModel, name: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ as it was initialised, nothing is pickled, and no more memory is taken than the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,8 +81,30 @@ def _downloaded(repository: str) -> Path:
     raise UserError(f"{repository}: no such folder, and not to be had from the Hugging Face hub: {reason}")
 
 
-def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """A part's ``config.json``. Raises: UserError."""
+    file = folder / name / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    return config
+
+
+def own_precision(path: Path) -> torch.dtype:
+    """In which precision a part is to be loaded where nobody says: bf16 if its weights are stored so, else fp32."""
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            stored = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        return torch.bfloat16 if stored == {"BF16"} else torch.float32
+    return torch.float32
+
+
+def load_part(folder: Path, name: str, dtype: torch.dtype | None = None) -> Any:
     """A part of a model; what has weights is frozen, and in eval mode.
+
+    Args:
+        dtype: of the weights; unset, their own.
 
     Raises:
         UserError: it cannot be read, or weights are missing, left over or of other shapes; it names them and the file.
@@ -93,7 +116,7 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
         with quiet():
             if name in _OTHERS:
                 return _OTHERS[name](path)
-            part, report = _MODELS[name](path, dtype)
+            part, report = _MODELS[name](path, dtype or own_precision(path))
     except Exception as error:  # whatever a library makes of a bad file, the user needs its name
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be loaded: {reason.partition(' If you want')[0]}") from error

@@ -203,7 +203,7 @@ def read_card(folder: Path) -> ModelCard:
 def load(
     path_or_name: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     offload: Literal["none", "parts", "blocks"] = "none",
 ) -> TextToImage:
     """Load a model for inference: all its weights frozen, in eval mode.
@@ -211,7 +211,7 @@ def load(
     Args:
         path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
         dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
-            rest is bf16 then).
+            rest is bf16 then). Unset, each part's own: bf16 where it is stored so, else fp32.
         offload: "parts": only the transformer is on the device (:meth:`TextToImage.rest`); "blocks": of the transformer
             only the block that speaks.
 
@@ -235,11 +235,19 @@ def load(
     return model
 
 
+def with_parts_of(transformer: ZImageTransformer2DModel, path_or_name: str | Path) -> TextToImage:
+    """A model of this transformer and all the other parts of another, on the CPU. Errors as for :func:`load`."""
+    folder = find(path_or_name)
+    others = {name: load_part(folder, name) for name in PARTS if name != "transformer"}
+    vae_tools.as_channels_last(others["vae"])
+    return TextToImage(transformer, **others, card=read_card(folder))
+
+
 def load_encoder(
-    path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> PromptEncoder:
     """The text encoder of a model with its tokenizer alone. Arguments and errors as for :func:`load`."""
     folder = find(path_or_name)
     text_encoder = load_part(folder, "text_encoder", dtype).to(device)
-    tokenizer = load_part(folder, "tokenizer", dtype)
+    tokenizer = load_part(folder, "tokenizer")
     return PromptEncoder(tokenizer, text_encoder, read_card(folder).system_prompt)

@@ -1,12 +1,20 @@
 """Transformers in one file: the original release's names and ComfyUI's, read and written; GGUF, read.
 
 What differs from diffusers' names: queries, keys and values lie fused in one ``attention.qkv``, some parts are called
-otherwise, and ComfyUI puts ``model.diffusion_model.`` before everything. Weights of 8 bits (plain, or with a scale for
-each matrix) and GGUF's blocks are widened when they are read. diffusers' own names in one file are read too.
+otherwise, and ComfyUI puts ``model.diffusion_model.`` before everything; a whole checkpoint has text encoder and
+autoencoder besides. Weights of 8 bits (plain, or with a scale for each matrix or row) and GGUF's blocks are widened
+when they are read. diffusers' own names in one file are read too.
+
+diffusers' ``from_single_file`` reads some of these, but knows no scales of 8-bit matrices, without which images are
+noise, and only warns of tensors that it has no place for.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +44,10 @@ QKV = (".attention.to_q.", ".attention.to_k.", ".attention.to_v.")
 FUSED = ".attention.qkv."
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 SCALES = (".scale_weight", ".weight_scale")  # of a matrix in 8 bits, beside it
+KIND = ".comfy_quant"  # beside it too: how it is stored, as JSON
+HINTS = (".scale_input", ".input_scale", KIND)  # of no use once a matrix is widened
 OTHERS = ("norm_final.weight", "scaled_fp8")  # in some files, and part of no model
+OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # of a whole checkpoint
 
 #: How a tensor of a file is read once it is wanted.
 Read = Callable[[], Tensor]
@@ -55,11 +66,12 @@ def read_transformer(
         dtype: of the weights when they are read.
 
     Raises:
-        UserError: the file cannot be read, or tensors are missing, left over or of other shapes; it names them.
+        UserError: the file cannot be read, or tensors are missing, left over, of other shapes or stored in ways that
+            are not known; it names them.
     """
     try:
         with _opened(Path(file)) as tensors:
-            found = _by_our_names(tensors, dtype)
+            found = _by_our_names(file, tensors, dtype)
             with torch.device("meta"):
                 model = ZImageTransformer2DModel.from_config(dict(config))
             wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -74,8 +86,12 @@ def read_transformer(
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{file}: not a {Path(file).suffix[1:] or 'safetensors'} file, or damaged ({error})") from None
-    return model
+        raise _unreadable(file, error) from None
+    return model.eval()
+
+
+def _unreadable(file: str | Path, error: Exception) -> UserError:
+    return UserError(f"{file}: not a {Path(file).suffix[1:] or 'safetensors'} file, or damaged ({error})")
 
 
 def write_transformer(
@@ -116,6 +132,12 @@ class _Gguf:
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
 
+    def kinds(self) -> Counter[str]:
+        found = Counter[str]()
+        for tensor in self._tensors.values():
+            found[tensor.tensor_type.name] += int(tensor.n_elements)
+        return found
+
     def get_tensor(self, name: str) -> Tensor:
         from gguf import dequantize
 
@@ -133,9 +155,46 @@ def _opened(file: Path) -> Iterator[Any]:
         yield tensors
 
 
-def _by_our_names(tensors: Any, dtype: torch.dtype) -> dict[str, Read]:
+def own_precision(file: str | Path) -> torch.dtype:
+    """In which precision a file is to be read where nobody says: fp32 if most of its weights are stored in fp32 or
+    fp16, else bf16.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with _opened(Path(file)) as tensors:
+            kinds = tensors.kinds() if isinstance(tensors, _Gguf) else _kinds(tensors)
+            long = sum(count for kind, count in kinds.items() if kind in ("F64", "F32", "F16"))
+            return torch.float32 if 2 * long > kinds.total() else torch.bfloat16
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _kinds(tensors: Any) -> Counter[str]:
+    """How many numbers are stored in which way."""
+    found = Counter[str]()
+    for key in tensors.keys():  # noqa: SIM118
+        part = tensors.get_slice(key)
+        found[part.get_dtype()] += math.prod(part.get_shape())
+    return found
+
+
+def _by_our_names(file: str | Path, tensors: Any, dtype: torch.dtype) -> dict[str, Read]:
     """What is in a file, by diffusers' names, each to be read when it is asked for."""
     keys = set(tensors.keys())
+    for key in sorted(key for key in keys if key.endswith(KIND)):
+        kind = json.loads(bytes(tensors.get_tensor(key).tolist())).get("format", "")
+        if not kind.startswith("float8"):
+            raise UserError(
+                f"{file}: {key.removesuffix(KIND)} is stored as {kind}, which is not read; fp8 and bf16 are"
+            )
+    others = {key for key in keys if key.startswith(OTHER_PARTS)}
+    if others:
+        warnings.warn(f"{file}: only its transformer is read, not its text encoder and autoencoder", stacklevel=3)
+    keys = {key for key in keys - others if not key.endswith(HINTS)}
     prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in keys)), "")
     scales = {key for key in keys if key.endswith(SCALES)}
     found: dict[str, Read] = {}
@@ -143,7 +202,7 @@ def _by_our_names(tensors: Any, dtype: torch.dtype) -> dict[str, Read]:
         name = key.removeprefix(prefix)
         if name in OTHERS:
             continue
-        read = _reader(tensors, key, keys, dtype)
+        read = _reader(file, tensors, key, keys, dtype)
         if FUSED in name:
             for third, part in enumerate(QKV):
                 found[name.replace(FUSED, part)] = partial(_third, read, third)
@@ -154,16 +213,21 @@ def _by_our_names(tensors: Any, dtype: torch.dtype) -> dict[str, Read]:
     return found
 
 
-def _reader(tensors: Any, key: str, keys: set[str], dtype: torch.dtype) -> Read:
+def _reader(file: str | Path, tensors: Any, key: str, keys: set[str], dtype: torch.dtype) -> Read:
     """Reads one tensor; one of 8 bits comes times its scale, if it has one."""
     stem = key.removesuffix(".weight")
     scale = next((stem + ending for ending in SCALES if stem + ending in keys and stem != key), None)
 
     def read() -> Tensor:
         weight = tensors.get_tensor(key)
-        if scale is not None:
-            return (weight.float() * tensors.get_tensor(scale).float()).to(dtype)
-        return weight.to(dtype)
+        if not weight.is_floating_point():
+            raise UserError(f"{file}: {key} is stored as {weight.dtype}, which is not read; fp8 and bf16 are")
+        factor = tensors.get_tensor(scale).float() if scale is not None else torch.ones(0)
+        if factor.numel() == 0:  # some files have a place for it, and nothing there
+            return weight.to(dtype)
+        if factor.numel() not in (1, len(weight)):
+            raise UserError(f"{file}: {scale} is {tuple(factor.shape)}; one scale is known, or one for each row")
+        return (weight.float() * factor.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
 
     return read
 
