@@ -101,6 +101,11 @@ def test_wrong_override_is_one_line(judge: Path, override: str, message: str) ->
     assert message in refusal(judge, override)
 
 
+def test_a_bare_off_is_a_word(judge: Path) -> None:
+    """YAML has it for false."""
+    assert load_recipe(str(judge), ["train.alarms=off"]).train.alarms == "off"
+
+
 def test_misspelt_required_key_is_named_before_the_missing_one(judge: Path) -> None:
     judge.write_text(JUDGE.replace("lr:", "learning_rate:"))
     message = refusal(judge)

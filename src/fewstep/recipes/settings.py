@@ -6,7 +6,7 @@ pre-shift value `u`.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -55,7 +55,10 @@ class TrainSettings(Settings):
     shard_group: int | None = Field(
         default=None, ge=1, description="Processes that share one copy of the weights (hybrid sharding); null is all."
     )
-    alarms: Literal["off", "warn", "stop", "rewind"] = Field(
+    alarms: Annotated[
+        Literal["off", "warn", "stop", "rewind"],
+        BeforeValidator(lambda given: "off" if given is False else given),  # YAML reads a bare off as false
+    ] = Field(
         default="warn",
         description="When a metric is wrong for long: say so, end the run, or end it at its last good checkpoint.",
     )
