@@ -13,7 +13,8 @@ from fewstep.data.cache import digest
 from fewstep.distill.roles import make_roles
 from fewstep.errors import UserError
 from fewstep.generate import generate
-from fewstep.models.adapters import TARGETS, LoraRole, add_stack, as_now, merged, stack_parameters
+from fewstep.models.adapters import TARGETS, LoraRole, add_stack, as_now, stack_parameters, write_merged
+from fewstep.models.parts import load_part
 from fewstep.models.pipeline import load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.load import load_recipe
@@ -54,7 +55,7 @@ def test_new_stacks_change_nothing(tiny, transformer):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, scale):
+def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, tmp_path, scale):
     """Any change of the weights, written as scale B A, speaks, merges and trains as a changed copy does."""
     torch.manual_seed(1)
     full = copy.deepcopy(transformer).requires_grad_(True)
@@ -72,7 +73,9 @@ def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, scale):
             layer.weight += change
     role, copied = LoraRole(ZImageDenoiser(transformer), "student"), ZImageDenoiser(full)
     torch.testing.assert_close(role(*question(tiny)), copied(*question(tiny)), atol=1e-4, rtol=1e-4)
-    plain = merged(transformer, "student")
+    write_merged(tmp_path / "transformer", transformer, "student", shard="200KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    plain = load_part(tmp_path, "transformer")
     assert plain.state_dict().keys() == full.state_dict().keys()
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(weight, full.state_dict()[name], atol=1e-5, rtol=1e-5)
@@ -193,7 +196,7 @@ def test_a_stack_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
 
 
 def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):
-    """The base takes half the memory, stacks are fp32 and learn; merged, the student is the base and its stack."""
+    """The base takes half the memory, stacks are fp32 and learn; the student is the base and its stack."""
     more = ("roles.kind=lora", "roles.base=bf16", "roles.rank=4", "train.steps=2", "train.precision=bf16")
     out = tmp_path / "run"
     overrides = [f"teacher={tiny_folder}", *SHORT, *more, "optim.student={lr: 0.01}"]

@@ -14,7 +14,7 @@ from fewstep.distill.roles import make_roles
 from fewstep.errors import UserError
 from fewstep.generate import generate
 from fewstep.models.adapters import add_stack, stack_parameters, using
-from fewstep.models.fp8 import FP8, Fp8Linear, narrow
+from fewstep.models.fp8 import FP8, Fp8Linear, multiplies_in_8_bits, narrow, narrow_product, to_8_bits
 from fewstep.models.pipeline import load
 from fewstep.models.zimage import ZImageDenoiser
 from fewstep.recipes.load import load_recipe
@@ -45,6 +45,39 @@ def test_product_and_gradient_are_those_of_the_widened_matrix(bias):
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-5)
     assert narrowed.weight.dtype == FP8
     assert not narrowed.weight.requires_grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_8_bits_are_those_of_the_narrowed_factors(bias):
+    """Which the three bits after the leading one set off from the whole product: by some hundredths, not more."""
+    linear = nn.Linear(64, 48, bias=bias)
+    linear.weight.data *= torch.logspace(-3, 2, 48)[:, None]
+    layer = Fp8Linear(linear, products=True)
+    x = (torch.randn(3, 5, 64) * torch.logspace(-4, 4, 15).reshape(3, 5, 1)).bfloat16()  # tokens of very unlike size
+    narrowed, scale = to_8_bits(x.reshape(15, 64))
+    expected = (narrowed.float() * scale) @ (layer.weight.float() * layer.scale[:, None]).T
+    product = narrow_product(x, layer.weight, layer.scale)
+    assert product.shape == (3, 5, 48)
+    assert product.dtype == torch.bfloat16
+    error = (product.reshape(15, 48).float() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 5e-3
+    with torch.no_grad():
+        whole, said = linear(x.float()).flatten(0, 1), layer(x).float().flatten(0, 1)
+    off = (said - whole).norm(dim=1) / whole.norm(dim=1)
+    assert 0.005 < off.max() < 0.15
+
+
+def test_where_products_are_in_8_bits(tiny_folder, monkeypatch):
+    assert not multiplies_in_8_bits("cpu")
+    for capability, able in (((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert multiplies_in_8_bits("cuda:0") == able
+    wide = load(tiny_folder, dtype=FP8)
+    monkeypatch.setattr("fewstep.models.pipeline.multiplies_in_8_bits", lambda device: True)
+    able = load(tiny_folder, dtype=FP8)
+    assert {m.products for m in able.transformer.modules() if isinstance(m, Fp8Linear)} == {True}
+    images = [generate(model, ["a fox", "a dog"], steps=3).images.float() for model in (wide, able)]
+    assert 0 < (images[0] - images[1]).abs().mean() < 8  # of 255
 
 
 def test_a_row_of_zeros():

@@ -194,6 +194,12 @@ def test_few_tokens_are_encoded_at_once(tiny, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_kept_does_not_depend_on_who_asked(tiny):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tiny.encoder.each(["a fox of fp32"])[0]
+    assert torch.equal(found, tiny.encoder.each(["a fox of fp32"])[0])
+
+
 @pytest.mark.parametrize("base", ["bf16", "fp8"])
 def test_prompts_do_not_mind_the_precision_of_the_text_encoder(tmp_path, tiny, tiny_folder, base):
     """Encoded in one, trained on in another: the same weights."""

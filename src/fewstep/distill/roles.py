@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fewstep import flow
 from fewstep.distill.anchors import anchors_of
 from fewstep.errors import UserError
-from fewstep.models.adapters import LoraRole, add_stack, as_now, lora_weights, merged, stack_parameters
+from fewstep.models.adapters import LoraRole, add_stack, as_now, lora_weights, stack_parameters, write_merged
 from fewstep.models.fp8 import is_narrow, narrow
 from fewstep.models.parts import find, load_part
 from fewstep.models.pipeline import ModelCard, TextToImage, load
@@ -52,12 +52,14 @@ class Roles:
         """The student as an ordinary diffusers folder; where it is a LoRA stack, merged, and the stack beside it as
         ``lora/pytorch_lora_weights.safetensors``. The first process writes."""
         transformer = self.student.transformer if ranks.world == 1 else self._put_together()
+        write = None
         if ranks.first and self.shared:
             lora = lora_weights(transformer, "student")
             ZImagePipeline.save_lora_weights(folder.parent / LORA, transformer_lora_layers=lora)
-            transformer = merged(transformer, "student", self._whole_base())
+            base = self._whole_base()
+            write = lambda inner: write_merged(inner, transformer, "student", base)  # noqa: E731
         if ranks.first:
-            with_transformer(self.student, transformer, self.student.card).save(folder)
+            with_transformer(self.student, transformer, self.student.card).save(folder, write)
         ranks.wait()
         return folder
 

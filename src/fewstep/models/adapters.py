@@ -6,14 +6,18 @@ role is a denoiser like any other, whose parameters are its stack's alone: metho
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import ZImageTransformer2DModel
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
@@ -130,25 +134,41 @@ class LoraRole(nn.Module):
 
 
 @torch.no_grad()
-def merged(
-    transformer: ZImageTransformer2DModel, name: str, base: ZImageTransformer2DModel | None = None
-) -> ZImageTransformer2DModel:
-    """A plain transformer with the stack added into the weights, in the CPU's memory; the given one stays as it is.
+def write_merged(
+    folder: Path,
+    transformer: ZImageTransformer2DModel,
+    name: str,
+    base: ZImageTransformer2DModel | None = None,
+    shard: str = "4GB",
+) -> None:
+    """Write a plain transformer with the stack added into the weights, a shard at a time: what learned on one card of
+    a PC must not need twice the PC's memory at the end.
 
     Args:
         base: whose weights the stack is added to; unset, the transformer's own.
+        shard: how large a file may be.
     """
-    with torch.device("meta"):
-        plain: ZImageTransformer2DModel = ZImageTransformer2DModel.from_config(transformer.config)
     own = (base or transformer).state_dict()
-    weights = {key.replace(".base_layer.", "."): tensor.cpu() for key, tensor in own.items() if ".lora_" not in key}
-    for path, layer in transformer.named_modules():
-        if isinstance(layer, LoraLayer):
-            added: Tensor = layer.get_delta_weight(name)  # type: ignore[attr-defined]  # scaled
-            weight = weights[f"{path}.weight"]
-            weights[f"{path}.weight"] = (weight.float() + added.float().cpu()).to(weight.dtype)
-    plain.load_state_dict(weights, assign=True)
-    return plain.eval().requires_grad_(False)
+    weights = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items() if ".lora_" not in key}
+    layers = {f"{path}.weight": part for path, part in transformer.named_modules() if isinstance(part, LoraLayer)}
+
+    def whole(key: str) -> Tensor:
+        if key not in layers:
+            return weights[key].cpu().contiguous()
+        added: Tensor = layers[key].get_delta_weight(name)  # type: ignore[attr-defined]  # scaled
+        return (weights[key].to(added) + added).to("cpu", weights[key].dtype).contiguous()
+
+    folder.mkdir(parents=True)
+    transformer.save_config(folder)
+    split = split_torch_state_dict_into_shards(
+        weights, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=shard
+    )
+    for file, keys in split.filename_to_tensors.items():
+        save_file({key: whole(key) for key in keys}, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        content = json.dumps(index, indent=2) + "\n"
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(content, encoding="utf-8")
 
 
 def lora_weights(transformer: ZImageTransformer2DModel, name: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from transformers import Qwen3Model
 from fewstep import flow
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
-from fewstep.models.fp8 import FP8, is_narrow, narrow
+from fewstep.models.fp8 import FP8, is_narrow, multiplies_in_8_bits, narrow
 from fewstep.models.offload import offload_blocks
 from fewstep.models.parts import PARTS, find, load_part, quiet
 from fewstep.models.prompts import EncodedPrompts, PromptEncoder, PromptTooLong
@@ -156,13 +156,16 @@ class TextToImage:
         with self._awake(self.vae):
             return vae_tools.decode_latents(self.vae, latents)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, write: Callable[[Path], object] | None = None) -> Path:
         """Write a folder that ``diffusers.ZImagePipeline.from_pretrained`` opens. It appears whole or not at all.
+
+        Args:
+            write: writes the transformer into its own folder; unset, it is written as it is.
 
         Raises:
             UserError: its weights are in 8 bits, which such a folder cannot hold.
         """
-        if is_narrow(self.transformer):
+        if write is None and is_narrow(self.transformer):
             raise UserError(f"{folder}: weights in 8 bits cannot be saved as a folder; load the model in bf16")
         folder = Path(folder)
         draft = folder.with_name(f".{folder.name}.draft")
@@ -175,7 +178,12 @@ class TextToImage:
             transformer=self.transformer,
         )
         with quiet():
-            pipeline.save_pretrained(draft, safe_serialization=True)
+            pipeline.save_config(draft)
+            for name in PARTS:
+                if name == "transformer" and write is not None:
+                    write(draft / name)
+                else:
+                    getattr(self, name).save_pretrained(draft / name)
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -211,7 +219,8 @@ def load(
     Args:
         path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
         dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
-            rest is bf16 then). Unset, each part's own: bf16 where it is stored so, else fp32.
+            rest is bf16 then, and products are in 8 bits where the device is fast at them). Unset, each part's own:
+            bf16 where it is stored so, else fp32.
         offload: "parts": only the transformer is on the device (:meth:`TextToImage.rest`); "blocks": of the transformer
             only the block that speaks.
 
@@ -222,7 +231,7 @@ def load(
     narrowed = dtype == FP8
     parts = {name: load_part(folder, name, torch.bfloat16 if narrowed else dtype) for name in PARTS}
     if narrowed:
-        narrow(parts["transformer"])
+        narrow(parts["transformer"], products=multiplies_in_8_bits(device))
     vae_tools.as_channels_last(parts["vae"])
     model = TextToImage(**parts, card=read_card(folder))
     if offload == "none":

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.autocast import without_autocast
+
 MAX_TOKENS = 512  # diffusers' ZImagePipeline cuts prompts there; here a longer one is refused
 AT_ONCE = 4096  # tokens: what all layers say of them is in memory together, 0.8 GB for Z-Image's text encoder in bf16
 
@@ -20,7 +22,8 @@ class EncodedPrompts:
 
     Attributes:
         features: [B, L, D], zero beyond each prompt's length.
-        lengths: [B], the number of tokens of each; L is at least the largest.
+        lengths: [B], the number of tokens of each; L is at least the largest. They stay on the CPU: a forward decides
+            by them what to compute, and would have to wait for the GPU's answer.
     """
 
     features: Tensor
@@ -32,7 +35,7 @@ class EncodedPrompts:
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> EncodedPrompts:
         """Some of the prompts; the padding is cut to the longest of them."""
         if not isinstance(index, slice):
-            index = torch.as_tensor(index, device=self.lengths.device)
+            index = torch.as_tensor(index, device="cpu")
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(lengths) else 0
         return EncodedPrompts(self.features[index][:, :longest], lengths)
@@ -42,7 +45,7 @@ class EncodedPrompts:
         return EncodedPrompts(self.features.repeat(count, 1, 1), self.lengths.repeat(count))
 
     def to(self, device: torch.device | str) -> EncodedPrompts:
-        return EncodedPrompts(self.features.to(device), self.lengths.to(device))
+        return EncodedPrompts(self.features.to(device), self.lengths)
 
     @staticmethod
     def cat(parts: Sequence[EncodedPrompts]) -> EncodedPrompts:
@@ -121,7 +124,7 @@ class PromptEncoder:
         chosen = [self._cache[key] for key in keys]
         return EncodedPrompts(
             nn.utils.rnn.pad_sequence(chosen, batch_first=True),
-            torch.tensor([len(feature) for feature in chosen], device=chosen[0].device),
+            torch.tensor([len(feature) for feature in chosen]),
         )
 
     @torch.no_grad()
@@ -145,11 +148,12 @@ class PromptEncoder:
         """The features of one batch, padded on the right to its longest."""
         device = next(self.text_encoder.parameters()).device
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
-        features = self.text_encoder(
-            input_ids=nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(device),
-            attention_mask=mask.to(device),
-            output_hidden_states=True,
-        ).hidden_states[-2]
+        with without_autocast(device):  # what is kept must not depend on who asked first
+            features = self.text_encoder(
+                input_ids=nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(device),
+                attention_mask=mask.to(device),
+                output_hidden_states=True,
+            ).hidden_states[-2]
         return [feature[: len(ids)] for feature, ids in zip(features, tokens, strict=True)]
 
     def count(self, text: str) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.errors import UserError
+from fewstep.models.autocast import without_autocast
 from fewstep.models.prompts import EncodedPrompts
 
 #: block, x [B, L, D], rotations, condition [B, D'] or None -> [B, L, D].
@@ -76,8 +77,11 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """In the precision of ``x``, whose sum of squares the kernel takes in fp32 anyway."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
-    return F.rms_norm(x, weight.shape, weight.type_as(x), norm.eps)  # type: ignore[arg-type]
+    # CUDA's autocast would give fp32 back, and everything between two products would take twice the memory and time
+    with without_autocast(x.device):
+        return F.rms_norm(x, weight.shape, weight.type_as(x), norm.eps)  # type: ignore[arg-type]
 
 
 def mix(query: Tensor, key: Tensor, value: Tensor, backend: str | None = None) -> Tensor:
@@ -154,7 +158,13 @@ class ZImageDenoiser(nn.Module):
                 return compute(block, x, rotations, condition)
             again = as_now(block)
             contexts = lambda: (nullcontext(), again())  # noqa: E731
-            return checkpoint(compute, block, x, rotations, condition, use_reentrant=False, context_fn=contexts)
+            # nothing in a block is random
+            return checkpoint(
+                *(compute, block, x, rotations, condition),
+                use_reentrant=False,
+                context_fn=contexts,
+                preserve_rng_state=False,
+            )
 
         self.run_block = run
 
@@ -266,7 +276,7 @@ class ZImageDenoiser(nn.Module):
         features = prompts.features[:, :caption].to(model.dtype)
         features = F.pad(features, (0, 0, 0, caption - features.shape[1]))
         embedded = model.cap_embedder(features)
-        real = torch.arange(caption, device=features.device) < prompts.lengths[:, None]
+        real = torch.arange(caption, device=features.device) < prompts.lengths.to(features.device)[:, None]
         text = torch.where(real[..., None], embedded, model.cap_pad_token.type_as(embedded))
         for block in model.context_refiner:
             text = self.run_block(block, text, rotations, None)
