@@ -24,7 +24,7 @@ def plan(
 ) -> None:
     """Say what a recipe's distillation needs before any weight is loaded: memory, forwards, arithmetic, time.
 
-    The figures are estimates for each GPU; activations of the moment and the allocator's losses come on top.
+    The figures are estimates for each GPU; what its allocator loses comes on top.
     """
     from rich.console import Console
 
@@ -67,7 +67,7 @@ def _say(console: Console, recipe: DistillRecipe, found: Plan, gpus: int) -> Non
     table = Table()
     table.add_column("memory" if gpus == 1 else "memory of each GPU")
     table.add_column("GB", justify="right")
-    for title, parts in (("in a step", found.memory), ("before that, while all is loaded", found.beforehand)):
+    for title, parts in found.moments.items():
         for part, held in parts.items():
             table.add_row(part, f"{held / 1e9:.3f}")
         table.add_row(title, f"{sum(parts.values()) / 1e9:.3f}", end_section=True)
