@@ -94,7 +94,7 @@ def main() -> None:
     scheduler = json.loads((CONFIGS / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"shift": shift}))
-    shutil.copy(SHIPPED["micro"] / "model_index.json", folder / "model_index.json")
+    shutil.copy(SHIPPED["micro"] / "model_index.json", folder / "model_index.json")  # it has no card, as the real one
     print(folder)
 
 

@@ -126,6 +126,23 @@ def test_same_latents_as_diffusers(tiny_folder, tmp_path, steps, guidance, shift
     torch.testing.assert_close(ours, theirs, atol=1e-5 * steps, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("shift", "forwards"), [(3.0, 8), (6.0, 100)])
+def test_a_folder_that_others_wrote_is_run_as_its_like(tiny_folder, tmp_path, shift, forwards):
+    """Without fewstep.json its shift says what it is: Z-Image-Turbo's is 3, Z-Image's 6."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "fewstep.json").unlink()
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": shift}))
+    with pytest.warns(
+        UserWarning, match=rf"no fewstep.json; by its shift of {shift:g} .* {8 if shift == 3 else 50} steps"
+    ):
+        model = load(folder)
+    assert generate(model, ["a fox"], height=32, width=32).forwards_per_image == forwards
+    turbo = [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
+    if shift == 3:
+        assert model.sigmas(8) == pytest.approx(turbo, abs=1e-4)
+
+
 def test_parts_that_rest_come_only_while_they_are_asked(tiny_folder, monkeypatch):
     model, moved = load(tiny_folder), []
     expected = generate(model, ["a fox"], steps=2).images

@@ -32,9 +32,10 @@ def plan(
     from fewstep.planning import plan as make
 
     chosen = parse_gpu(gpu) if gpu else None
-    console = Console(soft_wrap=True)
+    console, waiting = Console(soft_wrap=True), Console(stderr=True)
     for prefix, phase in _distillations(recipe, overrides or []):
-        found = make(phase, gpus)
+        with waiting.status(f"{phase.name}: counting what is alive in a step ..."):
+            found = make(phase, gpus)
         _say(console, phase, found, gpus)
         _compare(console, found, str(gpu), chosen)
         if chosen is not None and not found.fits(chosen):
@@ -87,6 +88,8 @@ def _compare(console: Console, found: Plan, name: str, chosen: Gpu | None) -> No
 
 def _advise(console: Console, recipe: DistillRecipe, found: Plan, chosen: Gpu, gpus: int, prefix: str) -> None:
     """What to turn on, one after the other, until it fits."""
+    from rich.console import Console
+
     from fewstep.planning import SAVERS
     from fewstep.planning import plan as make
     from fewstep.recipes.load import changed
@@ -96,7 +99,8 @@ def _advise(console: Console, recipe: DistillRecipe, found: Plan, chosen: Gpu, g
     for saver in SAVERS:
         other = changed(recipe, [*turned_on, saver])
         assert isinstance(other, DistillRecipe)
-        less = make(other, gpus)
+        with Console(stderr=True).status(f"trying {saver} ..."):
+            less = make(other, gpus)
         if less.total < 0.99 * found.total:
             turned_on.append(saver)
             console.print(f"with {' '.join(f'-s {prefix}{one}' for one in turned_on)}: {less.total / 1e9:.1f} GB")

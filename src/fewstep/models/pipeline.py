@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from fewstep.models.prompts import EncodedPrompts, PromptEncoder, PromptTooLong
 from fewstep.models.zimage import PATCH, ZImageDenoiser
 
 CARD = "fewstep.json"
+TURBO_SHIFT = 3  # of Z-Image-Turbo's noise levels; Z-Image's is 6
 
 
 class ModelCard(BaseModel):
@@ -191,14 +193,14 @@ class TextToImage:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """``fewstep.json``; a folder that others wrote is taken for a many-step model that wants guidance.
+    """``fewstep.json``; of a folder that others wrote, how its like is run, with a warning.
 
     Raises:
         UserError: the file says what it cannot mean.
     """
     file = folder / CARD
     if not file.exists():
-        return ModelCard(guidance_scale=4.0)
+        return _guessed_card(folder)
     try:
         return ModelCard.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
@@ -206,6 +208,21 @@ def read_card(folder: Path) -> ModelCard:
         raise UserError(f"{file}: {wrong}") from error
     except ValueError as error:  # not JSON, not UTF-8
         raise UserError(f"{file}: {error}") from error
+
+
+def _guessed_card(folder: Path) -> ModelCard:
+    """A folder whose noise levels have Z-Image-Turbo's shift is taken for a model of its kind, any other for one of
+    Z-Image's."""
+    shift = load_part(folder, "scheduler").config["shift"]
+    card, kind = ModelCard(guidance_scale=4.0), "Z-Image"
+    if shift == TURBO_SHIFT:
+        card, kind = ModelCard(steps=8), "Z-Image-Turbo"
+    warnings.warn(
+        f"{folder}: no {CARD}; by its shift of {shift:g} it is run like {kind}, with {card.steps} steps and guidance "
+        f"{card.guidance_scale:g} where nothing else is said",
+        stacklevel=3,
+    )
+    return card
 
 
 def load(
@@ -259,4 +276,4 @@ def load_encoder(
     folder = find(path_or_name)
     text_encoder = load_part(folder, "text_encoder", dtype).to(device)
     tokenizer = load_part(folder, "tokenizer")
-    return PromptEncoder(tokenizer, text_encoder, read_card(folder).system_prompt)
+    return PromptEncoder(tokenizer, text_encoder, read_card(folder).system_prompt if (folder / CARD).exists() else "")
