@@ -1,9 +1,11 @@
 """Z-Image's shape with random weights: seconds an image beside diffusers' pipeline, and of a Decoupled-DMD iteration.
 
-On a GPU at full size (6.15e9 parameters, 1024 px), on a CPU the same code with a tiny model. Weights do not matter to
-speed or memory, so none are downloaded. Each figure of time is the median of some repeats after a warm-up.
+On a GPU at full size (6.15e9 parameters, 1024 px), on a CPU the same code with a tiny model, or with --full the large
+one at a --size that a CPU can wait for. Weights do not matter to speed or memory, so none are downloaded. Each figure
+of time is the median of some repeats after a warm-up.
 
     python benchmarks/zimage.py [--device cuda] [--repeats 5] [--no-compile] [--only images|iterations]
+    python benchmarks/zimage.py --device cpu --full --size 128 --repeats 1 --no-compile --only images
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from fewstep.distill.phases import distillation
 from fewstep.distill.roles import make_roles
 from fewstep.distill.run import settings_of
 from fewstep.errors import UserError
-from fewstep.models.fp8 import narrow
+from fewstep.models.fp8 import Fp8Linear, multiplies_in_8_bits, narrow
 from fewstep.models.pipeline import ModelCard, TextToImage
 from fewstep.models.prompts import EncodedPrompts
+from fewstep.models.zimage import run_block
 from fewstep.recipes.load import changed, load_recipe
 from fewstep.recipes.schema import DistillRecipe, PhasesRecipe
 from fewstep.samplers import sample_euler
@@ -48,17 +51,27 @@ STEPS, TOKENS = 8, 64
 class Bench:
     """Where and at what size to measure."""
 
-    def __init__(self, device: torch.device, repeats: int, compiled: bool) -> None:
-        self.device, self.repeats, self.compiled, self.full = device, repeats, compiled, device.type == "cuda"
-        self.size = 1024 if self.full else 128
+    def __init__(self, device: torch.device, repeats: int, compiled: bool, full: bool, size: int | None) -> None:
+        self.device, self.repeats, self.compiled, self.full = device, repeats, compiled, full
+        self.size = size or (1024 if full else 128)
         self.rate = self.matrix_rate()
 
-    def model(self) -> TextToImage:
-        """A model with random weights in bf16, without a text encoder."""
+    def configs(self) -> dict[str, dict[str, object]]:
         configs = {part: json.loads((ZIMAGE / part / "config.json").read_text()) for part in ("transformer", "vae")}
         if not self.full:
             configs["transformer"] |= TINY
             configs["vae"] |= TINY_VAE
+        return configs
+
+    def parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(
+                p.numel() for p in ZImageTransformer2DModel.from_config(self.configs()["transformer"]).parameters()
+            )
+
+    def model(self) -> TextToImage:
+        """A model with random weights in bf16, without a text encoder."""
+        configs = self.configs()
         torch.manual_seed(0)
         with self.device, _dtype(torch.bfloat16):
             transformer = ZImageTransformer2DModel.from_config(configs["transformer"])
@@ -71,7 +84,7 @@ class Bench:
 
     def prompts(self, model: TextToImage, count: int = 1, tokens: int = TOKENS) -> EncodedPrompts:
         wide = model.transformer.config["cap_feat_dim"]
-        lengths = torch.full((count,), tokens, device=self.device)
+        lengths = torch.full((count,), tokens)
         return EncodedPrompts(torch.randn(count, tokens, wide, device=self.device), lengths)
 
     def time(self, run: Callable[[], object]) -> float:
@@ -100,7 +113,7 @@ class Bench:
 
     def matrix_rate(self) -> float:
         """Operations a second of a large matrix product in bf16: what there is to be had."""
-        side = 8192 if self.full else 1024
+        side = 8192 if self.device.type == "cuda" else 1024
         a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         return 2 * side**3 / self.time(lambda: a @ b)
 
@@ -165,10 +178,16 @@ def images(bench: Bench) -> Table:
         model.denoiser.compile_blocks()
         measure("fewstep, bf16, compiled", ours)
     narrow(model.transformer)
-    if bench.compiled:
-        measure("fewstep, fp8 weights, compiled", ours)
-    model.denoiser.run_block = type(model.denoiser)(model.transformer).run_block
-    measure("fewstep, fp8 weights", ours)
+    for products in (False, True) if multiplies_in_8_bits(bench.device) else (False,):
+        name = "fewstep, fp8 products" if products else "fewstep, fp8 weights"
+        for module in model.transformer.modules():
+            if isinstance(module, Fp8Linear):
+                module.products = products
+        model.denoiser.run_block = run_block
+        measure(name, ours)
+        if bench.compiled:
+            model.denoiser.compile_blocks()
+            measure(f"{name}, compiled", ours)
     return table
 
 
@@ -238,8 +257,9 @@ def one_arm(bench: Bench, recipe: DistillRecipe) -> tuple[float, float]:
 
     times = []
     for seed in range(bench.repeats + 1):
-        if seed == 1:
+        if seed == 1:  # states are made, and nothing of what made them counts
             done[0] = 0.0
+            bench.forget()
         bench.wait()
         start = time.perf_counter()
         iteration(seed)
@@ -261,7 +281,7 @@ class Counting:
 
 
 def planned(bench: Bench, recipe: DistillRecipe) -> str:
-    return f"{sum(planning.plan(recipe).memory.values()) / 1e9:.1f}" if bench.full else "–"
+    return f"{sum(planning.plan(recipe).memory.values()) / 1e9:.1f}" if bench.device.type == "cuda" else "–"
 
 
 def main() -> None:
@@ -270,13 +290,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", choices=["images", "iterations"])
+    parser.add_argument("--full", action="store_true", help="the large model on a CPU too")
+    parser.add_argument("--size", type=int, help="pixels of a side")
     arguments = parser.parse_args()
-    bench = Bench(torch.device(arguments.device), arguments.repeats, arguments.compile)
-    parameters = sum(p.numel() for p in bench.model().transformer.parameters())
+    device = torch.device(arguments.device)
+    full = arguments.full or device.type == "cuda"
+    bench = Bench(device, arguments.repeats, arguments.compile, full, arguments.size)
     console = Console(soft_wrap=True)
-    console.print(
-        f"{parameters / 1e6:,.1f}e6 parameters; a large matrix product in bf16: {bench.rate / 1e12:.3g} TFLOP/s"
-    )
+    rate = f"a large matrix product in bf16: {bench.rate / 1e12:.3g} TFLOP/s"
+    console.print(f"{bench.parameters() / 1e6:,.1f}e6 parameters; {rate}")
     for name, measured in (("images", images), ("iterations", iterations)):
         if arguments.only in (None, name):
             try:

@@ -14,6 +14,7 @@ from fewstep.distill.roles import make_roles
 from fewstep.errors import UserError
 from fewstep.generate import generate
 from fewstep.models.adapters import TARGETS, LoraRole, add_stack, as_now, stack_parameters, write_merged
+from fewstep.models.fp8 import narrow
 from fewstep.models.parts import load_part
 from fewstep.models.pipeline import load
 from fewstep.models.zimage import ZImageDenoiser
@@ -129,6 +130,39 @@ def test_blocks_run_again_with_the_stack_they_spoke_with(tiny, transformer):
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
     assert all(p.grad is None for p in fake.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_roles_speak_and_learn_the_same_and_nothing_is_compiled_again(tiny, transformer):
+    """All at once: stacks in turn on a base of 8 bits, checkpointed, under autocast."""
+    narrow(transformer.bfloat16())
+    for name in ("student", "fake"):
+        add_stack(transformer, name, 3, 1.0)
+        for parameter in stack_parameters(transformer, name).values():
+            torch.nn.init.normal_(parameter, std=0.05)
+    eager, compiled = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
+    compiled.compile_blocks()
+    for denoiser in (eager, compiled):
+        denoiser.checkpoint_blocks(as_now)
+    graphs = []
+
+    def said(denoiser, stack, learns):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learns):
+            velocity = LoraRole(denoiser, stack)(*question(tiny))
+        if not learns:
+            return velocity, {}
+        transformer.zero_grad()
+        velocity.square().mean().backward()
+        return velocity.detach(), {key: p.grad.clone() for key, p in stack_parameters(transformer, stack).items()}
+
+    for _ in range(2):
+        for stack, learns in ((None, False), ("student", False), ("student", True), ("fake", False), ("fake", True)):
+            (velocity, gradients), (expected, wanted) = (said(d, stack, learns) for d in (compiled, eager))
+            assert 0 < (velocity - expected).abs().max() < 0.1  # other roundings: it was compiled
+            for key, gradient in gradients.items():
+                torch.testing.assert_close(gradient, wanted[key], atol=0.05 * wanted[key].abs().max().item(), rtol=0.1)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 8 < graphs[0] == graphs[1]
 
 
 def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, tmp_path):

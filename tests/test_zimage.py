@@ -56,6 +56,23 @@ def test_matches_diffusers(transformer, lengths, size):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_full_width_matches_diffusers():
+    """Z-Image's own width, heads and caption features, two of its thirty layers, at 512 px: 1,024 patches."""
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(n_layers=2, n_refiner_layers=1)
+    assert (model.config.dim, model.config.n_heads, model.config.cap_feat_dim) == (3840, 30, 2560)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "pad" not in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    prompts = EncodedPrompts(torch.randn(2, 70, 2560), torch.tensor([70, 20]))
+    x, sigma = torch.randn(2, 16, 64, 64), torch.tensor([0.9, 0.3])
+    with torch.no_grad():
+        ours, theirs = ZImageDenoiser(model)(x, sigma, prompts), diffusers_velocity(model, x, sigma, prompts)
+    assert theirs.abs().mean() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_match_diffusers(transformer):
     prompts, x, sigma = prompts_of([6, 30, 41]), torch.randn(3, 16, 8, 8), torch.rand(3)
     gradients = []

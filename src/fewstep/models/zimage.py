@@ -40,6 +40,7 @@ Group = tuple[list[int] | None, EncodedPrompts, int]
 #: x, sigma, prompts, padded caption length -> a tensor of as many samples.
 Run = Callable[[Tensor, Tensor, EncodedPrompts, int], Tensor]
 
+MOST_GRAPHS = 64  # of the compiled block
 PATCH = 2
 KEY = f"{PATCH}-1"
 
@@ -179,6 +180,11 @@ class ZImageDenoiser(nn.Module):
             raise UserError(
                 f"compile: needs a C++ compiler, and there is no {compiler}; install one, or set compile=false"
             )
+        # with LoRA roles on one base: each role, with gradient and without, at each shape; beyond the limit the
+        # compiler would give up without an error, and the fake would speak uncompiled
+        from torch._dynamo import config
+
+        config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
         self.run_block = torch.compile(run_block, dynamic=False)
 
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
