@@ -1,6 +1,7 @@
 """The teacher's cache and what learns from it: exactness, refusals, resuming, and that distances fall."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fewstep import api, flow
 from fewstep.data.cache import INDEX, TeacherCache, read_index, shard_file
 from fewstep.distill.batch import DistillBatch
 from fewstep.distill.caching import cache_fingerprint, finer, make_cache, trajectory
+from fewstep.distill.roles import make_roles
 from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.errors import UserError
 from fewstep.generate import generate, initial_noise
@@ -178,6 +180,26 @@ def test_phases_start_from_each_other_and_go_on(tiny_folder, tmp_path):
     before = generate(student, ["a dog"], seed=3).images
     api.distill(phases_recipe(tiny_folder), tmp_path / "run")  # all is done: nothing changes
     assert torch.equal(generate(load(made.student), ["a dog"], seed=3).images, before)
+
+
+def test_a_phase_leaves_the_room_to_the_next(tiny_folder, tmp_path, monkeypatch):
+    """Its models are gone before those of the next are made; and the last student takes its space once."""
+    made, left = [], []
+
+    def watched(*words, **more):
+        left.append([model() is not None for models in made for model in models])
+        roles = make_roles(*words, **more)
+        made.append([weakref.ref(model) for model in (roles.teacher.transformer, roles.student.denoiser, roles.fake)])
+        return roles
+
+    monkeypatch.setattr("fewstep.distill.run.make_roles", watched)
+    student = api.distill(phases_recipe(tiny_folder), tmp_path / "run").student
+    assert left == [[], [False] * 3]
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    assert (student / file).samefile(tmp_path / "run/phases/2-match/student" / file)
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError))
+    other = api.distill(phases_recipe(tiny_folder), tmp_path / "run").student
+    assert not (other / file).samefile(tmp_path / "run/phases/2-match/student" / file)
 
 
 def test_phases_that_ask_the_teacher_the_same_share_its_answers(tiny_folder, tmp_path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from fewstep.distill.run import Watch, distill
 from fewstep.recipes.schema import DistillRecipe, Phase, PhasesRecipe
@@ -35,6 +39,22 @@ def distillation(recipe: PhasesRecipe, phase: Phase, init: Path | None = None) -
     )
 
 
+def let_go() -> None:
+    """Frees what the last phase's models still hold: they refer to each other in circles, and the next one's need the
+    room."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _linked(source: str, target: str) -> None:
+    """A file that is there twice and takes its space once, where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, ranks: Ranks | None = None) -> Path:
     """Run the phases in order, each in ``<run>/phases/<number>-<name>``; the last student goes to ``<run>/student``,
     and their metrics in a row to ``<run>/metrics.jsonl``.
@@ -49,6 +69,7 @@ def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, r
         one = distillation(recipe, phase, student)
         with open_run(ranks, folder, one, resume_command=run.resume_command) as inner:
             student = distill(one, inner, watch, ranks, run.directory / "cache" / cache_of_first(phase, recipe.phases))
+        let_go()
         before = lines[-1]["step"] if lines else 0
         lines += [{**line, "step": before + line["step"]} for line in read_metrics(folder / "metrics.jsonl")]
     assert student is not None  # the schema asks for at least one phase
@@ -58,6 +79,6 @@ def distill_phases(recipe: PhasesRecipe, run: Run, watch: Watch | None = None, r
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     aside = target.with_name(".student.draft")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(student, aside)
+    shutil.copytree(student, aside, copy_function=_linked)
     shutil.rmtree(target, ignore_errors=True)
     return aside.rename(target)
