@@ -106,6 +106,12 @@ def test_an_id_of_the_hub_that_was_downloaded(tiny, tiny_folder, tmp_path, monke
         find("someone/other")
 
 
+@pytest.mark.parametrize("name", ["z_image.safetensors", "unets/z_image.gguf"])
+def test_a_single_file_says_how_to_make_it_a_folder(name):
+    with pytest.raises(UserError, match=f"{name}: a single file; .* fewstep convert {name} --base MODEL --out FOLDER"):
+        find(name)
+
+
 def test_a_folder_that_is_not_there_is_no_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

@@ -92,7 +92,7 @@ CHECKPOINTED = "gradient_checkpointing=true"
     ids=["copies", "copies, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"],
 )
 def test_a_step_takes_the_memory_that_was_planned(tiny_folder, more, monkeypatch):
-    """To a tenth, on a CPU: two real updates of each player, after one that makes their states."""
+    """To a fiftieth, on a CPU: two real updates of each player, after one that makes their states."""
     fused = lambda query, key, value, backend: dispatch_attention_fn(query, key, value)  # noqa: E731
     monkeypatch.setattr("fewstep.models.zimage.mix", fused)  # in bf16 too, as on a GPU
     recipe = recipe_of(tiny_folder, "train.precision=fp32", "size=128", *more)
@@ -113,7 +113,7 @@ def test_a_step_takes_the_memory_that_was_planned(tiny_folder, more, monkeypatch
         most.append(most_held(lambda learner=learner: learner.update([batch, batch], 2)))
         learner.optimizer.zero_grad()
     names = ("gradients", "kept for the backward pass", "rollouts, scores, and what comes and goes")
-    assert sum(planned[name] for name in names) == pytest.approx(max(most), rel=0.1)
+    assert sum(planned[name] for name in names) == pytest.approx(max(most), rel=0.02)
 
 
 def test_in_bf16_on_a_gpu_a_step_takes_less(tiny_folder):

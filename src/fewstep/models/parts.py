@@ -63,6 +63,10 @@ def find(path_or_name: str | Path) -> Path:
     folder = SHIPPED.get(name, Path(path_or_name))
     if (folder / "model_index.json").is_file():
         return folder
+    if folder.suffix in (".safetensors", ".gguf"):
+        raise UserError(
+            f"{folder}: a single file; make a folder of it first: fewstep convert {folder} --base MODEL --out FOLDER"
+        )
     if _HUB_ID.fullmatch(name) and not (folder.parent.exists() or folder.exists()):
         return _downloaded(name.removeprefix("hf:"))
     names = ", ".join(SHIPPED)
