@@ -5,7 +5,7 @@ import pytest
 
 HELD = """
 import torch
-from fewstep.training.allocator import keep_freed_memory
+from fewstep.training.allocator import give_back_freed_memory, keep_freed_memory
 
 def megabytes():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
@@ -16,14 +16,18 @@ if {keep}:
 before = megabytes()
 blocks = [torch.ones(40_000_000) for _ in range(3)]
 del blocks
+if {back}:
+    give_back_freed_memory()
 print(megabytes() - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
-@pytest.mark.parametrize(("keep", "low", "high"), [(False, -50, 50), (True, 400, 600)])
-def test_freed_memory_stays(keep: bool, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("keep", "back", "low", "high"), [(False, False, -50, 50), (True, False, 400, 600), (True, True, -50, 50)]
+)
+def test_freed_memory_stays_until_it_is_given_back(keep: bool, back: bool, low: float, high: float) -> None:
     """Of 480 MB that were given back; in a process of its own, because there is no way back."""
-    script = HELD.format(keep=keep)
+    script = HELD.format(keep=keep, back=back)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert low < float(done.stdout) < high

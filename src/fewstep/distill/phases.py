@@ -14,6 +14,7 @@ import torch
 from fewstep.distill.run import Watch, distill
 from fewstep.recipes.schema import DistillRecipe, Phase, PhasesRecipe
 from fewstep.recipes.settings import EvaluateSettings
+from fewstep.training.allocator import give_back_freed_memory
 from fewstep.training.distribution import Ranks, open_run
 from fewstep.training.run import Run
 from fewstep.training.tracking import read_metrics
@@ -43,6 +44,7 @@ def let_go() -> None:
     """Frees what the last phase's models still hold: they refer to each other in circles, and the next one's need the
     room."""
     gc.collect()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
