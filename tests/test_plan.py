@@ -18,8 +18,9 @@ from fewstep.distill.run import settings_of
 from fewstep.errors import UserError
 from fewstep.models.pipeline import load
 from fewstep.models.prompts import EncodedPrompts
-from fewstep.planning import PROMPT_TOKENS, parse_gpu, plan
+from fewstep.planning import parse_gpu, plan
 from fewstep.recipes.load import SHIPPED, load_recipe
+from fewstep.rehearsal import PROMPT_TOKENS
 from fewstep.training.learner import Learner
 from fewstep.training.method import Player
 
@@ -181,6 +182,16 @@ def test_phases_are_planned_for_one_by_one(tiny_folder, tmp_path):
         done = CliRunner().invoke(app, [*words, "-s", wrong])
         assert done.exit_code == 1
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["micro-long", "micro-ca", "micro-dm", "micro-dmd2", "micro-turbo"])
+def test_every_kind_of_distillation_is_planned(name):
+    """Trajectories, spear or shield alone, a GAN, an alignment; the fake is made though nobody may ask it."""
+    done = CliRunner().invoke(app, ["plan", name, "--gpu", "rtx4090"])
+    assert done.exit_code == 0, done.output
+    assert "rtx4090 (24 GB): fits" in done.output
+    assert "fake's weights" in done.output
+    assert ("fake's AdamW" in done.output) == (name != "micro-ca")
 
 
 def test_several_gpus_share_weights_and_batches(tiny_folder):
