@@ -1,10 +1,9 @@
 """Plans: what is counted without a weight is what a real model has, keeps and computes."""
 
-from itertools import accumulate
-
 import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from memory import most_held
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -74,14 +73,6 @@ def test_weights_and_states_are_those_of_real_roles(tiny_folder, more):
         assert planned[f"{name}'s AdamW"] == held(states)
         if learner.ema is not None:
             assert planned[f"{name}'s moving average"] == held(learner.ema.weights.values())
-
-
-def most_held(work):
-    """Bytes at the worst moment of some work, by what the allocator says of each of its moves."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
-        work()
-    moves = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(moves, key=lambda event: event.start_ns())))
 
 
 CHECKPOINTED = "gradient_checkpointing=true"

@@ -1,13 +1,12 @@
 """Single files: read whoever wrote them, written so that others read them."""
 
-import json
-import subprocess
 import sys
 
 import gguf
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
+from memory import most_held
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -273,46 +272,17 @@ def test_what_is_written_has_the_precision_of_what_was_read(tmp_path, tiny_folde
     assert_same({name.removeprefix("model.diffusion_model."): tensor for name, tensor in back.items()}, half)
 
 
-MEASURED = """
-import json, sys, threading
-import torch
-from fewstep.models.single_file import read_transformer
-
-def held():
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, held())
-
-config = json.load(open(sys.argv[2]))
-before = peak = held()
-done = threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-part = read_transformer(sys.argv[1], config, torch.bfloat16)
-done.set()
-watcher.join()
-print((peak - before) / sum(p.numel() * p.element_size() for p in part.parameters()))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float8_e4m3fn"])
 def test_reading_takes_no_more_than_the_weights(tiny, tmp_path, stored):
-    config = {**tiny.transformer.config, "dim": 768, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [32, 32, 32]}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layers": 4}))
-    large = type(tiny.transformer).from_config({**config, "n_layers": 4})
+    deep = {**tiny.transformer.config, "dim": 384, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [32, 32, 32]}
+    large = type(tiny.transformer).from_config({**deep, "n_layers": 30})
     released = as_released({name: tensor.clone() for name, tensor in large.state_dict().items()})
-    stored = {
-        name: tensor.to(getattr(torch, stored) if tensor.ndim == 2 else None) for name, tensor in released.items()
-    }
-    save_file(stored, tmp_path / "model.safetensors")
-    command = [sys.executable, "-c", MEASURED, str(tmp_path / "model.safetensors"), str(tmp_path / "config.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.1
+    kind = getattr(torch, stored)
+    save_file({name: t.to(kind) if t.ndim == 2 else t for name, t in released.items()}, tmp_path / "model.safetensors")
+    most = most_held(lambda: read_transformer(tmp_path / "model.safetensors", large.config, torch.bfloat16))
+    most -= (tmp_path / "model.safetensors").stat().st_size  # which is mapped, not read
+    # of bf16, only thirds of fused matrices have memory of their own; the rest is used where it lies
+    assert most < {"bfloat16": 0.4}.get(stored, 1.05) * sum(2 * p.numel() for p in large.parameters())
 
 
 @pytest.mark.parametrize(("precision", "reason"), [("fp16", "overflow in it; take bf16"), ("fp8", "read, not written")])

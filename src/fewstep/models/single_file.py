@@ -17,7 +17,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,21 +201,28 @@ def _by_our_names(file: str | Path, tensors: Any, dtype: torch.dtype) -> dict[st
         name = key.removeprefix(prefix)
         if name in OTHERS:
             continue
-        read = _reader(file, tensors, key, keys, dtype)
         if FUSED in name:
             for third, part in enumerate(QKV):
-                found[name.replace(FUSED, part)] = partial(_third, read, third)
+                found[name.replace(FUSED, part)] = _reader(file, tensors, key, keys, dtype, third)
         else:
             already = any(ours in name for ours in list(RENAMED)[:2])
             back = {theirs: ours for ours, theirs in RENAMED.items()}
-            found[name if already else _replaced(name, back)] = read
+            found[name if already else _replaced(name, back)] = _reader(file, tensors, key, keys, dtype)
     return found
 
 
-def _reader(file: str | Path, tensors: Any, key: str, keys: set[str], dtype: torch.dtype) -> Read:
-    """Reads one tensor; one of 8 bits comes times its scale, if it has one."""
+def _reader(
+    file: str | Path, tensors: Any, key: str, keys: set[str], dtype: torch.dtype, third: int | None = None
+) -> Read:
+    """Reads one tensor, or queries, keys or values out of a fused one; 8 bits come times their scale, if they have one.
+
+    A third is taken before it is widened, and has memory of its own.
+    """
     stem = key.removesuffix(".weight")
     scale = next((stem + ending for ending in SCALES if stem + ending in keys and stem != key), None)
+
+    def weight_of(whole: Tensor) -> Tensor:
+        return whole if third is None else whole.chunk(3)[third].clone()
 
     def read() -> Tensor:
         weight = tensors.get_tensor(key)
@@ -224,17 +230,15 @@ def _reader(file: str | Path, tensors: Any, key: str, keys: set[str], dtype: tor
             raise UserError(f"{file}: {key} is stored as {weight.dtype}, which is not read; fp8 and bf16 are")
         factor = tensors.get_tensor(scale).float() if scale is not None else torch.ones(0)
         if factor.numel() == 0:  # some files have a place for it, and nothing there
-            return weight.to(dtype)
+            return weight_of(weight).to(dtype)
         if factor.numel() not in (1, len(weight)):
             raise UserError(f"{file}: {scale} is {tuple(factor.shape)}; one scale is known, or one for each row")
-        return (weight.float() * factor.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
+        factor = factor.reshape(-1, *[1] * (weight.ndim - 1))
+        if third is not None:
+            factor = factor.chunk(3)[third] if len(factor) > 1 else factor
+        return (weight_of(weight).float() * factor).to(dtype)
 
     return read
-
-
-def _third(read: Read, third: int) -> Tensor:
-    """Queries, keys or values out of a fused matrix, in memory of their own."""
-    return read().chunk(3)[third].clone()
 
 
 def _refuse_others(file: str | Path, wanted: Mapping[str, Any], found: Mapping[str, Read]) -> None:

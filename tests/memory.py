@@ -1,0 +1,15 @@
+"""How much memory some work takes."""
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+
+
+def most_held(work: Callable[[], object]) -> int:
+    """Bytes at the worst moment of some work, by what torch's allocator says of each of its moves."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
+        kept = work()
+    moves = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del kept
+    return max(accumulate(event.nbytes() for event in sorted(moves, key=lambda event: event.start_ns())), default=0)
