@@ -20,7 +20,7 @@ from fewstep.models.pipeline import TextToImage
 from fewstep.models.prompts import AT_ONCE
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.recipes.settings import OptimSettings
-from fewstep.rehearsal import Rehearsal, bytes_of, quietly_random, roles_on_meta, teacher_on_meta
+from fewstep.rehearsal import Rehearsal, bytes_of, roles_on_meta, teacher_on_meta
 from fewstep.training.scaling import Size, calls
 
 #: Teachers whose configuration ships, so that they can be planned for before they are downloaded.
@@ -132,7 +132,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, kind: Literal["cuda", "cpu"] = "c
         if bf16:  # what is gathered is in bf16 already
             for module in (roles.student.denoiser, roles.fake):
                 nn.Module.to(module, torch.bfloat16)
-    with quietly_random():
+    with torch.random.fork_rng(devices=[]):  # the losses draw noise
         rehearsal = Rehearsal(recipe, roles, -(-recipe.train.batch_size // gpus), kind, bf16)
         found.moments = {
             "while the teacher is loaded": {"teacher": whole} | (text_encoder if recipe.asks_teacher_first else {}),

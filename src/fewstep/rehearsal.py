@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -53,20 +52,13 @@ def teacher_on_meta(recipe: DistillRecipe, folder: Path) -> TextToImage:
 def roles_on_meta(recipe: DistillRecipe, teacher: TextToImage) -> Roles:
     """The roles as a distillation makes them; their blocks are compiled and checkpointed by nobody yet."""
     later = {"init": None, "compile": False, "gradient_checkpointing": False}
-    with quietly_random(), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return make_roles(recipe.model_copy(update=later), teacher)
 
 
 def bytes_of(module: nn.Module) -> float:
     """Of parameters, and of what lies beside them, such as the scales of 8 bits."""
     return float(sum(t.nbytes for t in [*module.parameters(), *module.buffers()]))
-
-
-@contextmanager
-def quietly_random() -> Iterator[None]:
-    """Inside, draws leave the program's random numbers as they were."""
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 class Rehearsal:

@@ -68,29 +68,20 @@ def read_transformer(
         UserError: the file cannot be read, or tensors are missing, left over, of other shapes or stored in ways that
             are not known; it names them.
     """
-    try:
-        with _opened(Path(file)) as tensors:
-            found = _by_our_names(file, tensors, dtype)
-            with torch.device("meta"):
-                model = ZImageTransformer2DModel.from_config(dict(config))
-            wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            _refuse_others(file, wanted, found)
-            for name, shape in wanted.items():
-                weight = found[name]()
-                if name.endswith("pad_token"):  # some files have them as rows, some without the first dimension
-                    weight = weight.reshape(shape) if weight.numel() == torch.Size(shape).numel() else weight
-                if tuple(weight.shape) != shape:
-                    raise UserError(f"{file}: {name} is {tuple(weight.shape)}, the model's is {shape}")
-                _put(model, name, weight)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise _unreadable(file, error) from None
+    with _opened(Path(file)) as tensors:
+        found = _by_our_names(file, tensors, dtype)
+        with torch.device("meta"):
+            model = ZImageTransformer2DModel.from_config(dict(config))
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        _refuse_others(file, wanted, found)
+        for name, shape in wanted.items():
+            weight = found[name]()
+            if name.endswith("pad_token"):  # some files have them as rows, some without the first dimension
+                weight = weight.reshape(shape) if weight.numel() == torch.Size(shape).numel() else weight
+            if tuple(weight.shape) != shape:
+                raise UserError(f"{file}: {name} is {tuple(weight.shape)}, the model's is {shape}")
+            _put(model, name, weight)
     return model.eval()
-
-
-def _unreadable(file: str | Path, error: Exception) -> UserError:
-    return UserError(f"{file}: not a {Path(file).suffix[1:] or 'safetensors'} file, or damaged ({error})")
 
 
 def write_transformer(
@@ -146,12 +137,17 @@ class _Gguf:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """What has the keys of a file, and gets its tensors."""
-    if file.suffix == ".gguf":
-        yield _Gguf(file)
-        return
-    with safe_open(file, "pt") as tensors:
-        yield tensors
+    """What has the keys of a file, and gets its tensors. Raises: UserError, if it cannot be read, then or inside."""
+    try:
+        if file.suffix == ".gguf":
+            yield _Gguf(file)
+            return
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file}: not a {file.suffix[1:] or 'safetensors'} file, or damaged ({error})") from None
 
 
 def own_precision(file: str | Path) -> torch.dtype:
@@ -161,15 +157,10 @@ def own_precision(file: str | Path) -> torch.dtype:
     Raises:
         UserError: the file cannot be read.
     """
-    try:
-        with _opened(Path(file)) as tensors:
-            kinds = tensors.kinds() if isinstance(tensors, _Gguf) else _kinds(tensors)
-            long = sum(count for kind, count in kinds.items() if kind in ("F64", "F32", "F16"))
-            return torch.float32 if 2 * long > kinds.total() else torch.bfloat16
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise _unreadable(file, error) from None
+    with _opened(Path(file)) as tensors:
+        kinds = tensors.kinds() if isinstance(tensors, _Gguf) else _kinds(tensors)
+        long = sum(count for kind, count in kinds.items() if kind in ("F64", "F32", "F16"))
+        return torch.float32 if 2 * long > kinds.total() else torch.bfloat16
 
 
 def _kinds(tensors: Any) -> Counter[str]:
@@ -221,8 +212,8 @@ def _reader(
     stem = key.removesuffix(".weight")
     scale = next((stem + ending for ending in SCALES if stem + ending in keys and stem != key), None)
 
-    def weight_of(whole: Tensor) -> Tensor:
-        return whole if third is None else whole.chunk(3)[third].clone()
+    def part(rows: Tensor) -> Tensor:
+        return rows if third is None else rows.chunk(3)[third].clone()
 
     def read() -> Tensor:
         weight = tensors.get_tensor(key)
@@ -230,13 +221,11 @@ def _reader(
             raise UserError(f"{file}: {key} is stored as {weight.dtype}, which is not read; fp8 and bf16 are")
         factor = tensors.get_tensor(scale).float() if scale is not None else torch.ones(0)
         if factor.numel() == 0:  # some files have a place for it, and nothing there
-            return weight_of(weight).to(dtype)
+            return part(weight).to(dtype)
         if factor.numel() not in (1, len(weight)):
             raise UserError(f"{file}: {scale} is {tuple(factor.shape)}; one scale is known, or one for each row")
-        factor = factor.reshape(-1, *[1] * (weight.ndim - 1))
-        if third is not None:
-            factor = factor.chunk(3)[third] if len(factor) > 1 else factor
-        return (weight_of(weight).float() * factor).to(dtype)
+        factor = factor.reshape(-1, *[1] * (weight.ndim - 1)).expand(len(weight), *[1] * (weight.ndim - 1))
+        return (part(weight).float() * part(factor)).to(dtype)
 
     return read
 
