@@ -27,16 +27,16 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from fewstep import api
-from fewstep.data.emoji import EmojiWorld
-from fewstep.distill.caching import make_cache
-from fewstep.evaluate import metrics as measure
-from fewstep.evaluate.evaluate import emoji_prompts
-from fewstep.evaluate.features import FeatureNet
-from fewstep.evaluate.images import as_float
-from fewstep.evaluate.judge import Judge, hits
-from fewstep.generate import generate
-from fewstep.models.pipeline import TextToImage, load
-from fewstep.recipes.schema import CacheRecipe
+from fewstep.config.recipe import CacheRecipe
+from fewstep.data.teacher_trajectories import make_cache
+from fewstep.emoji.classifier import EmojiClassifier, correct
+from fewstep.emoji.dataset import EmojiDataset
+from fewstep.evaluation import metrics as measure
+from fewstep.evaluation.features import FeatureNet
+from fewstep.evaluation.images import as_float
+from fewstep.evaluation.runner import emoji_prompts
+from fewstep.inference.generate import generate
+from fewstep.models.pipeline import TextToImagePipeline, load
 
 BASE = "micro-decoupled"
 NO_DM = "shield.weight=0"
@@ -89,12 +89,12 @@ class Yardstick:
         seeds_of: how many of the prompts are generated with four seeds, for diversity.
     """
 
-    def __init__(self, teacher: TextToImage, count: int, kept: Path, seeds_of: int = 16) -> None:
+    def __init__(self, teacher: TextToImagePipeline, count: int, kept: Path, seeds_of: int = 16) -> None:
         self.prompts = emoji_prompts(count)
         self.some = [prompt for prompt in self.prompts[:seeds_of] for _ in range(4)]
-        world = EmojiWorld.load()
+        world = EmojiDataset.load()
         self.concepts = [c for c in map(world.parse, self.prompts) if c is not None]
-        self.net, self.judge = FeatureNet(), Judge.load()
+        self.net, self.judge = FeatureNet(), EmojiClassifier.load()
         if not (kept / "teacher.safetensors").exists():
             images = generate(teacher, self.prompts, seed=0).images
             save_file({"features": self.net(images)}, kept / "teacher.safetensors")
@@ -109,12 +109,12 @@ class Yardstick:
             (kept / "teacher.json").write_text(json.dumps(found, indent=1))
         self.teacher: dict[str, dict[str, float | None]] = json.loads((kept / "teacher.json").read_text())
 
-    def figures(self, model: TextToImage, **options: float) -> dict[str, float | None]:
+    def figures(self, model: TextToImagePipeline, **options: float) -> dict[str, float | None]:
         images = generate(model, self.prompts, seed=0, **options).images
         several = generate(model, self.some, seed=len(self.prompts), **options).images
         features = self.net(images)
         pixels = as_float(images)
-        right = hits(self.judge(images), self.concepts)
+        right = correct(self.judge(images), self.concepts)
         return {
             **{key: float(hit.float().mean()) for key, hit in right.items()},
             "fd_teacher": measure.frechet_distance(features, self.features),
@@ -132,13 +132,13 @@ def run(arm: str, seed: int, yardstick: Yardstick, arguments: argparse.Namespace
         return json.loads(file.read_text())
     recipe, changes = (ARMS | FURTHER)[arm]
     steps = round(arguments.minutes * TURBO_STEPS_A_MINUTE) if recipe == TURBO else 100_000
-    common = [f"train.minutes={arguments.minutes}", f"train.steps={steps}", f"train.seed={seed}"]
+    common = [f"train.max_minutes={arguments.minutes}", f"train.steps={steps}", f"train.seed={seed}"]
     common += [f"teacher={arguments.teacher}", f"trajectory.cache={arguments.out / 'cache'}", "trajectory.substeps=4"]
-    quiet = ["train.preview_every=0", "evaluate.enabled=false", "evaluate.every=50"]
+    quiet = ["train.sample_every=0", "evaluate.enabled=false", "evaluate.every=50"]
     made = api.distill(recipe, folder, overrides=[*common, *quiet, *changes])
     found = yardstick.figures(load(made.student))
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-    found |= {"steps": json.loads(last)["step"], "minutes": json.loads(last)["seconds"] / 60}
+    found |= {"steps": json.loads(last)["step"], "max_minutes": json.loads(last)["seconds"] / 60}
     file.write_text(json.dumps(found, indent=1))
     return found
 

@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fewstep.config.load import load_recipe
+from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import predict_x0
+from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import training_prompts
-from fewstep.distill.batch import DistillBatch
-from fewstep.distill.dmd import DecoupledDmd, Question
-from fewstep.distill.run import settings_of
-from fewstep.models.denoiser import predict_x0
-from fewstep.models.pipeline import TextToImage, load
-from fewstep.models.prompts import EncodedPrompts
-from fewstep.models.zimage import ZImageDenoiser
-from fewstep.recipes.load import load_recipe
+from fewstep.jobs import dmd_config
+from fewstep.methods.dmd.method import DecoupledDMD, Question
+from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.models.zimage.denoiser import ZImageDenoiser
 
 
 class PlainDenoiser(nn.Module):
@@ -45,7 +45,7 @@ class PlainDenoiser(nn.Module):
         return -torch.stack(out).squeeze(2).float()
 
 
-class PlainDmd(DecoupledDmd):
+class PlainDmd(DecoupledDMD):
     """The same algorithm with three separate calls of the teacher."""
 
     def ask_teacher(self, questions: Sequence[Question]) -> list[Tensor]:
@@ -56,16 +56,23 @@ class Arm:
     """One way to distil: a step is timed as a whole, optimizers included."""
 
     def __init__(
-        self, model: TextToImage, texts: list[str], batch: int, denoiser: type, method: type, encode: bool, bf16: bool
+        self,
+        model: TextToImagePipeline,
+        texts: list[str],
+        batch: int,
+        denoiser: type,
+        method: type,
+        encode: bool,
+        bf16: bool,
     ) -> None:
         recipe = load_recipe("micro-turbo", [])
         roles = [denoiser(copy.deepcopy(model.transformer)) for _ in range(3)]
         teacher, student, fake = roles[0].requires_grad_(False), *(role.requires_grad_(True) for role in roles[1:])
-        self.method = method(teacher, student, fake, model.encode([""]), settings_of(recipe, model.shift))
-        self.optimizers = {p.name: torch.optim.AdamW(p.module.parameters(), lr=1e-5) for p in self.method.players}
+        self.method = method(teacher, student, fake, model.encode([""]), dmd_config(recipe, model.shift))
+        self.optimizers = {p.name: torch.optim.AdamW(p.module.parameters(), lr=1e-5) for p in self.method.trainables}
         self.model, self.texts, self.batch, self.encode, self.bf16 = model, texts, batch, encode, bf16
         self.encoded = model.encode(texts)
-        self.shape = model.latent_shape(model.card.height, model.card.width)
+        self.shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
         self.pipeline = ZImagePipeline(
             scheduler=model.scheduler, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
             transformer=model.transformer,
@@ -81,15 +88,15 @@ class Arm:
     def step(self, seed: int) -> float:
         torch.manual_seed(seed)  # the same anchors in every arm, so the same number of forwards
         start = time.perf_counter()
-        for player in self.method.players:
-            for _ in range(player.updates):
+        for trainable in self.method.trainables:
+            for _ in range(trainable.updates_per_step):
                 chosen = torch.randint(len(self.texts), (self.batch,))
                 batch = DistillBatch(torch.randn(self.batch, *self.shape), self.prompts(chosen))
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                    loss, _ = player.loss(batch)
+                    loss, _ = trainable.loss(batch)
                 loss.backward()
-                self.optimizers[player.name].step()
-                self.optimizers[player.name].zero_grad()
+                self.optimizers[trainable.name].step()
+                self.optimizers[trainable.name].zero_grad()
         return time.perf_counter() - start
 
 
@@ -104,10 +111,10 @@ def main() -> None:
     arms = {
         "plain: all below": (PlainDenoiser, PlainDmd, True, False),
         "prompts encoded once": (PlainDenoiser, PlainDmd, False, False),
-        "and the teacher asked once": (PlainDenoiser, DecoupledDmd, False, False),
-        "and batched forwards (fewstep)": (ZImageDenoiser, DecoupledDmd, False, False),
-        "the same, bf16 autocast": (ZImageDenoiser, DecoupledDmd, False, True),
-        "diffusers' forward, bf16 autocast": (PlainDenoiser, DecoupledDmd, False, True),
+        "and the teacher asked once": (PlainDenoiser, DecoupledDMD, False, False),
+        "and batched forwards (fewstep)": (ZImageDenoiser, DecoupledDMD, False, False),
+        "the same, bf16 autocast": (ZImageDenoiser, DecoupledDMD, False, True),
+        "diffusers' forward, bf16 autocast": (PlainDenoiser, DecoupledDMD, False, True),
     }
     built = {name: Arm(model, texts, arguments.batch, *parts) for name, parts in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in built}

@@ -14,12 +14,12 @@ import argparse
 import torch
 from torch import Tensor
 
-from fewstep import flow
-from fewstep.data.emoji import Concept, EmojiWorld
-from fewstep.evaluate.features import FeatureNet
-from fewstep.evaluate.judge import Judge, hits
-from fewstep.evaluate.metrics import frechet_distance
-from fewstep.models.pipeline import TextToImage, load
+from fewstep.core import flow
+from fewstep.emoji.classifier import EmojiClassifier, correct
+from fewstep.emoji.dataset import EmojiDataset, EmojiSpec
+from fewstep.evaluation.features import FeatureNet
+from fewstep.evaluation.metrics import frechet_distance
+from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import track
 
 
@@ -37,7 +37,7 @@ def velocity(x: Tensor, sigma: float, known: Tensor) -> Tensor:
 def sample(noise: Tensor, known: Tensor, steps: int, guidance: float, shift: float) -> Tensor:
     """Euler's method; the null prompt's denoiser knows the images of all prompts."""
     every = known.flatten(0, 1)
-    sigmas, x = flow.schedule(steps, shift), noise
+    sigmas, x = flow.get_sigmas(steps, shift), noise
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         v = velocity(x, sigma, known)
         if guidance:
@@ -46,7 +46,7 @@ def sample(noise: Tensor, known: Tensor, steps: int, guidance: float, shift: flo
     return x
 
 
-def images_of(model: TextToImage, world: EmojiWorld, concepts: list[Concept], count: int) -> Tensor:
+def images_of(model: TextToImagePipeline, world: EmojiDataset, concepts: list[EmojiSpec], count: int) -> Tensor:
     """Latents [P, count, N] of ``count`` real images of each concept."""
     generator = torch.Generator().manual_seed(1)
     wanted = [concept for concept in concepts for _ in range(count)]
@@ -64,18 +64,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--images", type=int, default=128, help="that the denoiser knows of each prompt")
     arguments = parser.parse_args()
-    model, world, judge, net = load(arguments.teacher), EmojiWorld.load(), Judge.load(), FeatureNet()
+    model, world, judge, net = load(arguments.teacher), EmojiDataset.load(), EmojiClassifier.load(), FeatureNet()
     concepts = world.sample(arguments.prompts, "heldout", seed=3)
     known = images_of(model, world, concepts, arguments.images)
     shape = model.latent_shape(64, 64)
     noise = torch.randn(len(concepts), known.shape[-1], generator=torch.Generator().manual_seed(5))
-    guidance, reference = model.card.guidance_scale, None
+    guidance, reference = model.generation_config.guidance_scale, None
     for steps, scale in ((50, guidance), (50, 0.0), (4, 0.0), (4, guidance)):
         latents = sample(noise, known, steps, scale, model.shift)
         images = torch.cat([model.decode(part) for part in latents.unflatten(1, shape).split(50)])
         features = net(images)
         reference = features if reference is None else reference
-        right = {key: f"{hit.float().mean():.1%}" for key, hit in hits(judge(images), concepts).items()}
+        right = {key: f"{hit.float().mean():.1%}" for key, hit in correct(judge(images), concepts).items()}
         apart = frechet_distance(features, reference)
         print(f"{steps} steps, guidance {scale:g}: {right}, Fréchet distance to the first {apart:.1f}", flush=True)
 

@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fewstep.config.load import load_recipe
+from fewstep.config.recipe import DistillRecipe
+from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.precision import uses_bf16
 from fewstep.data.prompts import training_prompts
-from fewstep.distill.roles import make_roles
-from fewstep.distill.run import dmd_job
+from fewstep.jobs import dmd_job
+from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
-from fewstep.models.prompts import EncodedPrompts
-from fewstep.recipes.load import load_recipe
-from fewstep.recipes.schema import DistillRecipe
-from fewstep.training.distribution import Ranks
-from fewstep.training.precision import uses_bf16
-from fewstep.training.run import Run
+from fewstep.training.distributed import DistContext
+from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
 #: Who spoke, on how many samples, and whether a backward followed.
@@ -37,7 +37,7 @@ Call = tuple[str, int, bool]
 
 WARM_UP = 3  # steps that are not counted
 
-PLAIN = ("align=0", "fake_warmup=0", "shield.regression=0", "evaluate.enabled=false", "train.preview_every=0")
+PLAIN = ("align=0", "fake_warmup=0", "shield.regression=0", "evaluate.enabled=false", "train.sample_every=0")
 
 
 class Alone:
@@ -107,13 +107,13 @@ def main() -> None:
     recipe = load_recipe("micro-turbo", [*PLAIN, *changes])
     assert isinstance(recipe, DistillRecipe)
     teacher, texts = load(recipe.teacher), training_prompts(recipe.prompts)
-    roles = make_roles(recipe, teacher)
-    job = dmd_job(recipe, roles, texts, None, Ranks())
+    roles = build_models(recipe, teacher)
+    job = dmd_job(recipe, roles, texts, None, DistContext())
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
     denoisers = {"teacher": teacher.denoiser, "student": roles.student.denoiser, "fake": roles.fake}
-    shape = tuple(teacher.latent_shape(teacher.card.height, teacher.card.width))
+    shape = tuple(teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width))
     prompts = teacher.encode(texts[:: len(texts) // 256])
-    with tempfile.TemporaryDirectory() as folder, Run(Path(folder), recipe) as run:
+    with tempfile.TemporaryDirectory() as folder, RunDir(Path(folder), recipe) as run:
         trainer = Measured(job.method, job.data, run, train=recipe.train, optim=optim)
         trainer.alone = Alone(denoisers, prompts, shape, uses_bf16(recipe.train.precision, teacher.device))
         trainer.fit()

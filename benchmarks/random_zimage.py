@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-from fewstep import planning
-from fewstep.models.parts import SHIPPED
+from fewstep.models.components import BUNDLED_MODELS
+from fewstep.plan import estimate as planning
 
 CONFIGS = Path(planning.__file__).parent / "assets" / "zimage"
 FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -90,11 +90,13 @@ def main() -> None:
     for seed, (part, model) in enumerate(parts().items()):
         write(model, folder / part, FILES[part], seed)
         shutil.copy(CONFIGS / part / "config.json", folder / part / "config.json")
-    shutil.copytree(SHIPPED["micro"] / "tokenizer", folder / "tokenizer")
+    shutil.copytree(BUNDLED_MODELS["micro"] / "tokenizer", folder / "tokenizer")
     scheduler = json.loads((CONFIGS / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"shift": shift}))
-    shutil.copy(SHIPPED["micro"] / "model_index.json", folder / "model_index.json")  # it has no card, as the real one
+    shutil.copy(
+        BUNDLED_MODELS["micro"] / "model_index.json", folder / "model_index.json"
+    )  # it has no card, as the real one
     print(folder)
 
 

@@ -26,21 +26,22 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep import planning
-from fewstep.distill.batch import DistillBatch
-from fewstep.distill.dmd import DecoupledDmd
-from fewstep.distill.phases import distillation
-from fewstep.distill.roles import make_roles
-from fewstep.distill.run import settings_of
+from fewstep.config.load import load_recipe, with_overrides
+from fewstep.config.recipe import DistillRecipe, PhasesRecipe
+from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.samplers import sample_euler
+from fewstep.data.batch import DistillBatch
 from fewstep.errors import UserError
-from fewstep.models.fp8 import Fp8Linear, multiplies_in_8_bits, narrow
-from fewstep.models.pipeline import ModelCard, TextToImage
-from fewstep.models.prompts import EncodedPrompts
-from fewstep.models.zimage import run_block
-from fewstep.recipes.load import changed, load_recipe
-from fewstep.recipes.schema import DistillRecipe, PhasesRecipe
-from fewstep.samplers import sample_euler
-from fewstep.training.learner import Learner
+from fewstep.jobs import dmd_config
+from fewstep.methods.dmd.method import DecoupledDMD
+from fewstep.methods.models_setup import build_models
+from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.models.quantize import Fp8Linear, quantize_fp8_, supports_fp8_matmul
+from fewstep.models.zimage.denoiser import run_block
+from fewstep.plan import estimate as planning
+from fewstep.stages import stage_recipe
+from fewstep.training.train_state import TrainState
 
 ZIMAGE = Path(planning.__file__).parent / "assets" / "zimage"
 TINY = {"dim": 192, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 16, 16], "cap_feat_dim": 64}
@@ -69,7 +70,7 @@ class Bench:
                 p.numel() for p in ZImageTransformer2DModel.from_config(self.configs()["transformer"]).parameters()
             )
 
-    def model(self) -> TextToImage:
+    def model(self) -> TextToImagePipeline:
         """A model with random weights in bf16, without a text encoder."""
         configs = self.configs()
         torch.manual_seed(0)
@@ -79,10 +80,10 @@ class Bench:
         for module in (transformer, vae):
             module.eval().requires_grad_(False)
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-        card = ModelCard(steps=STEPS, height=self.size, width=self.size)
-        return TextToImage(transformer, vae, nn.Identity(), None, scheduler, card)  # type: ignore[arg-type]
+        card = GenerationConfig(steps=STEPS, height=self.size, width=self.size)
+        return TextToImagePipeline(transformer, vae, nn.Identity(), None, scheduler, card)  # type: ignore[arg-type]
 
-    def prompts(self, model: TextToImage, count: int = 1, tokens: int = TOKENS) -> EncodedPrompts:
+    def prompts(self, model: TextToImagePipeline, count: int = 1, tokens: int = TOKENS) -> EncodedPrompts:
         wide = model.transformer.config["cap_feat_dim"]
         lengths = torch.full((count,), tokens)
         return EncodedPrompts(torch.randn(count, tokens, wide, device=self.device), lengths)
@@ -128,8 +129,10 @@ def _dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def forward_flops(model: TextToImage, prompts: EncodedPrompts) -> float:
-    x = torch.randn(1, *model.latent_shape(model.card.height, model.card.width), device=model.device)
+def forward_flops(model: TextToImagePipeline, prompts: EncodedPrompts) -> float:
+    x = torch.randn(
+        1, *model.latent_shape(model.generation_config.height, model.generation_config.width), device=model.device
+    )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.denoiser(x, torch.ones(1, device=model.device), prompts)
     return float(counter.get_total_flops())
@@ -154,7 +157,7 @@ def images(bench: Bench) -> Table:
         )  # fmt: skip
 
     def ours() -> Tensor:
-        with model.denoiser.keeping_captions():
+        with model.denoiser.cache_text_tokens():
             return model.decode(sample_euler(model.denoiser, noise, model.sigmas(STEPS), prompts))
 
     arms: list[tuple[str, Callable[[], object]]] = [("diffusers.ZImagePipeline, bf16", theirs), ("fewstep, bf16", ours)]
@@ -175,10 +178,10 @@ def images(bench: Bench) -> Table:
     for name, run in arms:
         measure(name, run)
     if bench.compiled:
-        model.denoiser.compile_blocks()
+        model.denoiser.compile_repeated_blocks()
         measure("fewstep, bf16, compiled", ours)
-    narrow(model.transformer)
-    for products in (False, True) if multiplies_in_8_bits(bench.device) else (False,):
+    quantize_fp8_(model.transformer)
+    for products in (False, True) if supports_fp8_matmul(bench.device) else (False,):
         name = "fewstep, fp8 products" if products else "fewstep, fp8 weights"
         for module in model.transformer.modules():
             if isinstance(module, Fp8Linear):
@@ -186,7 +189,7 @@ def images(bench: Bench) -> Table:
         model.denoiser.run_block = run_block
         measure(name, ours)
         if bench.compiled:
-            model.denoiser.compile_blocks()
+            model.denoiser.compile_repeated_blocks()
             measure(f"{name}, compiled", ours)
     return table
 
@@ -195,7 +198,9 @@ def iteration_recipe(size: int, *more: str) -> DistillRecipe:
     """One batch of one image, of the recipe for Z-Image."""
     phases = load_recipe("zimage-turbo-8", [])
     assert isinstance(phases, PhasesRecipe)
-    recipe = changed(distillation(phases, phases.phases[0]), [f"size={size}", "train.accumulate=1", *more])
+    recipe = with_overrides(
+        stage_recipe(phases, phases.phases[0]), [f"size={size}", "train.gradient_accumulation_steps=1", *more]
+    )
     assert isinstance(recipe, DistillRecipe)
     return recipe
 
@@ -228,10 +233,12 @@ def iterations(bench: Bench) -> Table:
 def one_arm(bench: Bench, recipe: DistillRecipe) -> tuple[float, float]:
     """Mean seconds and operations of an iteration, over the same anchors for every arm."""
     teacher = bench.model()
-    teacher.card = teacher.card.model_copy(update={"height": recipe.size, "width": recipe.size})
+    teacher.generation_config = teacher.generation_config.model_copy(
+        update={"height": recipe.size, "width": recipe.size}
+    )
     prompts, null = bench.prompts(teacher), bench.prompts(teacher, tokens=10)
     each = forward_flops(teacher, prompts)
-    roles = make_roles(recipe, teacher)
+    roles = build_models(recipe, teacher)
     student, fake = roles.student.denoiser, roles.fake
     done = [0.0]
 
@@ -242,15 +249,15 @@ def one_arm(bench: Bench, recipe: DistillRecipe) -> tuple[float, float]:
     for role, learns in ((student, True), (fake, True)):
         role.register_forward_pre_hook(lambda m, i, learns=learns: count(m, i, learns))
     asked = Counting(teacher.denoiser, lambda inputs: count(teacher.denoiser, inputs, False))
-    method = DecoupledDmd(asked, student, fake, null, settings_of(recipe, teacher.shift))
+    method = DecoupledDMD(asked, student, fake, null, dmd_config(recipe, teacher.shift))
     optim = {"student": recipe.optim.student, "fake": recipe.optim.fake}
-    learners = [Learner(player, optim[player.name], recipe.train) for player in method.players]  # type: ignore[arg-type]
-    shape = teacher.latent_shape(teacher.card.height, teacher.card.width)
+    learners = [TrainState(trainable, optim[trainable.name], recipe.train) for trainable in method.trainables]  # type: ignore[arg-type]
+    shape = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
 
     def iteration(seed: int) -> None:
         torch.manual_seed(seed)
         for learner in learners:
-            for _ in range(learner.player.updates):
+            for _ in range(learner.trainable.updates_per_step):
                 learner.update([DistillBatch(torch.randn(1, *shape, device=bench.device), prompts)], seed + 1)
                 for other in learners:
                     other.optimizer.zero_grad()

@@ -8,23 +8,24 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fewstep.micro.teacher import build_transformer
-from fewstep.micro.text import build_text_encoder
-from fewstep.micro.vae import build_vae
-from fewstep.models.parts import SHIPPED
-from fewstep.models.pipeline import ModelCard, TextToImage
-from fewstep.recipes.settings import TextSettings, TransformerSettings
+from fewstep.config.sections import TextSettings, TransformerSettings
+from fewstep.emoji.train_teacher import build_transformer
+from fewstep.emoji.train_text_encoder import build_text_encoder
+from fewstep.emoji.train_vae import build_vae
+from fewstep.models.components import BUNDLED_MODELS
+from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.pipeline import TextToImagePipeline
 
 torch.set_num_threads(1)  # tests run side by side
 
 
 @pytest.fixture(scope="session")
-def tiny() -> TextToImage:
+def tiny() -> TextToImagePipeline:
     """All of Z-Image's parts with random weights, 64 px; the tokenizer is the shipped model's."""
     from transformers import Qwen2Tokenizer
 
     torch.manual_seed(0)
-    tokenizer = Qwen2Tokenizer.from_pretrained(SHIPPED["micro"] / "tokenizer")
+    tokenizer = Qwen2Tokenizer.from_pretrained(BUNDLED_MODELS["micro"] / "tokenizer")
     text = TextSettings(vocab_size=len(tokenizer), hidden_size=32, layers=3, heads=2, head_dim=16, intermediate_size=48)
     transformer = build_transformer(
         TransformerSettings(dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, axes_dims=(8, 8, 8)), 32, 16
@@ -34,12 +35,12 @@ def tiny() -> TextToImage:
     vae = build_vae([8, 8, 16, 16], 1, 16, 4)
     encoder = build_text_encoder(text, tokenizer)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    card = ModelCard(steps=6, guidance_scale=2.0, height=64, width=64)
+    card = GenerationConfig(steps=6, guidance_scale=2.0, height=64, width=64)
     for module in (transformer, vae, encoder):
         module.eval().requires_grad_(False)
-    return TextToImage(transformer, vae, encoder, tokenizer, scheduler, card)
+    return TextToImagePipeline(transformer, vae, encoder, tokenizer, scheduler, card)
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tiny: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tiny: TextToImagePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("models") / "tiny")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep import flow
-from fewstep.models.prompts import EncodedPrompts
+from fewstep.core import flow
+from fewstep.core.conditioning import EncodedPrompts
 
 SHAPE = (2, 2, 2)
 
@@ -33,6 +33,6 @@ class Gaussian(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         self.calls.append((len(x), sigma.detach().clone()))
         mean = prompts.features[:, 0, 0].reshape(-1, 1, 1, 1) + self.offset
-        level = flow.expand(sigma, x)
+        level = flow.append_dims(sigma, x)
         x0 = mean + self.shrink(level) * (x - (1 - level) * mean)
         return flow.velocity_from_x0(x, sigma, x0)

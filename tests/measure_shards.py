@@ -8,13 +8,13 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep.config.load import load_recipe
 from fewstep.data.prompts import training_prompts
-from fewstep.distill.roles import make_roles
-from fewstep.distill.run import dmd_job
+from fewstep.jobs import dmd_job
+from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
-from fewstep.recipes.load import load_recipe
-from fewstep.training.distribution import launched
-from fewstep.training.learner import Learner
+from fewstep.training.distributed import init_distributed
+from fewstep.training.train_state import TrainState
 
 
 def held(tensors) -> int:  # type: ignore[no-untyped-def]
@@ -41,18 +41,18 @@ class Received(TorchDispatchMode):
 
 def main(folder: str, precision: str, out: str) -> None:
     settings = ("student.steps=1", "fake_updates=2", "shield.regression=0", "align=0", "fake_warmup=0")
-    sizes = ("train.batch_size=4", f"train.precision={precision}", "optim.student={lr: 1.0e-4, ema: 0.9}")
+    sizes = ("train.batch_size=4", f"train.precision={precision}", "optim.student={lr: 1.0e-4, ema_decay: 0.9}")
     recipe = load_recipe("micro-turbo", [f"teacher={folder}", *settings, *sizes])
-    with launched() as ranks:
+    with init_distributed() as dist:
         torch.manual_seed(0)
-        teacher = load(folder, ranks.device)
-        roles = make_roles(recipe, teacher, ranks)
-        job = dmd_job(recipe, roles, training_prompts(recipe.prompts)[:64], None, ranks)
-        learners = [Learner(p, getattr(recipe.optim, p.name), recipe.train, ranks) for p in job.method.players]
+        teacher = load(folder, dist.device)
+        roles = build_models(recipe, teacher, dist)
+        job = dmd_job(recipe, roles, training_prompts(recipe.prompts)[:64], None, dist)
+        learners = [TrainState(p, getattr(recipe.optim, p.name), recipe.train, dist) for p in job.method.trainables]
         with Received() as received:
             for learner in learners:
-                for update in range(learner.player.updates):
-                    learner.update([ranks.share(job.data(update))], 1)
+                for update in range(learner.trainable.updates_per_step):
+                    learner.update([dist.shard(job.data(update))], 1)
         student, fake = learners
         found = {
             "teacher": held(teacher.denoiser.parameters()),
@@ -64,7 +64,7 @@ def main(folder: str, precision: str, out: str) -> None:
             "weights received": received.weights,
             "gradients received": received.gradients,
         }
-        if ranks.first:
+        if dist.is_main_process:
             Path(out).write_text(json.dumps(found))
 
 

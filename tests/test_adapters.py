@@ -9,24 +9,31 @@ from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
 from fewstep import api
-from fewstep.data.cache import digest
-from fewstep.distill.roles import make_roles
+from fewstep.config.load import load_recipe
+from fewstep.data.trajectories import weights_hash
 from fewstep.errors import UserError
-from fewstep.generate import generate
-from fewstep.models.adapters import TARGETS, LoraRole, add_stack, as_now, stack_parameters, write_merged
-from fewstep.models.fp8 import narrow
-from fewstep.models.parts import load_part
+from fewstep.inference.generate import generate
+from fewstep.methods.models_setup import build_models
+from fewstep.models.adapters import (
+    TARGETS,
+    AdapterDenoiser,
+    adapter_parameters,
+    add_adapter,
+    capture_adapter_state,
+    write_merged,
+)
+from fewstep.models.components import load_component
 from fewstep.models.pipeline import load
-from fewstep.models.zimage import ZImageDenoiser
-from fewstep.recipes.load import load_recipe
+from fewstep.models.quantize import quantize_fp8_
+from fewstep.models.zimage.denoiser import ZImageDenoiser
 
 SHORT = [
-    *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
+    *("train.batch_size=2", "train.log_every=1", "train.save_every=2", "train.sample_every=0"),
     *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "student.steps=2"),
     "shield.regression=0",
     "align=0",
     "fake_warmup=0",
-    "optim.student.decay=constant",
+    "optim.student.lr_schedule=constant",
 ]
 
 
@@ -47,12 +54,12 @@ def targeted(model):
 
 def test_new_stacks_change_nothing(tiny, transformer):
     base = ZImageDenoiser(transformer)
-    expected, before = base(*question(tiny)), digest(transformer)
-    add_stack(transformer, "student", 4, 1.0)
-    add_stack(transformer, "fake", 2, 1.0)
-    for role in (base, LoraRole(base, "student"), LoraRole(base, "fake"), LoraRole(base, None)):
+    expected, before = base(*question(tiny)), weights_hash(transformer)
+    add_adapter(transformer, "student", 4, 1.0)
+    add_adapter(transformer, "fake", 2, 1.0)
+    for role in (base, AdapterDenoiser(base, "student"), AdapterDenoiser(base, "fake"), AdapterDenoiser(base, None)):
         torch.testing.assert_close(role(*question(tiny)), expected)
-    assert digest(transformer) == before  # a cache made before is the same teacher's
+    assert weights_hash(transformer) == before  # a cache made before is the same teacher's
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -63,8 +70,8 @@ def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, tmp_path, scale)
     layers = targeted(full)
     assert len(layers) == 7 * (len(full.layers) + len(full.noise_refiner) + len(full.context_refiner))
     rank = max(min(layer.weight.shape) for layer in layers.values())
-    add_stack(transformer, "student", rank, scale)
-    stack = stack_parameters(transformer, "student")
+    add_adapter(transformer, "student", rank, scale)
+    stack = adapter_parameters(transformer, "student")
     for name, layer in layers.items():
         change = 0.05 * torch.randn_like(layer.weight)
         u, s, v = torch.linalg.svd(change, full_matrices=False)
@@ -72,11 +79,11 @@ def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, tmp_path, scale)
             stack[f"{name}.lora_B.student.weight"][:, : len(s)] = u * s / scale
             stack[f"{name}.lora_A.student.weight"][: len(s)] = v
             layer.weight += change
-    role, copied = LoraRole(ZImageDenoiser(transformer), "student"), ZImageDenoiser(full)
+    role, copied = AdapterDenoiser(ZImageDenoiser(transformer), "student"), ZImageDenoiser(full)
     torch.testing.assert_close(role(*question(tiny)), copied(*question(tiny)), atol=1e-4, rtol=1e-4)
     write_merged(tmp_path / "transformer", transformer, "student", shard="200KB")
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
-    plain = load_part(tmp_path, "transformer")
+    plain = load_component(tmp_path, "transformer")
     assert plain.state_dict().keys() == full.state_dict().keys()
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(weight, full.state_dict()[name], atol=1e-5, rtol=1e-5)
@@ -92,9 +99,9 @@ def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, tmp_path, scale)
 
 def test_gradients_reach_their_own_stack_though_others_have_spoken(tiny, transformer):
     for name in ("student", "fake"):
-        add_stack(transformer, name, 3, 1.0)
+        add_adapter(transformer, name, 3, 1.0)
     base = ZImageDenoiser(transformer)
-    student, fake = LoraRole(base, "student"), LoraRole(base, "fake")
+    student, fake = AdapterDenoiser(base, "student"), AdapterDenoiser(base, "fake")
     loss = student(*question(tiny)).square().mean()
     with torch.no_grad():
         base(*question(tiny))
@@ -103,7 +110,7 @@ def test_gradients_reach_their_own_stack_though_others_have_spoken(tiny, transfo
     gradients = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
     assert gradients
     assert all(".lora_" in name and ".student." in name for name in gradients)
-    assert len(list(student.parameters())) == len(stack_parameters(transformer, "student")) == len(gradients)
+    assert len(list(student.parameters())) == len(adapter_parameters(transformer, "student")) == len(gradients)
     assert {id(p) for p in student.parameters()}.isdisjoint({id(p) for p in fake.parameters()})
 
 
@@ -111,16 +118,16 @@ def test_blocks_run_again_with_the_stack_they_spoke_with(tiny, transformer):
     """Checkpointed, with another role speaking before the backward pass: the gradients of a run without either."""
     torch.manual_seed(2)
     for name in ("student", "fake"):
-        add_stack(transformer, name, 3, 1.0)
+        add_adapter(transformer, name, 3, 1.0)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     gradients = []
-    for again in (None, as_now):
+    for again in (None, capture_adapter_state):
         base = ZImageDenoiser(transformer)
-        student, fake = LoraRole(base, "student"), LoraRole(base, "fake")
+        student, fake = AdapterDenoiser(base, "student"), AdapterDenoiser(base, "fake")
         if again is not None:
-            base.checkpoint_blocks(again)
+            base.enable_gradient_checkpointing(again)
         transformer.zero_grad()
         loss = student(*question(tiny)).square().mean()
         with torch.no_grad():
@@ -135,25 +142,25 @@ def test_blocks_run_again_with_the_stack_they_spoke_with(tiny, transformer):
 @pytest.mark.slow
 def test_compiled_roles_speak_and_learn_the_same_and_nothing_is_compiled_again(tiny, transformer):
     """All at once: stacks in turn on a base of 8 bits, checkpointed, under autocast."""
-    narrow(transformer.bfloat16())
+    quantize_fp8_(transformer.bfloat16())
     for name in ("student", "fake"):
-        add_stack(transformer, name, 3, 1.0)
-        for parameter in stack_parameters(transformer, name).values():
+        add_adapter(transformer, name, 3, 1.0)
+        for parameter in adapter_parameters(transformer, name).values():
             torch.nn.init.normal_(parameter, std=0.05)
     eager, compiled = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
-    compiled.compile_blocks()
+    compiled.compile_repeated_blocks()
     for denoiser in (eager, compiled):
-        denoiser.checkpoint_blocks(as_now)
+        denoiser.enable_gradient_checkpointing(capture_adapter_state)
     graphs = []
 
     def said(denoiser, stack, learns):
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learns):
-            velocity = LoraRole(denoiser, stack)(*question(tiny))
+            velocity = AdapterDenoiser(denoiser, stack)(*question(tiny))
         if not learns:
             return velocity, {}
         transformer.zero_grad()
         velocity.square().mean().backward()
-        return velocity.detach(), {key: p.grad.clone() for key, p in stack_parameters(transformer, stack).items()}
+        return velocity.detach(), {key: p.grad.clone() for key, p in adapter_parameters(transformer, stack).items()}
 
     for _ in range(2):
         for stack, learns in ((None, False), ("student", False), ("student", True), ("fake", False), ("fake", True)):
@@ -168,7 +175,7 @@ def test_compiled_roles_speak_and_learn_the_same_and_nothing_is_compiled_again(t
 def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, tmp_path):
     more = [f"teacher={tiny_folder}", *SHORT, "roles.kind=lora", "roles.rank=4", "roles.fake_rank=2", "roles.scale=2.0"]
     more += ["gradient_checkpointing=true"]
-    more += ["optim.student={lr: 0.05, ema: 0.5}", "optim.fake={lr: 0.01}"]
+    more += ["optim.student={lr: 0.05, ema_decay: 0.5}", "optim.fake={lr: 0.01}"]
     made = api.distill("micro-turbo", tmp_path / "whole", overrides=[*more, "train.steps=3"])
     api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=2"])
     api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=3"])
@@ -202,7 +209,7 @@ def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, t
 def test_mistakes(tiny_folder):
     def roles(*overrides):
         recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", "roles.kind=lora", *overrides])
-        return make_roles(recipe, load(tiny_folder))
+        return build_models(recipe, load(tiny_folder))
 
     with pytest.raises(UserError, match="same rank"):
         roles("fake_follow=0.1", "roles.fake_rank=1")
@@ -215,8 +222,8 @@ def test_a_stack_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
     overrides = [f"teacher={tiny_folder}", *SHORT, *more]
     first = api.distill("micro-turbo", tmp_path / "first", overrides=overrides).student
     recipe = load_recipe("micro-turbo", [*overrides, f"init={first}"])
-    roles = make_roles(recipe, load(tiny_folder))
-    stack = stack_parameters(roles.teacher.transformer, "student")
+    roles = build_models(recipe, load(tiny_folder))
+    stack = adapter_parameters(roles.teacher.transformer, "student")
     assert max(p.abs().max() for name, p in stack.items() if "lora_B" in name) > 1e-4
     prompts, x, sigma = roles.teacher.encode(["a fox"]), torch.randn(1, 16, 8, 8), torch.ones(1)
     with torch.no_grad():
@@ -224,9 +231,9 @@ def test_a_stack_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
         torch.testing.assert_close(roles.student.denoiser(x, sigma, prompts), expected, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(roles.teacher.denoiser(x, sigma, prompts), expected, atol=1e-4)
     with pytest.raises(UserError, match="another rank"):
-        make_roles(load_recipe("micro-turbo", [*overrides, f"init={first}", "roles.rank=3"]), load(tiny_folder))
+        build_models(load_recipe("micro-turbo", [*overrides, f"init={first}", "roles.rank=3"]), load(tiny_folder))
     with pytest.raises(UserError, match="a student starts from that of a run with LoRA roles"):
-        make_roles(load_recipe("micro-turbo", [*overrides, f"init={tiny_folder}"]), load(tiny_folder))
+        build_models(load_recipe("micro-turbo", [*overrides, f"init={tiny_folder}"]), load(tiny_folder))
 
 
 def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):
@@ -236,7 +243,7 @@ def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):
     overrides = [f"teacher={tiny_folder}", *SHORT, *more, "optim.student={lr: 0.01}"]
     recipe = load_recipe("micro-turbo", overrides)
     teacher = load(tiny_folder, dtype=torch.bfloat16)
-    roles = make_roles(recipe, teacher)
+    roles = build_models(recipe, teacher)
     dtypes = {(".lora_" in name, p.dtype) for name, p in teacher.transformer.named_parameters()}
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
     assert {p.dtype for p in roles.student.denoiser.parameters()} == {torch.float32}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny import fit, tiny_recipe, tiny_trainer
 
+from fewstep.config.load import load_recipe
 from fewstep.errors import UserError
-from fewstep.recipes.load import load_recipe
 from fewstep.training import checkpoint
-from fewstep.training.run import Run
-from fewstep.training.tracking import Means, Tracker, read_metrics
+from fewstep.training.run_dir import RunDir
+from fewstep.training.tracking import RunningMeans, Tracker, read_metrics
 
 
 def write(directory: Path, step: int, keep: int = 9) -> Path:
@@ -33,7 +33,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (9, 10, 100, 1000):
         write(tmp_path, step, keep=2)
-    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_00000100", "step_00001000"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_00000100", "step_00001000"]
 
 
 def flip_a_byte(path: Path) -> None:
@@ -45,16 +45,16 @@ def flip_a_byte(path: Path) -> None:
 def test_spared_ones_are_kept_besides(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         groups = {"one": {"w": torch.zeros(1)}}
-        checkpoint.save(tmp_path, step, groups, {}, keep=1, spare=[2])
-    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_00000002", "step_00000004"]
+        checkpoint.save(tmp_path, step, groups, {}, keep=1, protect=[2])
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
 
 
 def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
     found = checkpoint.load(write(tmp_path, 7))
     with pytest.raises(RuntimeError, match=r"w is \(3, 2\) there and \(2, 3\) here"):
-        found.fill("one.weights", {"w": torch.zeros(2, 3)})
+        found.load_into("one.weights", {"w": torch.zeros(2, 3)})
     with pytest.raises(RuntimeError, match="its tensors differ: v, w"):
-        found.fill("one.weights", {"v": torch.zeros(3, 2)})
+        found.load_into("one.weights", {"v": torch.zeros(3, 2)})
 
 
 DAMAGE = {
@@ -99,7 +99,7 @@ def test_broken_newer_one_does_not_push_out_good_ones(tmp_path: Path) -> None:
     write(tmp_path, 10)
     flip_a_byte(write(tmp_path, 20))
     write(tmp_path, 15, keep=2)
-    assert [path.name[-2:] for path in checkpoint.steps(tmp_path)] == ["10", "15", "20"]
+    assert [path.name[-2:] for path in checkpoint.list_checkpoints(tmp_path)] == ["10", "15", "20"]
     assert checkpoint.load(write(tmp_path, 20, keep=2)).step == 20
 
 
@@ -146,18 +146,18 @@ except UserError as error:
 
 def test_recipe_is_saved_resolved(tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    Run(tmp_path, recipe)
+    RunDir(tmp_path, recipe)
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
-    assert "keep_checkpoints: 2" in (tmp_path / "recipe.yaml").read_text()
+    assert "max_checkpoints: 2" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_another_recipe_is_refused_showing_what_differs(tmp_path: Path) -> None:
-    Run(tmp_path, tiny_recipe(seed=1)).track(0)
+    RunDir(tmp_path, tiny_recipe(seed=1)).track(0)
     before = (tmp_path / "recipe.yaml").read_text()
     changed = tiny_recipe(seed=2, log_every=3)
     changed.optim.lr = 0.5
     with pytest.raises(UserError) as refused:
-        Run(tmp_path, changed)
+        RunDir(tmp_path, changed)
     message = str(refused.value)
     assert "train.seed: 1 -> 2" in message
     assert "optim.lr: 0.01 -> 0.5" in message
@@ -168,16 +168,16 @@ def test_another_recipe_is_refused_showing_what_differs(tmp_path: Path) -> None:
 
 
 def test_recipe_that_made_nothing_gives_way(tmp_path: Path) -> None:
-    Run(tmp_path, tiny_recipe(seed=1))
-    Run(tmp_path, tiny_recipe(seed=2))
+    RunDir(tmp_path, tiny_recipe(seed=1))
+    RunDir(tmp_path, tiny_recipe(seed=2))
     assert "seed: 2" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_longer_is_the_same_recipe_and_shorter_is_not(tmp_path: Path) -> None:
-    Run(tmp_path, tiny_recipe(steps=12)).track(0)
-    Run(tmp_path, tiny_recipe(steps=20, checkpoint_every=7, preview_every=3, threads=1, keep_checkpoints=1))
+    RunDir(tmp_path, tiny_recipe(steps=12)).track(0)
+    RunDir(tmp_path, tiny_recipe(steps=20, save_every=7, sample_every=3, num_threads=1, max_checkpoints=1))
     with pytest.raises(UserError, match=r"train\.steps: 20 -> 12"):
-        Run(tmp_path, tiny_recipe(steps=12))
+        RunDir(tmp_path, tiny_recipe(steps=12))
 
 
 def test_longer_training_goes_on(tmp_path: Path) -> None:
@@ -189,10 +189,10 @@ def test_longer_training_goes_on(tmp_path: Path) -> None:
 
 def test_recipe_saved_by_an_older_version_is_known_again(tmp_path: Path) -> None:
     """A key that it lacks has its default."""
-    Run(tmp_path, tiny_recipe())
+    RunDir(tmp_path, tiny_recipe())
     path = tmp_path / "recipe.yaml"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "weight_decay" not in line))
-    Run(tmp_path, tiny_recipe())
+    RunDir(tmp_path, tiny_recipe())
 
 
 def test_fresh_deletes_only_what_a_run_makes(tmp_path: Path) -> None:
@@ -211,26 +211,26 @@ def test_directory_that_is_no_run_keeps_its_files(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     for fresh in (False, True):
         with pytest.raises(UserError, match="model is in the way"):
-            Run(tmp_path, tiny_recipe(), fresh=fresh)
+            RunDir(tmp_path, tiny_recipe(), fresh=fresh)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write here"):
-        Run(tmp_path / "file" / "run", tiny_recipe())
+        RunDir(tmp_path / "file" / "run", tiny_recipe())
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    with Run(tmp_path, tiny_recipe()), pytest.raises(UserError, match="another process"):
-        Run(tmp_path, tiny_recipe())
-    Run(tmp_path, tiny_recipe())
+    with RunDir(tmp_path, tiny_recipe()), pytest.raises(UserError, match="another process"):
+        RunDir(tmp_path, tiny_recipe())
+    RunDir(tmp_path, tiny_recipe())
 
 
 def test_interruption_outside_of_training_says_how_to_go_on(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt, match="to go on: make it"),
-        Run(tmp_path, tiny_recipe(), resume_command="make it"),
+        RunDir(tmp_path, tiny_recipe(), resume_command="make it"),
     ):
         raise KeyboardInterrupt
 
@@ -254,10 +254,10 @@ def test_going_on_drops_later_and_broken_lines(tmp_path: Path) -> None:
 
 
 def test_means_are_over_what_was_added() -> None:
-    means = Means()
+    means = RunningMeans()
     means.add({"a": 1.0, "b": 5.0})
     means.add({"a": 2.0})
-    means = Means(json.loads(json.dumps(means.state())))
+    means = RunningMeans(json.loads(json.dumps(means.state())))
     means.add({"a": 6.0})
     assert means.take() == {"a": 3.0, "b": 5.0}
     assert means.take() == {}

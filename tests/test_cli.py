@@ -14,9 +14,9 @@ from tiny import TinyMethod, tiny_data
 from typer.testing import CliRunner, Result
 
 from fewstep.cli.main import app
+from fewstep.config.recipe import DistillRecipe
 from fewstep.errors import UserError
-from fewstep.recipes.schema import DistillRecipe
-from fewstep.training.run import Run, present_command
+from fewstep.training.run_dir import RunDir, current_command
 from fewstep.training.trainer import Trainer
 
 RECIPE = """\
@@ -44,7 +44,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def replace_distillation(setitem: Callable[[dict[str, types.ModuleType], str, types.ModuleType], None]) -> None:
-    def distill(recipe: DistillRecipe, run: Run, watch: object, ranks: object) -> Path:
+    def distill(recipe: DistillRecipe, run: RunDir, watch: object, dist: object) -> Path:
         method = TinyMethod()
         method.pause = float(os.environ.get("PAUSE", 0))
         if recipe.teacher == "bug":
@@ -55,9 +55,9 @@ def replace_distillation(setitem: Callable[[dict[str, types.ModuleType], str, ty
         Trainer(method, tiny_data, run, train=recipe.train, optim=optim).fit()
         return run.directory / "student"
 
-    module = types.ModuleType("fewstep.distill.run")
+    module = types.ModuleType("fewstep.jobs")
     module.distill = distill  # type: ignore[attr-defined]
-    setitem(sys.modules, "fewstep.distill.run", module)
+    setitem(sys.modules, "fewstep.jobs", module)
 
 
 def test_run_goes_where_it_should_and_is_gone_on_with(recipe: Path) -> None:
@@ -123,11 +123,16 @@ def test_wrong_usage_is_status_2() -> None:
 
 @pytest.mark.parametrize("kind", ["vae", "text", "flow", "judge"])
 def test_train_calls_what_the_kind_says(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = {"vae": "micro.vae", "text": "micro.text", "flow": "micro.teacher", "judge": "evaluate.train_judge"}[kind]
+    owner = {
+        "vae": "emoji.train_vae",
+        "text": "emoji.train_text_encoder",
+        "flow": "emoji.train_teacher",
+        "judge": "emoji.train_classifier",
+    }[kind]
     recipe = {"vae": "micro-vae", "text": "micro-text", "flow": "micro-teacher", "judge": "judge"}[kind]
     called: list[str] = []
 
-    def train(recipe: object, run: Run) -> Path:
+    def train(recipe: object, run: RunDir) -> Path:
         called.append(type(recipe).__name__)
         return run.directory / "model"
 
@@ -166,7 +171,7 @@ def test_module_is_the_same_program() -> None:
 def test_command_to_go_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FEWSTEP_RESUME_COMMAND", raising=False)
     monkeypatch.setattr(sys, "argv", ["/x/fewstep/__main__.py", "distill", "a b.yaml", "--fresh", "-s", "train.seed=1"])
-    assert present_command().endswith("-m fewstep distill 'a b.yaml' -s train.seed=1")
+    assert current_command().endswith("-m fewstep distill 'a b.yaml' -s train.seed=1")
     program = tmp_path / "bin" / "fewstep"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\n")
@@ -174,11 +179,11 @@ def test_command_to_go_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(program), "distill", "r.yaml"])
     monkeypatch.setenv("PATH", "/nowhere")
-    assert present_command() == f"{Path('bin/fewstep')} distill r.yaml"
+    assert current_command() == f"{Path('bin/fewstep')} distill r.yaml"
     monkeypatch.setenv("PATH", str(program.parent))
-    assert present_command() == "fewstep distill r.yaml"
+    assert current_command() == "fewstep distill r.yaml"
     monkeypatch.setenv("FEWSTEP_RESUME_COMMAND", "make demo")
-    assert present_command() == "make demo"
+    assert current_command() == "make demo"
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path) -> None:
@@ -205,19 +210,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path) -> None:
 
 
 def test_ctrl_c_before_the_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def distill(recipe: DistillRecipe, run: Run, watch: object, ranks: object) -> Path:
+    def distill(recipe: DistillRecipe, run: RunDir, watch: object, dist: object) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fewstep.distill.run"], "distill", distill)
+    monkeypatch.setattr(sys.modules["fewstep.jobs"], "distill", distill)
     monkeypatch.setenv("FEWSTEP_RESUME_COMMAND", "make demo")
     done = fewstep("distill", recipe)
     assert (done.exit_code, done.stderr) == (130, "interrupted; to go on: make demo\n")
 
 
 def test_user_error_from_within_is_a_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def distill(recipe: DistillRecipe, run: Run, watch: object, ranks: object) -> Path:
+    def distill(recipe: DistillRecipe, run: RunDir, watch: object, dist: object) -> Path:
         raise UserError("the teacher is asleep")
 
-    monkeypatch.setattr(sys.modules["fewstep.distill.run"], "distill", distill)
+    monkeypatch.setattr(sys.modules["fewstep.jobs"], "distill", distill)
     done = fewstep("distill", recipe)
     assert (done.exit_code, done.stderr) == (1, "error: the teacher is asleep\n")

@@ -9,23 +9,23 @@ from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
 from fewstep import api
+from fewstep.config.load import load_recipe
+from fewstep.config.student_schedule import student_timesteps
+from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import training_prompts
-from fewstep.distill.anchors import anchors_of
-from fewstep.distill.batch import DistillBatch
-from fewstep.distill.caching import make_cache
-from fewstep.distill.dmd import DecoupledDmd
-from fewstep.distill.run import batches, settings_of
+from fewstep.data.teacher_trajectories import make_cache
+from fewstep.emoji.classifier import EmojiClassifier
 from fewstep.errors import UserError
-from fewstep.evaluate.evaluate import emoji_prompts
-from fewstep.evaluate.judge import Judge
-from fewstep.evaluate.metrics import frechet_distance
-from fewstep.generate import generate
+from fewstep.evaluation.metrics import frechet_distance
+from fewstep.evaluation.runner import emoji_prompts
+from fewstep.inference.generate import generate
+from fewstep.jobs import dmd_config, prompt_batches
+from fewstep.methods.dmd.method import DecoupledDMD
 from fewstep.models.pipeline import load
-from fewstep.models.zimage import ZImageDenoiser
-from fewstep.recipes.load import load_recipe
+from fewstep.models.zimage.denoiser import ZImageDenoiser
 
 SHORT = [
-    *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
+    *("train.batch_size=2", "train.log_every=1", "train.save_every=2", "train.sample_every=0"),
     *(
         "train.precision=fp32",
         "fake_updates=2",
@@ -33,7 +33,7 @@ SHORT = [
         "shield.regression=0",
         "align=0",
         "fake_warmup=0",
-        "optim.student.decay=constant",
+        "optim.student.lr_schedule=constant",
     ),
 ]
 
@@ -60,7 +60,7 @@ def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tm
     # it did learn something, in the transformer alone
     moved = {name.split("/")[0] for name, tensor in weights(tmp_path / "whole").items() if changed(name, tensor, tiny)}
     assert moved == {"transformer"}
-    card = load(tmp_path / "whole" / "student").card
+    card = load(tmp_path / "whole" / "student").generation_config
     assert (card.steps, card.guidance_scale, card.guidance_distilled) == (4, 0.0, True)
     assert card.sigmas == pytest.approx([1.0, 0.9, 0.75, 0.5])
     assert card.teacher == str(tiny_folder)
@@ -120,7 +120,7 @@ def test_every_option_runs(tiny_folder, tmp_path, more):
 def test_size_is_that_of_training_and_of_the_student(tiny_folder, tmp_path):
     more = ("train.steps=2", "shield.regression=1", "trajectory.samples=4", "size=32")
     made = distil(tiny_folder, tmp_path / "run", *more)
-    assert (load(made.student).card.height, load(made.student).card.width) == (32, 32)
+    assert (load(made.student).generation_config.height, load(made.student).generation_config.width) == (32, 32)
     assert generate(load(made.student), ["a fox"]).images.shape == (1, 32, 32, 3)
     cached = load_file(next((tmp_path / "run" / "cache").glob("*.safetensors")))
     assert cached["states"].shape[-2:] == (4, 4)
@@ -136,7 +136,7 @@ def test_size_is_that_of_training_and_of_the_student(tiny_folder, tmp_path):
 def test_own_prompts(tiny_folder, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a fox\n一只狐狸\n", encoding="utf-8")
-    made = distil(tiny_folder, tmp_path / "run", "train.steps=1", "train.preview_every=1", f"prompts.source={file}")
+    made = distil(tiny_folder, tmp_path / "run", "train.steps=1", "train.sample_every=1", f"prompts.source={file}")
     assert made.student.is_dir()
     assert (tmp_path / "run" / "previews" / "step_000001.png").is_file()
 
@@ -158,14 +158,14 @@ def test_mistakes(tiny_folder, tmp_path):
 
 def test_anchors():
     recipe = load_recipe("micro-turbo", ["student.steps=8"])
-    assert anchors_of(recipe) == [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert student_timesteps(recipe) == [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     recipe = load_recipe("micro-turbo", ["student.steps=2", "student.anchors=[1, 0.4]"])
-    assert anchors_of(recipe) == [1, 0.4]
+    assert student_timesteps(recipe) == [1, 0.4]
 
 
 def test_batches_depend_on_their_number_alone(tiny):
     prompts = training_prompts(load_recipe("micro-turbo", []).prompts)[:50]
-    data, again = (batches(tiny, prompts, size=4, seed=1) for _ in range(2))
+    data, again = (prompt_batches(tiny, prompts, size=4, seed=1) for _ in range(2))
     for position in (3, 0, 3):
         once, twice = data(position), again(position)
         assert torch.equal(once.noise, twice.noise)
@@ -184,14 +184,14 @@ def test_thirty_steps_bring_the_student_nearer_to_its_teacher(tmp_path):
     teacher = load("micro")
     prompts = emoji_prompts(64)
     options = {"teacher=micro", *SHORT, "train.steps=30", "train.batch_size=8", "student.steps=2"}
-    more = ["train.checkpoint_every=30", "optim.student.lr=3.0e-4", "optim.student.ema=null"]
+    more = ["train.save_every=30", "optim.student.lr=3.0e-4", "optim.student.ema_decay=null"]
     made = api.distill("micro-turbo", tmp_path / "run", overrides=[*options, *more])
-    judge = Judge.load()
+    judge = EmojiClassifier.load()
 
     def seen(model, steps, guidance):
         return judge(generate(model, prompts, seed=0, steps=steps, guidance_scale=guidance).images).embedding
 
-    target = seen(teacher, 16, teacher.card.guidance_scale)
+    target = seen(teacher, 16, teacher.generation_config.guidance_scale)
     before = frechet_distance(seen(teacher, 2, 0), target)
     after = frechet_distance(seen(load(made.student), 2, 0), target)
     assert after < 0.8 * before
@@ -200,8 +200,8 @@ def test_thirty_steps_bring_the_student_nearer_to_its_teacher(tmp_path):
 def test_bf16_gradients_survive_the_rollout(tiny):
     """Autocast keeps cast weights; those kept in a rollout without gradient must not be the ones trained with."""
     student = ZImageDenoiser(copy.deepcopy(tiny.transformer)).requires_grad_(True)
-    settings = settings_of(load_recipe("micro-turbo", []), tiny.shift)
-    method = DecoupledDmd(tiny.denoiser, student, copy.deepcopy(tiny.denoiser), tiny.encode([""]), settings)
+    settings = dmd_config(load_recipe("micro-turbo", []), tiny.shift)
+    method = DecoupledDMD(tiny.denoiser, student, copy.deepcopy(tiny.denoiser), tiny.encode([""]), settings)
     seed = next(s for s in range(100) if int(torch.randint(4, (), generator=torch.Generator().manual_seed(s))) == 3)
     torch.manual_seed(seed)  # three steps of rollout
     with torch.autocast("cpu", torch.bfloat16):
@@ -221,9 +221,9 @@ def test_coarser_scales_in_a_recipe(tiny_folder, tmp_path):
 
 def test_best_student_is_saved_beside_the_last(tiny_folder, tmp_path):
     """The fake's loss stands in for a quality: whichever step is best, it is not lost."""
-    best = "train.keep_best={metric: student/lr, better: lower}"  # lowest in the first step of the warm-up
-    optim = "optim.student={lr: 1.0e-3, warmup_steps: 3, ema: 0.5}"
-    distil(tiny_folder, tmp_path / "run", "train.steps=3", "train.keep_checkpoints=1", best, optim)
+    best = "train.keep_best={metric: student/lr, mode: min}"  # lowest in the first step of the warm-up
+    optim = "optim.student={lr: 1.0e-3, warmup_steps: 3, ema_decay: 0.5}"
+    distil(tiny_folder, tmp_path / "run", "train.steps=3", "train.max_checkpoints=1", best, optim)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000001", "step_00000003"]
     last, first = (load(tmp_path / "run" / name).transformer.state_dict() for name in ("student", "student-best"))
@@ -232,7 +232,7 @@ def test_best_student_is_saved_beside_the_last(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["micro-decoupled", "micro-ca", "micro-dm", "micro-dmd", "micro-dmd2", "micro-cdm"])
 def test_recipes_of_the_ablation_run(tiny_folder, tmp_path, recipe):
-    short = [f"teacher={tiny_folder}", "train.steps=1", "train.batch_size=2", "train.preview_every=0"]
+    short = [f"teacher={tiny_folder}", "train.steps=1", "train.batch_size=2", "train.sample_every=0"]
     sizes = ["train.precision=fp32", "evaluate={enabled: false}", "trajectory={samples: 4, substeps: 1}"]
     made = api.distill(recipe, tmp_path / "run", overrides=[*short, *sizes])
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -243,7 +243,7 @@ def test_recipes_of_the_ablation_run(tiny_folder, tmp_path, recipe):
         "micro-dmd2": {"student/regression": False, "discriminator/loss": True},
     }.get(recipe, {"student/ca": True, "student/dm": True, "fake/loss": True})
     assert {key: key in line for key in expected} == expected
-    assert load(made.student).card.steps == 4
+    assert load(made.student).generation_config.steps == 4
 
 
 def test_bf16_teacher_and_fp32_learners(tiny_folder, tmp_path):

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.errors import UserError
-from fewstep.training.distribution import Ranks
+from fewstep.training.distributed import DistContext
 
 OPTIONS = [
-    *("train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.preview_every=0"),
+    *("train.batch_size=4", "train.log_every=1", "train.save_every=2", "train.sample_every=0"),
     *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "evaluate.every=0", "student.steps=2"),
     "shield.regression=0",
     "align=0",
     "fake_warmup=0",
-    "optim.student.decay=constant",
+    "optim.student.lr_schedule=constant",
     "optim.student.lr=2.0e-4",
 ]
 
@@ -75,7 +75,7 @@ def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(tiny_folder, 
 def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
     """Two processes, each with its own part on disk; a bit of one turns over, and the checkpoint before goes on."""
     out = tmp_path / "two"
-    distil(tiny_folder, out, 2, "train.steps=3", "train.checkpoint_every=1")
+    distil(tiny_folder, out, 2, "train.steps=3", "train.save_every=1")
     newest = out / "checkpoints" / "step_00000003"
     parts = sorted(newest.glob("shard-*.safetensors"))
     assert len(parts) == 2
@@ -95,7 +95,7 @@ def test_in_bf16_two_processes_stay_near_one(tiny_folder, tmp_path):
         more = (
             "train.steps=2",
             "train.precision=bf16",
-            "train.preview_every=2",
+            "train.sample_every=2",
             "evaluate.every=2",
             "evaluate.watched=2",
         )
@@ -129,7 +129,7 @@ def test_a_full_disk_ends_all_processes_and_leaves_the_last_checkpoint(tiny_fold
 @pytest.mark.slow
 def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alone):
     distil(tiny_folder, tmp_path / "run", 2, "train.steps=2")
-    distil(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.shard_group=2")
+    distil(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.fsdp_shard_size=2")
     torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), atol=1e-5, rtol=1e-5)
     assert_close(weights(tmp_path / "run"), weights(alone))
 
@@ -154,7 +154,7 @@ def test_what_the_teacher_says_beforehand(tiny_folder, tmp_path, more):
 
 @pytest.mark.slow
 def test_lora_roles_on_two_processes(tiny_folder, tmp_path):
-    more = ("roles.kind=lora", "roles.rank=4", "train.steps=3", "optim.student={lr: 0.01, ema: 0.5}")
+    more = ("roles.kind=lora", "roles.rank=4", "train.steps=3", "optim.student={lr: 0.01, ema_decay: 0.5}")
     for processes in (1, 2):
         distil(tiny_folder, tmp_path / str(processes), processes, *more)
     assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))
@@ -185,16 +185,16 @@ def test_one_killed_ends_all_and_the_run_goes_on(tiny_folder, tmp_path):
     finally:
         process.kill()
     reached = max(int(path.name[5:]) for path in (tmp_path / "run").glob("checkpoints/step_*"))
-    again = distil(tiny_folder, tmp_path / "run", 2, f"train.steps={reached + 100_001}", "train.minutes=0.001")
+    again = distil(tiny_folder, tmp_path / "run", 2, f"train.steps={reached + 100_001}", "train.max_minutes=0.001")
     assert "going on from step" in again.stderr
 
 
 def test_batches_are_divided_without_overlap():
-    parts = [Ranks(rank, 3).share((torch.arange(6), torch.arange(12).reshape(6, 2))) for rank in range(3)]
+    parts = [DistContext(rank, 3).shard((torch.arange(6), torch.arange(12).reshape(6, 2))) for rank in range(3)]
     assert torch.cat([part[0] for part in parts]).tolist() == list(range(6))
     assert torch.cat([part[1] for part in parts]).tolist() == torch.arange(12).reshape(6, 2).tolist()
     with pytest.raises(UserError, match="no multiple of the 4 processes"):
-        Ranks(0, 4).share((torch.arange(6),))
+        DistContext(0, 4).shard((torch.arange(6),))
 
 
 def test_noise_is_drawn_as_one_process_would():
@@ -203,10 +203,10 @@ def test_noise_is_drawn_as_one_process_would():
     expected = torch.randn_like(x), torch.rand_like(x[:, 0, 0])
     rows = []
     for rank in range(3):
-        ranks = Ranks(rank, 3)
+        dist = DistContext(rank, 3)
         torch.manual_seed(3)
-        with ranks.random():
-            mine = ranks.share((x,))[0]
+        with dist.global_rng():
+            mine = dist.shard((x,))[0]
             rows.append((torch.randn_like(mine), torch.rand_like(mine[:, 0, 0])))
     assert torch.equal(torch.cat([row[0] for row in rows]), expected[0])
     assert torch.equal(torch.cat([row[1] for row in rows]), expected[1])

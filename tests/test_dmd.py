@@ -6,25 +6,26 @@ import pytest
 import torch
 from gaussian import SHAPE, Gaussian, prompts_of
 
-from fewstep import flow
-from fewstep.distill.batch import DistillBatch
-from fewstep.distill.caching import trajectory
-from fewstep.distill.dmd import DecoupledDmd, DmdSettings, normaliser, regress
-from fewstep.distill.renoise import Renoise
-from fewstep.distill.rollout import draw_way, rollout
-from fewstep.distill.shields import enlarge, shrink
-from fewstep.distill.trajectory import astray
-from fewstep.models.denoiser import Guided, predict_x0
+from fewstep.core import flow
+from fewstep.core.denoiser import predict_x0
+from fewstep.core.guidance import ClassifierFreeGuidance
+from fewstep.data.batch import DistillBatch
+from fewstep.data.teacher_trajectories import teacher_trajectory
+from fewstep.methods.dmd.method import DecoupledDMD, DMDSettings, dmd_weight, pseudo_target_loss
+from fewstep.methods.dmd.renoise import Renoise
+from fewstep.methods.dmd.rollout import backward_simulation, sample_rollout_timesteps
+from fewstep.methods.dmd.terms.shields import downsample, upsample_grad
+from fewstep.methods.trajectory import trajectory_mse
 
 SHIFT = 3.0
 COUNT = 6
-SETTINGS = DmdSettings(
-    anchors=(1.0, 0.75, 0.5, 0.25), alpha=4.0, renoise=Renoise("hybrid", SHIFT), fake_updates=3, normaliser_floor=1e-6
+SETTINGS = DMDSettings(
+    anchors=(1.0, 0.75, 0.5, 0.25), alpha=4.0, renoise=Renoise("hybrid", SHIFT), fake_updates=3, dmd_norm_eps=1e-6
 )
 
 
 def method_of(settings=SETTINGS, *, teacher=None, student=None, fake=None, null_mean=0.0):
-    return DecoupledDmd(
+    return DecoupledDMD(
         teacher or Gaussian().requires_grad_(False),
         student or Gaussian(),
         fake or Gaussian(),
@@ -53,7 +54,7 @@ def test_ca_direction_in_closed_form(alpha):
     sigma, _ = settings.renoise.draw(anchor)
     teacher, level = method.teacher, sigma.reshape(-1, 1, 1, 1)
     keep = teacher.shrink(level)
-    x_ca = flow.renoise(x, sigma, torch.randn_like(x))
+    x_ca = flow.add_noise(x, sigma, torch.randn_like(x))
     x0_cond = 1.0 + keep * (x_ca - (1 - level))
     ca = (alpha - 1) * (1.0 - -0.5) * (1 - (1 - level) * keep).expand_as(x)
     expected = ca / (x0_cond - x).abs().mean(dim=(1, 2, 3), keepdim=True)
@@ -78,10 +79,10 @@ def test_shared_schedule_is_plain_dmd():
 
     torch.manual_seed(3)
     sigma, _ = settings.renoise.draw(anchor)
-    noisy = flow.renoise(x, sigma, torch.randn_like(x))
-    guided = predict_x0(Guided(method.teacher, prompts_of([-0.5]), 3.0), noisy, sigma, prompts)
+    noisy = flow.add_noise(x, sigma, torch.randn_like(x))
+    guided = predict_x0(ClassifierFreeGuidance(method.teacher, prompts_of([-0.5]), 3.0), noisy, sigma, prompts)
     plain = guided - predict_x0(method.fake, noisy, sigma, prompts)
-    n = normaliser(predict_x0(method.teacher, noisy, sigma, prompts), x, settings.normaliser_floor)
+    n = dmd_weight(predict_x0(method.teacher, noisy, sigma, prompts), x, settings.dmd_norm_eps)
     torch.testing.assert_close(delta, plain / n, atol=1e-4, rtol=1e-4)
 
 
@@ -105,8 +106,8 @@ def test_coarser_matching_sees_what_is_coarse():
 def test_coarser_direction_is_the_gradient_of_the_coarse_loss():
     """enlarge() gives what regression at the smaller size gives through shrink(), over as many elements."""
     x, small = torch.randn(COUNT, 2, 4, 4, requires_grad=True), torch.randn(COUNT, 2, 2, 2)
-    regress(shrink(x, 2), small).backward()
-    torch.testing.assert_close(-x.grad * x.numel(), enlarge(small, 2))
+    pseudo_target_loss(downsample(x, 2), small).backward()
+    torch.testing.assert_close(-x.grad * x.numel(), upsample_grad(small, 2))
 
 
 def test_fake_learns_the_coarser_images_too():
@@ -139,13 +140,13 @@ def test_teacher_is_asked_once():
 def test_normaliser_is_per_sample_and_clamped():
     x = torch.zeros(2, *SHAPE)
     teacher = torch.stack([torch.full(SHAPE, 3.0), torch.full(SHAPE, 0.001)])
-    torch.testing.assert_close(normaliser(teacher, x, 0.1).flatten(), torch.tensor([3.0, 0.1]))
+    torch.testing.assert_close(dmd_weight(teacher, x, 0.1).flatten(), torch.tensor([3.0, 0.1]))
 
 
 def test_regression_has_the_half_and_the_sign():
     x = torch.zeros(1, *SHAPE, requires_grad=True)
     delta = torch.full((1, *SHAPE), 2.0)
-    loss = regress(x, delta)
+    loss = pseudo_target_loss(x, delta)
     assert loss.item() == pytest.approx(0.5 * 4.0)
     loss.backward()
     torch.testing.assert_close(x.grad, -delta / x.numel())
@@ -210,9 +211,9 @@ def test_sigmas_are_clamped():
 def test_rollout_arrives_with_the_right_spread(sampler):
     """At sigma the input's deviation is that of (1 - sigma) x0 + sigma eps: noise is neither lost nor added twice."""
     torch.manual_seed(0)
-    sigmas = flow.schedule(64, SHIFT)  # so fine that Euler is nearly exact
+    sigmas = flow.get_sigmas(64, SHIFT)  # so fine that Euler is nearly exact
     noise = torch.randn(1, 2, 128, 128)
-    z = rollout(Gaussian(deviation=0.5), noise, sigmas, 48, prompts_of([1.0]), sampler)
+    z = backward_simulation(Gaussian(deviation=0.5), noise, sigmas, 48, prompts_of([1.0]), sampler)
     sigma = sigmas[48]
     spread = ((1 - sigma) ** 2 * 0.25 + sigma**2) ** 0.5
     assert z.mean().item() == pytest.approx(1 - sigma, abs=0.02)
@@ -222,21 +223,25 @@ def test_rollout_arrives_with_the_right_spread(sampler):
 
 def test_rollout_to_the_first_anchor_is_the_noise():
     noise = torch.randn(2, *SHAPE)
-    assert torch.equal(rollout(Gaussian(), noise, flow.schedule(4, SHIFT), 0, prompts_of([0.0] * 2)), noise)
+    assert torch.equal(
+        backward_simulation(Gaussian(), noise, flow.get_sigmas(4, SHIFT), 0, prompts_of([0.0] * 2)), noise
+    )
 
 
 def test_rollout_takes_no_gradient():
     student = Gaussian()
-    assert not rollout(student, torch.randn(2, *SHAPE), flow.schedule(4, SHIFT), 2, prompts_of([0.0] * 2)).requires_grad
+    assert not backward_simulation(
+        student, torch.randn(2, *SHAPE), flow.get_sigmas(4, SHIFT), 2, prompts_of([0.0] * 2)
+    ).requires_grad
 
 
 def test_ways_of_a_rollout():
     torch.manual_seed(0)
     anchors = SETTINGS.anchors
-    fixed = [draw_way(anchors, "fixed") for _ in range(200)]
+    fixed = [sample_rollout_timesteps(anchors, "fixed") for _ in range(200)]
     assert {len(way) for way in fixed} == {1, 2, 3, 4}
     assert all(way == list(anchors[: len(way)]) for way in fixed)
-    drawn = [draw_way(anchors, "continuous") for _ in range(4000)]
+    drawn = [sample_rollout_timesteps(anchors, "continuous") for _ in range(4000)]
     assert {len(way) for way in drawn} == {1, 2, 3, 4}
     assert all(way[0] == 1.0 and way == sorted(way, reverse=True) and way[-1] > 0 for way in drawn)
     last = torch.tensor([way[-1] for way in drawn if len(way) == 4])
@@ -264,13 +269,13 @@ def test_gradients_reach_their_own_player_alone():
 
 
 def test_players_and_their_pace():
-    assert [(p.name, p.updates) for p in method_of().players] == [("student", 1), ("fake", 3)]
-    assert [p.name for p in method_of(replace(SETTINGS, shield=0.0)).players] == ["student"]
+    assert [(p.name, p.updates_per_step) for p in method_of().trainables] == [("student", 1), ("fake", 3)]
+    assert [p.name for p in method_of(replace(SETTINGS, shield=0.0)).trainables] == ["student"]
     late = method_of(replace(SETTINGS, align_steps=9, fake_warmup=4))
-    assert [(p.name, p.waits) for p in late.players] == [("student", 0), ("fake", 5)]
+    assert [(p.name, p.start_step) for p in late.trainables] == [("student", 0), ("fake", 5)]
     early = replace(SETTINGS, fake_warmup=4)
-    assert [(p.name, p.waits) for p in method_of(early).players] == [("student", 4), ("fake", 0)]
-    assert method_of(replace(early, shield=0.0)).players[0].waits == 0  # there is no fake to wait for
+    assert [(p.name, p.start_step) for p in method_of(early).trainables] == [("student", 4), ("fake", 0)]
+    assert method_of(replace(early, shield=0.0)).trainables[0].start_step == 0  # there is no fake to wait for
 
 
 def test_alignment_follows_the_teacher_and_then_ends():
@@ -279,11 +284,11 @@ def test_alignment_follows_the_teacher_and_then_ends():
     method = method_of(replace(SETTINGS, align_steps=2), teacher=teacher, student=Gaussian(offset=0.5))
     drawn = batch_of()
     noise, prompts = drawn.noise, drawn.prompts
-    states = trajectory(teacher, noise, list(SETTINGS.anchors), 1, SHIFT, prompts)
+    states = teacher_trajectory(teacher, noise, list(SETTINGS.anchors), 1, SHIFT, prompts)
     batch = DistillBatch(noise, prompts, states)
     method.before_step(2)
     loss, metrics = method.student_loss(batch)
-    expected = sum(astray(method.student, batch, [flow.shift_sigma(u, SHIFT) for u in SETTINGS.anchors]))
+    expected = sum(trajectory_mse(method.student, batch, [flow.shift_sigma(u, SHIFT) for u in SETTINGS.anchors]))
     torch.testing.assert_close(loss, expected)
     assert metrics == {}
     method.before_step(3)
@@ -294,14 +299,14 @@ def test_alignment_follows_the_teacher_and_then_ends():
 
 
 def train(method, steps=200, lr=0.05):
-    optimizers = {p.name: torch.optim.Adam(p.module.parameters(), lr=lr) for p in method.players}
+    optimizers = {p.name: torch.optim.Adam(p.module.parameters(), lr=lr) for p in method.trainables}
     for step in range(steps):
-        for player in method.players:
-            for _ in range(player.updates):
-                loss, _ = player.loss(batch_of(count=32))
-                optimizers[player.name].zero_grad()
+        for trainable in method.trainables:
+            for _ in range(trainable.updates_per_step):
+                loss, _ = trainable.loss(batch_of(count=32))
+                optimizers[trainable.name].zero_grad()
                 loss.backward()
-                optimizers[player.name].step()
+                optimizers[trainable.name].step()
         method.after_step(step)
 
 
@@ -337,5 +342,5 @@ def test_guidance_convention():
     model, prompts, null = Gaussian(), prompts_of([1.0, -1.0]), prompts_of([0.25])
     x, sigma, g = torch.randn(2, *SHAPE), torch.tensor([0.3, 0.8]), 2.5
     cond, empty = model(x, sigma, prompts), model(x, sigma, null.repeat(2))
-    guided = Guided(model, null, alpha=g + 1)(x, sigma, prompts)
+    guided = ClassifierFreeGuidance(model, null, alpha=g + 1)(x, sigma, prompts)
     torch.testing.assert_close(guided, cond + g * (cond - empty), atol=1e-5, rtol=1e-5)

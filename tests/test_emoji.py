@@ -9,19 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.data import emoji_build
-from fewstep.data.emoji import ASSETS, COLOURS, STYLES, TEACHER_STYLES, TEMPLATES, Concept, EmojiWorld, with_article
+from fewstep.emoji import build as emoji_build
+from fewstep.emoji.dataset import (
+    ASSETS,
+    COLORS,
+    STYLES,
+    TEACHER_STYLES,
+    TEMPLATES,
+    EmojiDataset,
+    EmojiSpec,
+    with_article,
+)
 from fewstep.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def world() -> EmojiWorld:
-    return EmojiWorld.load()
+def world() -> EmojiDataset:
+    return EmojiDataset.load()
 
 
 def test_size_and_names(world):
     assert len(world.things) == len(emoji_build.core_names()) >= 100
-    assert len(EmojiWorld.everything().things) > 1000
+    assert len(EmojiDataset.everything().things) > 1000
     assert len({thing.en for thing in world.things}) == len({thing.zh for thing in world.things}) == len(world.things)
     assert sum(file.stat().st_size for file in ASSETS.iterdir()) < 25e6
     apple = next(thing for thing in world.things if thing.en == "red apple")
@@ -30,8 +39,8 @@ def test_size_and_names(world):
 
 def test_prompts_of_the_design(world):
     apple = next(thing.index for thing in world.things if thing.en == "red apple")
-    assert world.prompt(Concept(apple, "noto", "blue", "en")) == "a noto emoji of a red apple on a blue background"
-    assert world.prompt(Concept(apple, "twemoji", "blue", "zh")) == "蓝色背景上的红苹果，twemoji 风格"
+    assert world.prompt(EmojiSpec(apple, "noto", "blue", "en")) == "a noto emoji of a red apple on a blue background"
+    assert world.prompt(EmojiSpec(apple, "twemoji", "blue", "zh")) == "蓝色背景上的红苹果，twemoji 风格"
 
 
 def test_parse_is_the_inverse_of_prompt(world):
@@ -66,13 +75,13 @@ def test_splits(world):
     assert not train & heldout
     assert train | heldout == set(world.concepts("all"))
     assert len(heldout) >= 500
-    # every thing, style, colour and language is seen in training, so that what is held out are combinations alone
+    # every thing, style, color and language is seen in training, so that what is held out are combinations alone
     assert {c.thing for c in train} == {thing.index for thing in world.things}
     assert {(c.thing, c.style) for c in train} == {(c.thing, c.style) for c in world.concepts("all")}
-    assert {c.colour for c in train} == set(COLOURS)
+    assert {c.color for c in train} == set(COLORS)
     # most held-out drawings are unseen in both languages
-    seen = {(c.thing, c.style, c.colour) for c in train}
-    unseen = [c for c in heldout if (c.thing, c.style, c.colour) not in seen]
+    seen = {(c.thing, c.style, c.color) for c in train}
+    unseen = [c for c in heldout if (c.thing, c.style, c.color) not in seen]
     assert len(unseen) > 0.6 * len(heldout)
     assert all(c.style in TEACHER_STYLES for c in train | heldout)
 
@@ -84,18 +93,18 @@ def test_sample_is_fixed_by_its_seed(world):
 
 
 def test_render(world):
-    concept = Concept(0, "noto", "green", "en")
+    concept = EmojiSpec(0, "noto", "green", "en")
     plain = world.render([concept], jitter=False)
     assert plain.shape == (1, 3, 64, 64)
     assert 0 <= plain.min() <= plain.max() <= 1
-    green = torch.tensor(COLOURS["green"]) / 255
+    green = torch.tensor(COLORS["green"]) / 255
     torch.testing.assert_close(plain[0, :, 0, 0], green)
     assert (plain[0, :, 32, 32] - green).abs().max() > 0.1  # something is drawn there
     generator = torch.Generator().manual_seed(0)
     jittered = world.render([concept] * 2, generator)
     assert not torch.equal(jittered[0], jittered[1])
     assert torch.equal(jittered, world.render([concept] * 2, torch.Generator().manual_seed(0)))
-    others = world.render([Concept(0, style, "green", "en") for style in STYLES], jitter=False)
+    others = world.render([EmojiSpec(0, style, "green", "en") for style in STYLES], jitter=False)
     assert (others[0] - others[1]).abs().mean() > 0.01
     assert (others[1] - others[2]).abs().mean() > 0.01
 
@@ -112,9 +121,9 @@ def write_package(folder: Path, name: str, files: dict[str, bytes]) -> None:
             out.addfile(entry, io.BytesIO(content))
 
 
-def picture(colour: tuple[int, int, int], size: int = 64, kind: str = "PNG") -> bytes:
+def picture(color: tuple[int, int, int], size: int = 64, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGBA", (size, size), (*colour, 255)).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    Image.new("RGBA", (size, size), (*color, 255)).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return buffer.getvalue()
 
 

@@ -12,13 +12,14 @@ from diffusers import ZImagePipeline
 from typer.testing import CliRunner
 
 from fewstep.cli.main import app
+from fewstep.core.guidance import ClassifierFreeGuidance
+from fewstep.core.samplers import sample_euler
 from fewstep.errors import UserError
-from fewstep.generate import at_once, generate, initial_noise
-from fewstep.models.denoiser import Guided
+from fewstep.inference.generate import generate, max_batch_size
+from fewstep.models.noise import initial_noise
 from fewstep.models.offload import offload_blocks
-from fewstep.models.pipeline import TextToImage, load
-from fewstep.models.prompts import chat
-from fewstep.samplers import sample_euler
+from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.models.text import apply_chat_template
 
 PROMPTS = ["a noto emoji of a red apple on a blue background", "蓝色背景上的红苹果，twemoji 风格", "a fox " * 12]
 
@@ -60,7 +61,7 @@ def test_same_images_as_diffusers(tiny_folder, steps, guidance, options, forward
     difference = np.abs(ours.images.numpy().astype(int) - theirs.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
-    assert ours.forwards_per_image == forwards
+    assert ours.nfe == forwards
     if options:
         plain = generate(load(tiny_folder), PROMPTS, seed=7, steps=steps, guidance_scale=guidance)
         assert (ours.images.int() - plain.images.int()).abs().max() > 1
@@ -84,7 +85,7 @@ def test_system_prompt_and_thinking_go_around_the_prompt(tiny, system, thinking)
     asked += f"<think>\n{thinking}\n</think>\n\n" if thinking else ""
     tokens = tiny.tokenizer(asked, padding="max_length", max_length=512, return_tensors="pt")
     expected = tiny.text_encoder(**tokens, output_hidden_states=True).hidden_states[-2][tokens.attention_mask.bool()]
-    found = tiny.encode(["a fox"], system=system, thinking=thinking)
+    found = tiny.encode(["a fox"], system=system, assistant_prefix=thinking)
     assert found.lengths.item() == len(expected)
     torch.testing.assert_close(found.features[0], expected, atol=1e-5, rtol=1e-5)
     assert tiny.encode(["a fox"]).lengths.item() < len(expected)  # what was kept of the one is not given for the other
@@ -119,7 +120,7 @@ def test_same_latents_as_diffusers(tiny_folder, tmp_path, steps, guidance, shift
     ).images  # fmt: skip
     prompts, denoiser = model.encode(PROMPTS[:2]), model.denoiser
     if guidance:
-        denoiser = Guided(denoiser, model.encode([""]), guidance + 1)
+        denoiser = ClassifierFreeGuidance(denoiser, model.encode([""]), guidance + 1)
     with torch.no_grad():
         ours = sample_euler(denoiser, noise, model.sigmas(steps), prompts)
     assert (theirs - noise).abs().mean() > 0.1
@@ -137,7 +138,7 @@ def test_a_folder_that_others_wrote_is_run_as_its_like(tiny_folder, tmp_path, sh
         UserWarning, match=rf"no fewstep.json; by its shift of {shift:g} .* {8 if shift == 3 else 50} steps"
     ):
         model = load(folder)
-    assert generate(model, ["a fox"], height=32, width=32).forwards_per_image == forwards
+    assert generate(model, ["a fox"], height=32, width=32).nfe == forwards
     turbo = [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
     if shift == 3:
         assert model.sigmas(8) == pytest.approx(turbo, abs=1e-4)
@@ -151,8 +152,8 @@ def test_parts_that_rest_come_only_while_they_are_asked(tiny_folder, monkeypatch
         part = getattr(model, name)
         go = part.to
         monkeypatch.setattr(part, "to", lambda where, name=name, go=go: (moved.append((name, str(where))), go(where)))
-    monkeypatch.setattr(TextToImage, "device", property(lambda _: torch.device("cpu:0")))
-    model.rest()
+    monkeypatch.setattr(TextToImagePipeline, "device", property(lambda _: torch.device("cpu:0")))
+    model.enable_model_cpu_offload()
     assert moved == [("text_encoder", "cpu"), ("vae", "cpu")]
     moved.clear()
     for _ in range(2):  # the prompts of the second time are known
@@ -189,7 +190,7 @@ def test_null_prompt_is_the_encoded_empty_prompt(tiny):
     null = tiny.encode([""])
     assert null.lengths.item() > 3  # the template's own tokens
     assert null.features.abs().mean() > 0.01
-    assert chat(tiny.tokenizer, "").startswith("<|im_start|>user\n<|im_end|>")
+    assert apply_chat_template(tiny.tokenizer, "").startswith("<|im_start|>user\n<|im_end|>")
 
 
 def test_image_does_not_depend_on_its_batch(tiny):
@@ -209,10 +210,10 @@ def test_image_does_not_depend_on_its_batch(tiny):
 
 
 def test_large_images_are_drawn_and_decoded_a_few_at_a_time(tiny, monkeypatch):
-    assert [at_once(side, side) for side in (64, 128, 512, 1024, 4096)] == [64, 64, 8, 2, 1]
+    assert [max_batch_size(side, side) for side in (64, 128, 512, 1024, 4096)] == [64, 64, 8, 2, 1]
     expected, drawn, decoded = generate(tiny, PROMPTS, steps=2).images, [], []
-    monkeypatch.setattr("fewstep.generate.AT_ONCE", 2 * 64 * 64)
-    monkeypatch.setattr("fewstep.generate.DECODED", 64 * 64)
+    monkeypatch.setattr("fewstep.inference.generate.MAX_PIXELS_PER_BATCH", 2 * 64 * 64)
+    monkeypatch.setattr("fewstep.inference.generate.MAX_DECODE_PIXELS", 64 * 64)
     handles = [
         tiny.transformer.all_final_layer["2-1"].register_forward_pre_hook(
             lambda _, inputs: drawn.append(len(inputs[0]))
@@ -238,13 +239,13 @@ def test_seeds(tiny):
 
 
 def test_card_decides_what_is_unset(tiny):
-    assert generate(tiny, PROMPTS[:1]).forwards_per_image == 12  # 6 steps, guided
-    assert generate(tiny, PROMPTS[:1], guidance_scale=0).forwards_per_image == 6
+    assert generate(tiny, PROMPTS[:1]).nfe == 12  # 6 steps, guided
+    assert generate(tiny, PROMPTS[:1], guidance_scale=0).nfe == 6
 
 
 def test_saving_is_loading_back(tiny, tiny_folder):
     back = load(tiny_folder)
-    assert back.card == tiny.card
+    assert back.generation_config == tiny.generation_config
     for mine, theirs in ((tiny.transformer, back.transformer), (tiny.vae, back.vae)):
         for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
@@ -260,7 +261,7 @@ def test_guidance_distilled_models(tiny_folder, tmp_path):
     card |= {"steps": 4, "guidance_scale": 0.0, "guidance_distilled": True, "sigmas": [1.0, 0.9, 0.75, 0.5]}
     (folder / "fewstep.json").write_text(json.dumps(card))
     student = load(folder)
-    assert generate(student, PROMPTS[:1]).forwards_per_image == 4
+    assert generate(student, PROMPTS[:1]).nfe == 4
     with pytest.raises(UserError, match="guidance distilled into it"):
         generate(student, PROMPTS[:1], guidance_scale=3)
     with pytest.warns(UserWarning, match="trained for 4 steps, not 9"):

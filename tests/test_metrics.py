@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.evaluate import metrics
-from fewstep.evaluate.features import FeatureNet
-from fewstep.evaluate.images import as_float, as_uint8
+from fewstep.evaluation import metrics
+from fewstep.evaluation.features import FeatureNet
+from fewstep.evaluation.images import as_float, as_uint8
 
 
 def gaussian(n: int, mean: torch.Tensor, scale: torch.Tensor, seed: int) -> torch.Tensor:

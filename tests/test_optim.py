@@ -8,20 +8,20 @@ import torch
 from tiny import assert_same, everything, fit, tiny_recipe
 from torch import nn
 
+from fewstep.config.sections import OptimSettings, TrainSettings
+from fewstep.core.method import Method, Trainable
 from fewstep.errors import UserError
-from fewstep.recipes.settings import OptimSettings, TrainSettings
-from fewstep.training.learner import Learner
-from fewstep.training.method import Method, Player
 from fewstep.training.optim import learning_rate
-from fewstep.training.run import Run
+from fewstep.training.run_dir import RunDir
+from fewstep.training.train_state import TrainState
 from fewstep.training.trainer import Trainer
 
 
 def test_8_bits_without_torchao_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)  # as if it were not there
-    player = Player("one", nn.Linear(2, 2), lambda batch: (batch.sum(), {}))
+    trainable = Trainable("one", nn.Linear(2, 2), lambda batch: (batch.sum(), {}))
     with pytest.raises(UserError, match=r"needs torchao; pip install 'fewstep\[lowbit\]'"):
-        Learner(player, OptimSettings(lr=0.1, bits=8), TrainSettings(steps=1, batch_size=1))
+        TrainState(trainable, OptimSettings(lr=0.1, optimizer="adamw8bit"), TrainSettings(steps=1, batch_size=1))
 
 
 @pytest.mark.slow  # compiles
@@ -35,9 +35,9 @@ def test_8_bit_adamw_follows_the_full_one_and_resumes_exactly(tmp_path: Path) ->
         target = torch.randn(64, 64) / 8
         loss = lambda batch: ((module(batch) - batch @ target).square().mean(), {})  # noqa: E731
         method = Method()
-        method.players = [Player("one", module, loss)]
-        recipe = tiny_recipe(steps=steps, batch_size=32, checkpoint_every=5)
-        run = Run(tmp_path / folder, recipe)
+        method.trainables = [Trainable("one", module, loss)]
+        recipe = tiny_recipe(steps=steps, batch_size=32, save_every=5)
+        run = RunDir(tmp_path / folder, recipe)
         data = lambda position: torch.randn(32, 64, generator=torch.Generator().manual_seed(position))  # noqa: E731
         return Trainer(method, data, run, train=recipe.train, optim={"one": OptimSettings(lr=0.01, bits=bits)})
 
@@ -53,9 +53,9 @@ def test_8_bit_adamw_follows_the_full_one_and_resumes_exactly(tmp_path: Path) ->
 
 
 def test_learning_rate() -> None:
-    cosine = OptimSettings(lr=1.0, warmup_steps=4, decay="cosine", final_lr_ratio=0.1)
+    cosine = OptimSettings(lr=1.0, warmup_steps=4, lr_schedule="cosine", min_lr_ratio=0.1)
     assert [learning_rate(cosine, step, 12) for step in (1, 2, 4, 8, 12)] == pytest.approx([0.25, 0.5, 1, 0.55, 0.1])
-    linear = OptimSettings(lr=2.0, decay="linear")
+    linear = OptimSettings(lr=2.0, lr_schedule="linear")
     assert [learning_rate(linear, step, 5) for step in (1, 2, 3, 4, 5)] == pytest.approx([2, 1.5, 1, 0.5, 0])
-    constant = OptimSettings(lr=2.0, final_lr_ratio=0.5)
+    constant = OptimSettings(lr=2.0, min_lr_ratio=0.5)
     assert [learning_rate(constant, step, 5) for step in (1, 5, 50)] == [2, 2, 2]

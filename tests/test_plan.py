@@ -9,19 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from fewstep.cli.main import app
-from fewstep.distill.batch import DistillBatch
-from fewstep.distill.dmd import DecoupledDmd
-from fewstep.distill.phases import distillation
-from fewstep.distill.roles import make_roles
-from fewstep.distill.run import settings_of
+from fewstep.config.load import BUNDLED_RECIPES, load_recipe
+from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.method import Trainable
+from fewstep.data.batch import DistillBatch
 from fewstep.errors import UserError
+from fewstep.jobs import dmd_config
+from fewstep.methods.dmd.method import DecoupledDMD
+from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
-from fewstep.models.prompts import EncodedPrompts
-from fewstep.planning import parse_gpu, plan
-from fewstep.recipes.load import SHIPPED, load_recipe
-from fewstep.rehearsal import PROMPT_TOKENS
-from fewstep.training.learner import Learner
-from fewstep.training.method import Player
+from fewstep.plan.dry_run import PROMPT_TOKENS
+from fewstep.plan.estimate import parse_gpu, plan
+from fewstep.stages import stage_recipe
+from fewstep.training.train_state import TrainState
 
 
 def recipe_of(folder, *more):
@@ -30,12 +30,12 @@ def recipe_of(folder, *more):
 
 def plans_of(file, folder):
     recipe = load_recipe(file, [f"teacher={folder}"])
-    return [distillation(recipe, phase) for phase in recipe.phases]
+    return [stage_recipe(recipe, phase) for phase in recipe.phases]
 
 
 def plans_of_shipped(name):
     recipe = load_recipe(name, [])
-    return [distillation(recipe, phase) for phase in recipe.phases]
+    return [stage_recipe(recipe, phase) for phase in recipe.phases]
 
 
 def held(tensors):
@@ -56,7 +56,7 @@ def test_weights_and_states_are_those_of_real_roles(tiny_folder, more):
     encoding = found.moments["while prompts are encoded"]
     real = held([*teacher.text_encoder.parameters(), *teacher.text_encoder.buffers()])
     assert encoding["text encoder"] == pytest.approx(real, rel=1e-3)
-    roles = make_roles(recipe, teacher)
+    roles = build_models(recipe, teacher)
     if recipe.roles.kind == "copies":
         made = held([*roles.student.denoiser.parameters(), *roles.fake.parameters()])
         assert found.moments["while roles are made"]["copies"] == made
@@ -66,7 +66,7 @@ def test_weights_and_states_are_those_of_real_roles(tiny_folder, more):
     what = "adapters" if recipe.roles.kind == "lora" else "weights"
     for name, module in (("student", roles.student.denoiser), ("fake", roles.fake)):
         loss = lambda _, module=module: (sum(p.square().sum() for p in module.parameters()), {})  # noqa: E731
-        learner = Learner(Player(name, module, loss), getattr(recipe.optim, name), recipe.train)
+        learner = TrainState(Trainable(name, module, loss), getattr(recipe.optim, name), recipe.train)
         learner.update([None], 1)
         assert planned[f"{name}'s {what}"] == encoding[f"{name}'s {what}"] == held(learner.weights.values())
         states = [value for state in learner.optimizer.state.values() for value in state.values() if value.ndim]
@@ -84,22 +84,22 @@ CHECKPOINTED = "gradient_checkpointing=true"
     ids=["copies", "copies, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"],
 )
 def test_a_step_takes_the_memory_that_was_planned(tiny_folder, more, monkeypatch):
-    """To a fiftieth, on a CPU: two real updates of each player, after one that makes their states."""
+    """To a fiftieth, on a CPU: two real updates of each trainable, after one that makes their states."""
     fused = lambda query, key, value, backend: dispatch_attention_fn(query, key, value)  # noqa: E731
-    monkeypatch.setattr("fewstep.models.zimage.mix", fused)  # in bf16 too, as on a GPU
+    monkeypatch.setattr("fewstep.models.zimage.denoiser.attention_fn", fused)  # in bf16 too, as on a GPU
     recipe = recipe_of(tiny_folder, "train.precision=fp32", "size=128", *more)
     planned = plan(recipe, kind="cpu").memory
     teacher = load(tiny_folder, dtype=torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
-    teacher.at_size(128)
-    roles = make_roles(recipe, teacher)
+    teacher.set_resolution(128)
+    roles = build_models(recipe, teacher)
     wide = teacher.transformer.config["cap_feat_dim"]
     prompts = EncodedPrompts(torch.randn(4, PROMPT_TOKENS, wide), torch.full((4,), PROMPT_TOKENS))
-    settings = settings_of(recipe, teacher.shift)
-    method = DecoupledDmd(teacher.denoiser, roles.student.denoiser, roles.fake, prompts[:1], settings)
+    settings = dmd_config(recipe, teacher.shift)
+    method = DecoupledDMD(teacher.denoiser, roles.student.denoiser, roles.fake, prompts[:1], settings)
     batch = DistillBatch(torch.randn(4, *teacher.latent_shape(128, 128)), prompts)
     most = []
-    for player in method.players:
-        learner = Learner(player, getattr(recipe.optim, player.name), recipe.train)
+    for trainable in method.trainables:
+        learner = TrainState(trainable, getattr(recipe.optim, trainable.name), recipe.train)
         learner.update([batch], 1)
         learner.optimizer.zero_grad()
         most.append(most_held(lambda learner=learner: learner.update([batch, batch], 2)))
@@ -121,7 +121,7 @@ def test_operations_are_those_of_a_real_forward(tiny_folder):
     model = load(tiny_folder)
     features = torch.randn(4, PROMPT_TOKENS, model.transformer.config["cap_feat_dim"])
     prompts = EncodedPrompts(features, torch.full((4,), PROMPT_TOKENS))
-    x = torch.randn(4, *model.latent_shape(model.card.height, model.card.width))
+    x = torch.randn(4, *model.latent_shape(model.generation_config.height, model.generation_config.width))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the counter knows its products
         model.denoiser(x, torch.rand(4), prompts)
     planned = plan(recipe_of(tiny_folder))
@@ -156,7 +156,7 @@ def test_recipes_for_the_large_model_fit(name, gpu, gpus):
 def test_phases_are_planned_for_one_by_one(tiny_folder, tmp_path):
     """And what is advised of one can be given: by its number."""
     file = tmp_path / "two.yaml"
-    text = (SHIPPED / "zimage-turbo-8.yaml").read_text()
+    text = (BUNDLED_RECIPES / "zimage-turbo-8.yaml").read_text()
     file.write_text(
         text.replace("kind: lora, base: fp8", "kind: copies, base: bf16")
         .replace("size: 512", "size: 32")

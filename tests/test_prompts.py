@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from fewstep import api
 from fewstep.cli.main import app
-from fewstep.data import prepare as preparing
-from fewstep.data.prepare import Report, language, prepare
+from fewstep.data import prepare_prompts as preparing
+from fewstep.data.prepare_prompts import CleaningStats, prepare, script_of
 from fewstep.data.prompt_files import read_texts
 from fewstep.data.prompt_shards import PromptShards
 from fewstep.errors import UserError
@@ -99,7 +99,7 @@ def test_missing_libraries_are_named(tmp_path, monkeypatch):
     ],
 )
 def test_languages(text, expected):
-    assert language(text) == expected
+    assert script_of(text) == expected
 
 
 def make(source, model, out, **options):
@@ -178,13 +178,13 @@ def test_reading_streams(tmp_path):
 def test_few_tokens_are_encoded_at_once(tiny, monkeypatch):
     """However many prompts there are: what all layers say of them is in memory together."""
     texts = ["a fox", "a very long story of a fox and a dog " * 8, "a dog", "a red apple", "eine Katze"]
-    expected, seen = tiny.encoder.each(texts), []
-    monkeypatch.setattr("fewstep.models.prompts.AT_ONCE", 200)
+    expected, seen = tiny.encoder.encode_uncached(texts), []
+    monkeypatch.setattr("fewstep.models.text.MAX_TOKENS_PER_BATCH", 200)
     handle = tiny.text_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     try:
-        found = tiny.encoder.each(texts)
+        found = tiny.encoder.encode_uncached(texts)
     finally:
         handle.remove()
     assert sum(rows for rows, _ in seen) == len(texts)
@@ -196,8 +196,8 @@ def test_few_tokens_are_encoded_at_once(tiny, monkeypatch):
 
 def test_what_is_kept_does_not_depend_on_who_asked(tiny):
     with torch.autocast("cpu", torch.bfloat16):
-        found = tiny.encoder.each(["a fox of fp32"])[0]
-    assert torch.equal(found, tiny.encoder.each(["a fox of fp32"])[0])
+        found = tiny.encoder.encode_uncached(["a fox of fp32"])[0]
+    assert torch.equal(found, tiny.encoder.encode_uncached(["a fox of fp32"])[0])
 
 
 @pytest.mark.parametrize("base", ["bf16", "fp8"])
@@ -207,13 +207,13 @@ def test_prompts_do_not_mind_the_precision_of_the_text_encoder(tmp_path, tiny, t
     make(tmp_path / "prompts.txt", tiny, tmp_path / "shards")
     overrides = [
         f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'shards'}", "roles.kind=lora", f"roles.base={base}",
-        "roles.rank=2", "train.steps=1", "train.batch_size=2", "train.preview_every=0", "evaluate.enabled=false",
+        "roles.rank=2", "train.steps=1", "train.batch_size=2", "train.sample_every=0", "evaluate.enabled=false",
     ]  # fmt: skip
     assert api.distill("micro-decoupled", tmp_path / "run", overrides=overrides).student.is_dir()
 
 
 def test_quantiles_of_lengths():
-    report = Report(kept=10)
+    report = CleaningStats(kept=10)
     report.tokens.update([5] * 5 + [6] * 4 + [50])
     assert (report.quantile(0.5), report.quantile(0.9), report.quantile(1)) == (5, 6, 50)
 
@@ -227,7 +227,7 @@ def test_a_distillation_takes_them(tmp_path, tiny, tiny_folder):
     assert done.exit_code == 0, done.output
     assert "3 of 3 prompts kept" in done.output
     assert "Latin script 66.7%, Chinese 33.3%" in done.output
-    short = [f"teacher={tiny_folder}", "train.steps=2", "train.batch_size=2", "train.preview_every=0"]
+    short = [f"teacher={tiny_folder}", "train.steps=2", "train.batch_size=2", "train.sample_every=0"]
     students = []
     for source in (file, tmp_path / "shards"):
         more = ["train.precision=fp32", "evaluate={enabled: false}", f"prompts.source={source}"]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from fewstep.config.load import BUNDLED_RECIPES, dump_recipe, load_recipe
+from fewstep.config.recipe import RECIPES, DistillRecipe, JudgeRecipe
 from fewstep.errors import UserError
-from fewstep.recipes.load import SHIPPED, dump_recipe, load_recipe
-from fewstep.recipes.schema import RECIPES, DistillRecipe, JudgeRecipe
 
 JUDGE = """\
 kind: judge
@@ -40,7 +40,7 @@ def refusal(path: Path | str, *overrides: str) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(BUNDLED_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipe_is_valid(path: Path) -> None:
     assert load_recipe(path).kind in RECIPES
     assert load_recipe(f"recipes/{path.name}") == load_recipe(path) == load_recipe(path.stem)
@@ -72,10 +72,10 @@ def test_saved_recipe_reads_back(tmp_path: Path) -> None:
 
 def test_overrides(judge: Path) -> None:
     recipe = load_recipe(
-        judge, ["train.steps=99", "optim.betas=[0.5, 0.9]", "optim.ema=null", "name=other", "data.things=3"]
+        judge, ["train.steps=99", "optim.betas=[0.5, 0.9]", "optim.ema_decay=null", "name=other", "data.things=3"]
     )
     assert (recipe.train.steps, recipe.name, recipe.data.things) == (99, "other", 3)
-    assert (recipe.optim.betas, recipe.optim.ema) == ((0.5, 0.9), None)
+    assert (recipe.optim.betas, recipe.optim.ema_decay) == ((0.5, 0.9), None)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_wrong_override_is_one_line(judge: Path, override: str, message: str) ->
 
 def test_a_bare_off_is_a_word(judge: Path) -> None:
     """YAML has it for false."""
-    assert load_recipe(str(judge), ["train.alarms=off"]).train.alarms == "off"
+    assert load_recipe(str(judge), ["train.on_alert=off"]).train.on_alert == "off"
 
 
 def test_misspelt_required_key_is_named_before_the_missing_one(judge: Path) -> None:

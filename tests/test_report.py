@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from fewstep.data.emoji import EmojiWorld
 from fewstep.data.images import to_uint8
+from fewstep.emoji.classifier import ClassifierNet, EmojiClassifier
+from fewstep.emoji.dataset import EmojiDataset
 from fewstep.errors import UserError
-from fewstep.evaluate import evaluate as module
-from fewstep.evaluate import plots
-from fewstep.evaluate.evaluate import ARM_FIGURES, default_arms, emoji_prompts, evaluate
-from fewstep.evaluate.judge import Judge, JudgeNet
-from fewstep.evaluate.report import render
-from fewstep.evaluate.results import Column, Metrics, Samples, claims
-from fewstep.evaluate.table import columns, print_summary, significant
-from fewstep.generate import Generated
+from fewstep.evaluation import plots
+from fewstep.evaluation import runner as module
+from fewstep.evaluation.metrics_file import ImageColumn, Metrics, Samples, targets
+from fewstep.evaluation.report import render
+from fewstep.evaluation.runner import ARM_FIGURES, default_settings, emoji_prompts, evaluate
+from fewstep.evaluation.table import columns, format_number, print_summary
+from fewstep.inference.generate import GenerationResult
 
 
 def model(**card: Any) -> Any:
-    return SimpleNamespace(card=SimpleNamespace(height=64, width=64, **card))
+    return SimpleNamespace(generation_config=SimpleNamespace(height=64, width=64, **card))
 
 
 TEACHER = model(steps=50, guidance_scale=3.0, guidance_distilled=False)
@@ -37,7 +37,7 @@ STUDENT = model(steps=4, guidance_scale=0.0, guidance_distilled=True)
 @pytest.fixture
 def seeds_seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Replaces generation; returns the seeds of each call."""
-    world = EmojiWorld.load()
+    world = EmojiDataset.load()
     seen: list[list[int]] = []
 
     def generate(model: Any, prompts: list[str], *, seeds: list[int], steps: int, guidance_scale: float, progress: Any):
@@ -50,22 +50,22 @@ def seeds_seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             images = F.interpolate(F.avg_pool2d(images, 2 if model is STUDENT else 8), 64)
         progress(len(images))
         forwards = steps * (2 if guidance_scale else 1)
-        return Generated(to_uint8(images), forwards, 0.5 * len(images))
+        return GenerationResult(to_uint8(images), forwards, 0.5 * len(images))
 
     monkeypatch.setattr(module, "generate", generate)
     return seen
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
+def judge() -> EmojiClassifier:
     """Untrained: what is tested here is the bookkeeping."""
     torch.manual_seed(0)
-    codes = [thing.code for thing in EmojiWorld.load().things]
-    accuracy = {"name_top1": 0.991, "style_top1": 0.99, "colour_top1": 1.0, "images": 1832}
-    return Judge(JudgeNet(len(codes), 8), {"things": codes, "width": 8, "accuracy": accuracy})
+    codes = [thing.code for thing in EmojiDataset.load().things]
+    accuracy = {"name_top1": 0.991, "style_top1": 0.99, "color_top1": 1.0, "images": 1832}
+    return EmojiClassifier(ClassifierNet(len(codes), 8), {"things": codes, "width": 8, "accuracy": accuracy})
 
 
-def test_a_student_beside_its_teacher(seeds_seen: list[list[int]], judge: Judge, tmp_path: Path) -> None:
+def test_a_student_beside_its_teacher(seeds_seen: list[list[int]], judge: EmojiClassifier, tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps({"step": s, "student/loss": 1 / s, "student/lr": 1}) + "\n" for s in (1, 2, 3)))
     prompts = emoji_prompts(6)
@@ -90,7 +90,7 @@ def test_a_student_beside_its_teacher(seeds_seen: list[list[int]], judge: Judge,
     assert (many["forwards"], few["forwards"], guided["forwards"], student["forwards"]) == (100, 4, 8, 4)
     assert many["seconds_per_image"] == 0.5
     assert sum(language["images"] for language in many["by_language"].values()) == 6
-    assert len(tree["claims"]) == 6
+    assert len(tree["targets"]) == 6
     assert tree["judge"] == judge.accuracy
     assert Metrics.load(tmp_path / "report" / "metrics.json") == found
 
@@ -104,7 +104,9 @@ def test_a_student_beside_its_teacher(seeds_seen: list[list[int]], judge: Judge,
     assert (tmp_path / "report" / "grid.png").stat().st_size > 1000
 
 
-def test_prompts_from_elsewhere_are_measured_but_not_judged(seeds_seen: list[list[int]], judge: Judge) -> None:
+def test_prompts_from_elsewhere_are_measured_but_not_judged(
+    seeds_seen: list[list[int]], judge: EmojiClassifier
+) -> None:
     found = evaluate(STUDENT, prompts=["a quiet street", "two boats"], judge=judge, diversity_prompts=1)
     assert list(found.arms) == ["student_4"]
     arm = found.arms["student_4"]
@@ -112,11 +114,11 @@ def test_prompts_from_elsewhere_are_measured_but_not_judged(seeds_seen: list[lis
     assert arm["saturation"] > 0
     assert arm["diversity"] > 0
     assert found.real == {}
-    assert found.claims == []
+    assert found.targets == []
 
 
 def test_mixed_prompts_are_compared_with_real_images_where_there_are_any(
-    seeds_seen: list[list[int]], judge: Judge, tmp_path: Path
+    seeds_seen: list[list[int]], judge: EmojiClassifier, tmp_path: Path
 ) -> None:
     prompts = ["a quiet street", *emoji_prompts(3)]
     found = evaluate(TEACHER, prompts=prompts, judge=judge, diversity_prompts=1, out=tmp_path)
@@ -128,13 +130,13 @@ def test_mixed_prompts_are_compared_with_real_images_where_there_are_any(
 
 
 def test_arms_follow_the_students_steps() -> None:
-    arms = default_arms(model(steps=2, guidance_scale=0.0, guidance_distilled=True), TEACHER)
+    arms = default_settings(model(steps=2, guidance_scale=0.0, guidance_distilled=True), TEACHER)
     assert [arm.name for arm in arms] == ["teacher_50", "teacher_2", "teacher_2_guided", "student_2"]
     assert [arm.guidance_scale for arm in arms] == [3.0, 0.0, 3.0, 0.0]
     assert arms[0].title == "teacher, 50 steps, guidance 3"
 
 
-def test_what_cannot_be_evaluated_is_said_in_one_line(judge: Judge, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated_is_said_in_one_line(judge: EmojiClassifier, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 2 prompts"):
         evaluate(TEACHER, prompts=["one"], judge=judge)
     with pytest.raises(UserError, match="2 seeds"):
@@ -160,19 +162,19 @@ def arms(**student: float) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_claims_hold_or_fall_short(student: dict[str, float], expected: list[bool]) -> None:
-    assert [claim.holds for claim in claims(arms(**student), "s", "t", "few", "guided")] == expected
+    assert [target.holds for target in targets(arms(**student), "s", "t", "few", "guided")] == expected
 
 
 def test_a_claim_without_a_number_says_so() -> None:
     unmeasured = arms()
     unmeasured["few"] = unmeasured["few"] | {"name_top1": 0.0}
-    claim = claims(unmeasured, "s", "t", "few", "guided")[1]
-    assert (claim.value, claim.holds) == (None, None)
+    target = targets(unmeasured, "s", "t", "few", "guided")[1]
+    assert (target.value, target.holds) == (None, None)
 
 
 def page_of(prompt: str) -> str:
     image = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
-    samples = Samples([prompt], {"a_1": Column("a, 1 step, no guidance", image, image[None], [None])})
+    samples = Samples([prompt], {"a_1": ImageColumn("a, 1 step, no guidance", image, image[None], [None])})
     figures = {"name_top1": None, "steps": 1, "guidance_scale": 0.0, "forwards": 1}
     return render(Metrics({"a_1": figures}, settings={"prompts": 1}), samples, [])
 
@@ -183,7 +185,7 @@ def test_a_prompt_cannot_write_into_the_page() -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_summary_fits_a_terminal_and_names_the_judge(seeds_seen: list[list[int]], judge: Judge) -> None:
+def test_summary_fits_a_terminal_and_names_the_judge(seeds_seen: list[list[int]], judge: EmojiClassifier) -> None:
     found = evaluate(STUDENT, teacher=TEACHER, prompts=emoji_prompts(3), judge=judge, diversity_prompts=1)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_summary(found, console)
@@ -195,7 +197,7 @@ def test_summary_fits_a_terminal_and_names_the_judge(seeds_seen: list[list[int]]
 
 
 def test_numbers_have_three_digits() -> None:
-    shown = [significant(x) for x in (0.01234, 1.2345, 12.345, 123.45, -0.0512, 12345.0)]
+    shown = [format_number(x) for x in (0.01234, 1.2345, 12.345, 123.45, -0.0512, 12345.0)]
     assert shown == ["0.012", "1.23", "12.3", "123", "-0.051", "12,345"]
 
 

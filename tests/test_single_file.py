@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fewstep.cli.main import app
 from fewstep.errors import UserError
 from fewstep.models.pipeline import load
-from fewstep.models.single_file import read_transformer, write_transformer
+from fewstep.models.zimage.single_file import read_transformer, write_transformer
 
 
 def as_released(weights, prefix=""):

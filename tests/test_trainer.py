@@ -15,11 +15,11 @@ from PIL import Image
 from tiny import TinyMethod, assert_same, everything, fit, tiny_trainer
 from torch import nn
 
+from fewstep.config.sections import OptimSettings, TrainSettings
+from fewstep.core.method import Trainable
 from fewstep.errors import UserError
-from fewstep.recipes.settings import OptimSettings, TrainSettings
 from fewstep.training import checkpoint
-from fewstep.training.learner import MAX_SKIPPED, Learner
-from fewstep.training.method import Player
+from fewstep.training.train_state import MAX_SKIPPED, TrainState
 from fewstep.training.trainer import Trainer
 
 
@@ -105,7 +105,7 @@ def test_only_what_is_trainable_is_saved_and_moved(tmp_path: Path) -> None:
     frozen = trainer.learners[0].module[3].bias.clone()
     fit(trainer)
     assert torch.equal(trainer.learners[0].module[3].bias, frozen)
-    saved = checkpoint.load(checkpoint.steps(trainer.run.checkpoints)[-1]).read("first.weights")
+    saved = checkpoint.load(checkpoint.list_checkpoints(trainer.run.checkpoints)[-1]).read("first.weights")
     assert "3.bias" not in saved
     assert {"0.weight", "2.running_mean"} <= saved.keys()
 
@@ -115,7 +115,7 @@ def test_previews_have_averaged_weights_and_leave_no_trace(tmp_path: Path) -> No
     fit(plain)
     expected = everything(plain)
 
-    seen = tiny_trainer(tmp_path / "seen", preview_every=5)
+    seen = tiny_trainer(tmp_path / "seen", sample_every=5)
     first = seen.learners[0]
     shown: list[tuple[int, bool, bool]] = []
 
@@ -148,11 +148,11 @@ def test_watched_metrics_are_logged_and_leave_no_trace(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "quality/name" in line] == [5, 10, 12]
 
 
-@pytest.mark.parametrize(("better", "best"), [("higher", 6), ("lower", 3)])
-def test_best_checkpoint_is_kept_and_can_be_recalled(tmp_path: Path, better: str, best: int) -> None:
+@pytest.mark.parametrize(("mode", "best"), [("max", 6), ("min", 3)])
+def test_best_checkpoint_is_kept_and_can_be_recalled(tmp_path: Path, mode: str, best: int) -> None:
     """The metric is best at step 6 (or 3), which the newest two, 11 and 12, would have pushed out."""
     values = dict(zip(range(1, 13), [5, 4, 1, 8, 5, 9, 9, 2, 3, 4, 5, 6], strict=True))
-    settings = {"checkpoint_every": 1, "keep_checkpoints": 2, "keep_best": {"metric": "quality/name", "better": better}}
+    settings = {"save_every": 1, "max_checkpoints": 2, "keep_best": {"metric": "quality/name", "mode": mode}}
 
     def trainer(steps: int) -> Trainer:
         made = tiny_trainer(tmp_path, steps=steps, **settings)
@@ -161,13 +161,13 @@ def test_best_checkpoint_is_kept_and_can_be_recalled(tmp_path: Path, better: str
 
     fit(trainer(7))
     ended = fit(trainer(12))  # the best so far is remembered by the checkpoint
-    kept = [int(path.name[5:]) for path in checkpoint.steps(ended.run.checkpoints)]
+    kept = [int(path.name[5:]) for path in checkpoint.list_checkpoints(ended.run.checkpoints)]
     assert kept == [best, 11, 12]
     assert ended.best == [best, values[best]] or ended.best == (best, values[best])
-    expected = checkpoint.load(checkpoint.steps(ended.run.checkpoints)[0]).read("first.ema")
-    assert ended.recall_best()
+    expected = checkpoint.load(checkpoint.list_checkpoints(ended.run.checkpoints)[0]).read("first.ema")
+    assert ended.load_best()
     assert ended.step == best
-    with ended.averaged():
+    with ended.ema_weights():
         for name, weight in ended.learners[0].weights.items():
             assert weight.equal(expected[name])
 
@@ -176,16 +176,16 @@ def test_nothing_is_recalled_where_the_last_is_best(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, keep_best={"metric": "steps"})  # counts up
     fit(trainer)
     assert trainer.best is not None
-    assert not trainer.recall_best()
+    assert not trainer.load_best()
 
 
 def test_time_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, steps=10_000, minutes=0.005)
+    trainer = tiny_trainer(tmp_path, steps=10_000, max_minutes=0.005)
     trainer.method.pause = 0.02
     fit(trainer)
     assert 0 < trainer.step < 1000
-    assert checkpoint.load(checkpoint.steps(trainer.run.checkpoints)[-1]).step == trainer.step
-    again = fit(tiny_trainer(tmp_path, steps=10_000, minutes=0.005))
+    assert checkpoint.load(checkpoint.list_checkpoints(trainer.run.checkpoints)[-1]).step == trainer.step
+    again = fit(tiny_trainer(tmp_path, steps=10_000, max_minutes=0.005))
     assert again.step == trainer.step
 
 
@@ -195,8 +195,8 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     moved = []
     for parts in (1, 4):
         module = copy.deepcopy(start)
-        player = Player("one", module, lambda batch, module=module: (module(batch).square().mean(), {}))
-        learner = Learner(player, OptimSettings(lr=0.1), TrainSettings(steps=9, batch_size=8))
+        trainable = Trainable("one", module, lambda batch, module=module: (module(batch).square().mean(), {}))
+        learner = TrainState(trainable, OptimSettings(lr=0.1), TrainSettings(steps=9, batch_size=8))
         metrics = [learner.update(data.chunk(parts), step) for step in range(1, 4)]
         moved.append((module.weight.detach(), torch.tensor([m["loss"] for m in metrics])))
     torch.testing.assert_close(moved[0], moved[1])
@@ -214,7 +214,7 @@ def test_average_is_the_recurrence(tmp_path: Path) -> None:
         decay = min(0.9, (1 + t) / (10 + t))
         average = decay * average + (1 - decay) * weight
     live = learner.weights["0.weight"].detach().clone()
-    with trainer.averaged():
+    with trainer.ema_weights():
         torch.testing.assert_close(learner.weights["0.weight"].detach(), average)
         assert not torch.equal(learner.weights["0.weight"], live)
     assert torch.equal(learner.weights["0.weight"], live)
@@ -231,7 +231,7 @@ def test_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, where:
         # The square root's value at 0 is finite, its slope is not.
         return (total * float("nan") if where == "loss" else (total * 0).sqrt()), {}
 
-    second.player.loss = broken
+    second.trainable.loss = broken
     fit(trainer)
     assert torch.equal(second.weights["weight"], before)
     assert second.counters == {"updates": 0, "skipped": 8, "skipped_in_a_row": 8}
@@ -242,11 +242,11 @@ def test_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, where:
 def test_divergence_ends_with_advice(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=100)
     second = trainer.learners[1]
-    second.player.loss = lambda batch: (second.module(batch).sum() * float("inf"), {})
+    second.trainable.loss = lambda batch: (second.module(batch).sum() * float("inf"), {})
     with pytest.raises(UserError, match=r"second: 20 updates in a row.*lower learning rate"):
         fit(trainer)
     assert second.counters["skipped"] == MAX_SKIPPED
-    assert len(checkpoint.steps(trainer.run.checkpoints)) == 1  # of step 5: what was written stays
+    assert len(checkpoint.list_checkpoints(trainer.run.checkpoints)) == 1  # of step 5: what was written stays
 
 
 def test_clipping_bounds_the_global_norm(tmp_path: Path) -> None:
@@ -259,34 +259,34 @@ def test_clipping_bounds_the_global_norm(tmp_path: Path) -> None:
         norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
 
     second.optimizer.register_step_pre_hook(spy)
-    second.player.loss = lambda batch: (1000 * second.module(batch).sum(), {})
+    second.trainable.loss = lambda batch: (1000 * second.module(batch).sum(), {})
     fit(trainer)
     assert norms == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
 def test_a_players_gradient_does_not_outlive_its_update(tmp_path: Path) -> None:
-    """A loss that reaches another player too (a method's mistake) at least leaves nothing for that one's optimizer."""
+    """A loss that reaches another trainable by mistake leaves no gradient for that one's optimizer."""
     trainer = tiny_trainer(tmp_path, steps=2)
     method = trainer.method
     assert isinstance(method, TinyMethod)
     first, second = trainer.learners
-    second.player.loss = lambda batch: ((second.module(batch) - method.first(batch)).square().mean(), {})
+    second.trainable.loss = lambda batch: ((second.module(batch) - method.first(batch)).square().mean(), {})
     fit(trainer)
     assert all(p.grad is None for p in first.module.parameters())
 
 
 def test_a_player_that_waits_lets_the_others_go_first(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", steps=3, log_every=1)
-    trainer.learners[0].player.waits = 2
+    trainer.learners[0].trainable.start_step = 2
     start = [p.detach().clone() for p in trainer.learners[0].module.parameters()]
     moved: list[bool] = []
 
-    def look(step: int) -> dict[str, float]:
+    def check(step: int) -> dict[str, float]:
         pairs = zip(trainer.learners[0].module.parameters(), start, strict=True)
         moved.append(any(not torch.equal(now, then) for now, then in pairs))
         return {}
 
-    trainer.method.after_step = look  # type: ignore[method-assign]
+    trainer.method.after_step = check  # type: ignore[method-assign]
     trainer.fit()
     assert moved == [False, False, True]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -306,16 +306,16 @@ def test_bf16_keeps_master_weights(tmp_path: Path) -> None:
 def test_changed_model_is_refused(tmp_path: Path) -> None:
     fit(tiny_trainer(tmp_path))
     trainer = tiny_trainer(tmp_path, steps=20)
-    wider = Player("second", torch.nn.Linear(3, 5), trainer.learners[1].player.loss)
-    trainer.learners[1] = Learner(wider, OptimSettings(lr=0.1), trainer.train)
+    wider = Trainable("second", torch.nn.Linear(3, 5), trainer.learners[1].trainable.loss)
+    trainer.learners[1] = TrainState(wider, OptimSettings(lr=0.1), trainer.train)
     with pytest.raises(UserError, match="step 12 is not of this method and model"):
         fit(trainer)
 
 
 def test_time_between_checkpoints(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, steps=6, checkpoint_every=1000, checkpoint_minutes=1e-9, keep_checkpoints=3)
+    trainer = tiny_trainer(tmp_path, steps=6, save_every=1000, save_minutes=1e-9, max_checkpoints=3)
     fit(trainer)
-    assert [path.name[-1] for path in checkpoint.steps(trainer.run.checkpoints)] == ["4", "5", "6"]
+    assert [path.name[-1] for path in checkpoint.list_checkpoints(trainer.run.checkpoints)] == ["4", "5", "6"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -337,7 +337,7 @@ def test_stopped_from_outside_then_gone_on_with(tmp_path: Path, number: signal.S
     assert "Traceback" not in message
 
     torch.set_num_threads(1)
-    settings = {"steps": 40, "checkpoint_every": 1000, "log_every": 1}
+    settings = {"steps": 40, "save_every": 1000, "log_every": 1}
     resumed = tiny_trainer(directory, **settings)
     fit(resumed)
     found = everything(resumed)

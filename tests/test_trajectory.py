@@ -7,20 +7,22 @@ import pytest
 import torch
 from gaussian import SHAPE, Gaussian, prompts_of
 
-from fewstep import api, flow
-from fewstep.data.cache import INDEX, TeacherCache, read_index, shard_file
-from fewstep.distill.batch import DistillBatch
-from fewstep.distill.caching import cache_fingerprint, finer, make_cache, trajectory
-from fewstep.distill.roles import make_roles
-from fewstep.distill.trajectory import TrajectoryDistillation, TrajectorySettings
+from fewstep import api
+from fewstep.config.recipe import CacheRecipe, PhasesRecipe
+from fewstep.core import flow
+from fewstep.core.samplers import sample_euler
+from fewstep.data.batch import DistillBatch
+from fewstep.data.teacher_trajectories import cache_fingerprint, make_cache, subdivide, teacher_trajectory
+from fewstep.data.trajectories import INDEX, TrajectoryCache, read_index, shard_file
 from fewstep.errors import UserError
-from fewstep.generate import generate, initial_noise
+from fewstep.inference.generate import generate
+from fewstep.methods.models_setup import build_models
+from fewstep.methods.trajectory import TrajectoryDistillation, TrajectorySettings
+from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import load
-from fewstep.recipes.schema import CacheRecipe, PhasesRecipe
-from fewstep.samplers import sample_euler
 
 SHIFT = 3.0
-ANCHORS = flow.uniform_anchors(4)
+ANCHORS = flow.uniform_timesteps(4)
 
 
 def cache_recipe(folder, **more):
@@ -29,11 +31,11 @@ def cache_recipe(folder, **more):
 
 
 def expected_of(folder, steps=2, substeps=2, guidance=2.0):
-    return cache_fingerprint(load(folder), flow.uniform_anchors(steps), substeps, guidance)
+    return cache_fingerprint(load(folder), flow.uniform_timesteps(steps), substeps, guidance)
 
 
 def test_finer_levels_keep_the_anchors():
-    levels = finer(ANCHORS, 3)
+    levels = subdivide(ANCHORS, 3)
     assert len(levels) == 12
     assert levels[::3] == pytest.approx(ANCHORS)
     assert levels == sorted(levels, reverse=True)
@@ -42,14 +44,14 @@ def test_finer_levels_keep_the_anchors():
 def test_trajectory_is_the_teachers_own_way():
     """The last state is what plain sampling on the fine levels gives; an earlier one is a stop on that way."""
     teacher, noise, prompts = Gaussian(), torch.randn(5, *SHAPE), prompts_of([1.0] * 5)
-    states = trajectory(teacher, noise, ANCHORS, 4, SHIFT, prompts)
-    sigmas = [flow.shift_sigma(u, SHIFT) for u in finer(ANCHORS, 4)]
+    states = teacher_trajectory(teacher, noise, ANCHORS, 4, SHIFT, prompts)
+    sigmas = [flow.shift_sigma(u, SHIFT) for u in subdivide(ANCHORS, 4)]
     with torch.no_grad():
         whole = sample_euler(teacher, noise, sigmas, prompts)
     assert states.shape == (5, 4, *SHAPE)
     torch.testing.assert_close(states[:, -1], whole)
     # with fine steps the flow of a Gaussian is known: x at sigma is mean (1 - sigma) + root of the variance ratio
-    exact = trajectory(teacher, noise, ANCHORS, 400, SHIFT, prompts)
+    exact = teacher_trajectory(teacher, noise, ANCHORS, 400, SHIFT, prompts)
     level = flow.shift_sigma(ANCHORS[2], SHIFT)
     variance = ((1 - level) * teacher.deviation) ** 2 + level**2
     torch.testing.assert_close(exact[:, 1], (1 - level) + variance**0.5 * noise, atol=0.02, rtol=0)
@@ -57,7 +59,7 @@ def test_trajectory_is_the_teachers_own_way():
 
 def test_loss_is_zero_for_a_student_that_walks_the_same_way_and_falls_for_another():
     teacher, noise, prompts = Gaussian(), torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
-    states = trajectory(teacher, noise, ANCHORS, 1, SHIFT, prompts)
+    states = teacher_trajectory(teacher, noise, ANCHORS, 1, SHIFT, prompts)
     settings = TrajectorySettings(tuple(flow.shift_sigma(u, SHIFT) for u in ANCHORS))
     same, metrics = TrajectoryDistillation(Gaussian(), settings).student_loss(DistillBatch(noise, prompts, states))
     assert same.item() == pytest.approx(0.0, abs=1e-10)
@@ -79,7 +81,7 @@ def test_loss_is_zero_for_a_student_that_walks_the_same_way_and_falls_for_anothe
 
 def test_cache_holds_what_the_teacher_gives(tiny_folder, tmp_path):
     folder = make_cache(cache_recipe(tiny_folder), tmp_path / "cache")
-    cache, teacher = TeacherCache(folder, expected_of(tiny_folder)), load(tiny_folder)
+    cache, teacher = TrajectoryCache(folder, expected_of(tiny_folder)), load(tiny_folder)
     assert len(cache) == 6
     states, prompts = cache.read([5, 1])
     assert states.shape == (2, 2, 16, 8, 8)
@@ -87,11 +89,14 @@ def test_cache_holds_what_the_teacher_gives(tiny_folder, tmp_path):
     torch.testing.assert_close(prompts.features, teacher.encode(texts).features)
     # two student steps of two teacher steps each: the last state is the teacher's image after four
     noise = initial_noise(teacher, cache.seeds([5, 1]), 64, 64)
-    from fewstep.models.denoiser import Guided
+    from fewstep.core.guidance import ClassifierFreeGuidance
 
     with torch.no_grad():
         final = sample_euler(
-            Guided(teacher.denoiser, teacher.encode([""]), 3.0), noise, flow.schedule(4, teacher.shift), prompts
+            ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 3.0),
+            noise,
+            flow.get_sigmas(4, teacher.shift),
+            prompts,
         )
     torch.testing.assert_close(states[:, -1], final, atol=2e-2, rtol=2e-3)  # kept in fp16
 
@@ -102,7 +107,7 @@ def test_cache_goes_on_where_it_was_interrupted(tiny_folder, tmp_path):
     kept = shard_file(folder, 0).stat().st_mtime_ns
     shard_file(folder, 1).unlink()
     with pytest.raises(UserError, match="1 of 2 shards are missing"):
-        TeacherCache(folder, expected_of(tiny_folder))
+        TrajectoryCache(folder, expected_of(tiny_folder))
     make_cache(cache_recipe(tiny_folder), folder)
     assert shard_file(folder, 1).read_bytes() == before
     assert shard_file(folder, 0).stat().st_mtime_ns == kept
@@ -111,9 +116,9 @@ def test_cache_goes_on_where_it_was_interrupted(tiny_folder, tmp_path):
 def test_other_caches_are_refused(tiny_folder, tmp_path):
     folder = make_cache(cache_recipe(tiny_folder), tmp_path / "cache")
     with pytest.raises(UserError, match="another guidance_scale"):
-        TeacherCache(folder, expected_of(tiny_folder, guidance=3.0))
+        TrajectoryCache(folder, expected_of(tiny_folder, guidance=3.0))
     with pytest.raises(UserError, match="another sigmas"):
-        TeacherCache(folder, expected_of(tiny_folder, substeps=3))
+        TrajectoryCache(folder, expected_of(tiny_folder, substeps=3))
     with pytest.raises(UserError, match="another sigmas, states"):
         make_cache(cache_recipe(tiny_folder, steps=4), folder)
     with pytest.raises(UserError, match="other size or seed"):
@@ -122,7 +127,7 @@ def test_other_caches_are_refused(tiny_folder, tmp_path):
     with torch.no_grad():
         next(other.transformer.parameters()).view(-1)[-1] += 1e-3  # one number of one weight
     with pytest.raises(UserError, match="another transformer"):
-        TeacherCache(folder, cache_fingerprint(other, flow.uniform_anchors(2), 2, 2.0))
+        TrajectoryCache(folder, cache_fingerprint(other, flow.uniform_timesteps(2), 2, 2.0))
     make_cache(cache_recipe(tiny_folder, first_seed=7), folder, fresh=True)
     assert read_index(folder).first_seed == 7
 
@@ -131,12 +136,12 @@ def test_damage_and_strangers_end_in_one_line(tiny_folder, tmp_path):
     folder = make_cache(cache_recipe(tiny_folder), tmp_path / "cache")
     shard_file(folder, 0).write_bytes(b"torn")
     with pytest.raises(UserError, match="shard-00000"):
-        TeacherCache(folder, expected_of(tiny_folder))
+        TrajectoryCache(folder, expected_of(tiny_folder))
     (folder / INDEX).write_text("{")
     with pytest.raises(UserError, match=INDEX):
-        TeacherCache(folder, expected_of(tiny_folder))
+        TrajectoryCache(folder, expected_of(tiny_folder))
     with pytest.raises(UserError, match="no cache there"):
-        TeacherCache(tmp_path / "nowhere", {})
+        TrajectoryCache(tmp_path / "nowhere", {})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="has files but no"):
@@ -146,7 +151,7 @@ def test_damage_and_strangers_end_in_one_line(tiny_folder, tmp_path):
 
 def phases_recipe(folder, steps=4):
     optim = {"student": {"lr": 3e-3}, "fake": {"lr": 1e-3}}
-    train = {"steps": steps, "batch_size": 4, "log_every": 1, "checkpoint_every": 2}
+    train = {"steps": steps, "batch_size": 4, "log_every": 1, "save_every": 2}
     align = {
         "name": "align",
         "method": "trajectory",
@@ -166,7 +171,7 @@ def test_phases_start_from_each_other_and_go_on(tiny_folder, tmp_path):
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "phases/1-align/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["student/loss"] < 0.7 * lines[0]["student/loss"]
-    assert load(made.student).card.steps == 1
+    assert load(made.student).generation_config.steps == 1
     joined = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert joined == list(range(1, 35))
     aligned, student = load(run / "phases/1-align/student"), load(made.student)
@@ -188,11 +193,11 @@ def test_a_phase_leaves_the_room_to_the_next(tiny_folder, tmp_path, monkeypatch)
 
     def watched(*words, **more):
         left.append([model() is not None for models in made for model in models])
-        roles = make_roles(*words, **more)
+        roles = build_models(*words, **more)
         made.append([weakref.ref(model) for model in (roles.teacher.transformer, roles.student.denoiser, roles.fake)])
         return roles
 
-    monkeypatch.setattr("fewstep.distill.run.make_roles", watched)
+    monkeypatch.setattr("fewstep.jobs.build_models", watched)
     student = api.distill(phases_recipe(tiny_folder), tmp_path / "run").student
     assert left == [[], [False] * 3]
     file = "transformer/diffusion_pytorch_model.safetensors"

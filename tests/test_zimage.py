@@ -7,10 +7,10 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 
+from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
-from fewstep.models.adapters import add_stack, stack_parameters, using
-from fewstep.models.prompts import EncodedPrompts
-from fewstep.models.zimage import ZImageDenoiser
+from fewstep.models.adapters import active_adapter, adapter_parameters, add_adapter
+from fewstep.models.zimage.denoiser import ZImageDenoiser
 
 FEATURES = 24
 
@@ -114,7 +114,7 @@ def test_pad_tokens_are_attended_to(transformer):
 def test_checkpointed_blocks_give_the_same_gradients(transformer):
     prompts, x, sigma = prompts_of([5, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
     plain, checkpointed = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
-    checkpointed.checkpoint_blocks()
+    checkpointed.enable_gradient_checkpointing()
     kept, gradients = [], []
     for denoiser in (plain, checkpointed):
         transformer.zero_grad()
@@ -133,7 +133,7 @@ def test_mixed_sizes_match_diffusers(transformer):
     prompts, sigma = prompts_of(lengths), torch.rand(4)
     samples = [torch.randn(16, *size) for size in sizes]
     with torch.no_grad():
-        ours = ZImageDenoiser(transformer).mixed(samples, sigma, prompts)
+        ours = ZImageDenoiser(transformer).forward_multi_resolution(samples, sigma, prompts)
         for row, sample in enumerate(samples):
             one = slice(row, row + 1)
             theirs = diffusers_velocity(transformer, sample[None], sigma[one], prompts[one])[0]
@@ -143,17 +143,17 @@ def test_mixed_sizes_match_diffusers(transformer):
 
 def test_with_lora_matches_diffusers(transformer):
     model = copy.deepcopy(transformer)
-    add_stack(model, "mine", rank=4, scale=2.0)
-    for parameter in stack_parameters(model, "mine").values():
+    add_adapter(model, "mine", rank=4, scale=2.0)
+    for parameter in adapter_parameters(model, "mine").values():
         torch.nn.init.normal_(parameter, std=0.1)
     prompts, x, sigma = prompts_of([6, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
     gradients = []
-    with using(model, "mine"):
+    with active_adapter(model, "mine"):
         for ask in (ZImageDenoiser(model), lambda *given: diffusers_velocity(model, *given)):
             model.zero_grad()
             velocity = ask(x, sigma, prompts)
             velocity.square().mean().backward()
-            learned = {name: p.grad.clone() for name, p in stack_parameters(model, "mine").items()}
+            learned = {name: p.grad.clone() for name, p in adapter_parameters(model, "mine").items()}
             gradients.append((velocity.detach(), learned))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_captions_are_computed_once_while_kept(transformer, lengths):
         with torch.no_grad():
             plain = [denoiser(x, torch.full((len(x),), sigma), prompts) for sigma in (1.0, 0.5, 0.2)]
             calls.clear()
-            with denoiser.keeping_captions():
+            with denoiser.cache_text_tokens():
                 kept = [denoiser(x, torch.full((len(x),), sigma), prompts) for sigma in (1.0, 0.5, 0.2)]
             assert len(calls) == len({length > 32 for length in lengths})
             for one, other in zip(plain, kept, strict=True):
@@ -198,14 +198,14 @@ def test_attention_is_by_the_backend_that_was_set(transformer):
 def test_compiling_needs_a_compiler(transformer, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):
-        ZImageDenoiser(transformer).compile_blocks()
+        ZImageDenoiser(transformer).compile_repeated_blocks()
 
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same(transformer):
     prompts, x, sigma = prompts_of([5, 9]), torch.randn(2, 16, 8, 8), torch.rand(2)
     eager, compiled = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
-    compiled.compile_blocks()
+    compiled.compile_repeated_blocks()
     gradients = []
     for denoiser in (eager, compiled):
         transformer.zero_grad()
@@ -218,7 +218,7 @@ def test_compiled_blocks_give_the_same(transformer):
 @pytest.mark.slow
 def test_within_a_shape_nothing_is_compiled_again(transformer):
     denoiser, graphs = ZImageDenoiser(transformer), []
-    denoiser.compile_blocks()
+    denoiser.compile_repeated_blocks()
     with torch.no_grad():
         for seed in range(3):
             x, sigma = torch.randn(2, 16, 8, 8), torch.rand(2)

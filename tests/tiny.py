@@ -7,24 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.recipes.schema import JudgeRecipe
-from fewstep.recipes.settings import OptimSettings
-from fewstep.training.method import Batch, Method, Player
-from fewstep.training.run import Run
+from fewstep.config.recipe import JudgeRecipe
+from fewstep.config.sections import OptimSettings
+from fewstep.core.method import Batch, Method, Trainable
+from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
 
 class TinyMethod(Method):
-    """Two linear players of unlike pace; the second learns from the first. Dropout and noise draw on the global RNG."""
+    """Two linear trainables; the second learns from the first. Dropout and noise draw on the global RNG."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.first = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.BatchNorm1d(4), nn.Linear(4, 3))
         self.first[3].bias.requires_grad_(False)
         self.second = nn.Linear(3, 3)
-        self.players = [
-            Player("first", self.first, self.first_loss),
-            Player("second", self.second, self.second_loss, 2),
+        self.trainables = [
+            Trainable("first", self.first, self.first_loss),
+            Trainable("second", self.second, self.second_loss, 2),
         ]
         self.pause = 0.0
 
@@ -46,17 +46,17 @@ def tiny_data(position: int) -> Tensor:
 
 
 def tiny_recipe(**train: object) -> JudgeRecipe:
-    settings = {"steps": 12, "batch_size": 8, "log_every": 4, "checkpoint_every": 5, **train}
+    settings = {"steps": 12, "batch_size": 8, "log_every": 4, "save_every": 5, **train}
     return JudgeRecipe.model_validate({"kind": "judge", "name": "tiny", "optim": {"lr": 0.01}, "train": settings})
 
 
 def tiny_trainer(directory: Path, fresh: bool = False, **train: object) -> Trainer:
     recipe = tiny_recipe(**train)
     optim = {
-        "first": OptimSettings(lr=0.01, ema=0.9, warmup_steps=3, decay="cosine", weight_decay=0.01),
+        "first": OptimSettings(lr=0.01, ema_decay=0.9, warmup_steps=3, lr_schedule="cosine", weight_decay=0.01),
         "second": OptimSettings(lr=0.02),
     }
-    run = Run(directory, recipe, fresh=fresh, resume_command="the same again")
+    run = RunDir(directory, recipe, fresh=fresh, resume_command="the same again")
     return Trainer(TinyMethod(), tiny_data, run, train=recipe.train, optim=optim)
 
 
@@ -84,7 +84,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    trainer = tiny_trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), checkpoint_every=1000, log_every=1)
+    trainer = tiny_trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), save_every=1000, log_every=1)
     trainer.method.pause = float(sys.argv[3])
     try:
         fit(trainer)

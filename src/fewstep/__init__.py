@@ -12,9 +12,7 @@ __all__ = ["distill", "evaluate", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """``fewstep.load`` and its like, imported when asked for: torch takes seconds, and ``--help`` should not wait."""
-    if name == "load":
-        return importlib.import_module("fewstep.api").load
-    if name in __all__:  # modules of the same names, which can be called
-        return importlib.import_module(f"fewstep.{name}")
+    """The functions of the API, imported on first use: torch takes seconds, which ``--help`` does not need."""
+    if name in __all__:
+        return getattr(importlib.import_module("fewstep.api"), name)
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")

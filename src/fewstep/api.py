@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fewstep.config.load import load_recipe
+from fewstep.config.recipe import DistillRecipe, PhasesRecipe
 from fewstep.errors import UserError
-from fewstep.evaluate.evaluate import emoji_prompts
-from fewstep.evaluate.evaluate import evaluate as _evaluate
-from fewstep.evaluate.results import Metrics
-from fewstep.evaluate.watch import quality_of
-from fewstep.generate import Generated
-from fewstep.generate import generate as _generate
-from fewstep.models.pipeline import TextToImage, load
-from fewstep.recipes.load import load_recipe
-from fewstep.recipes.schema import DistillRecipe, PhasesRecipe
-from fewstep.training.distribution import launched, open_run
+from fewstep.evaluation.metrics_file import Metrics
+from fewstep.evaluation.runner import emoji_prompts
+from fewstep.evaluation.runner import evaluate as _evaluate
+from fewstep.evaluation.validation import make_validator
+from fewstep.inference.generate import GenerationResult
+from fewstep.inference.generate import generate as _generate
+from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.training.distributed import init_distributed, open_run
 
 __all__ = ["Distilled", "distill", "evaluate", "generate", "load"]
 
@@ -62,17 +62,17 @@ def distill(
         command = "cache" if resolved.kind == "cache" else "train"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     directory = out or Path("runs") / resolved.name
-    with launched() as ranks, open_run(ranks, directory, resolved, fresh=fresh) as run:
-        watch = partial(quality_of, count=resolved.evaluate.watched)
+    with init_distributed() as dist, open_run(dist, directory, resolved, fresh=fresh) as run:
+        watch = partial(make_validator, count=resolved.evaluate.watched)
         if resolved.kind == "distill":
-            from fewstep.distill.run import distill as distill_into
+            from fewstep.jobs import distill as distill_into
 
-            student = distill_into(resolved, run, watch, ranks)
+            student = distill_into(resolved, run, watch, dist)
         else:
-            from fewstep.distill.phases import distill_phases
+            from fewstep.stages import run_stages
 
-            student = distill_phases(resolved, run, watch, ranks)
-        if not resolved.evaluate.enabled or not ranks.first:
+            student = run_stages(resolved, run, watch, dist)
+        if not resolved.evaluate.enabled or not dist.is_main_process:
             return Distilled(student)
         report, curves = run.directory / "report", run.directory / "metrics.jsonl"
         try:
@@ -88,7 +88,7 @@ def distill(
     return Distilled(student, metrics, report / "index.html")
 
 
-def generate(model: str | Path | TextToImage, prompts: str | Sequence[str], **options: Any) -> Generated:
+def generate(model: str | Path | TextToImagePipeline, prompts: str | Sequence[str], **options: Any) -> GenerationResult:
     """Generate one image a prompt; options as in :func:`fewstep.generate.generate` (seed, steps, ...).
 
     >>> fewstep.generate("micro", "a noto emoji of a red apple on a blue background", seed=1).images.shape
@@ -99,10 +99,10 @@ def generate(model: str | Path | TextToImage, prompts: str | Sequence[str], **op
 
 
 def evaluate(
-    model: str | Path | TextToImage,
+    model: str | Path | TextToImagePipeline,
     prompts: Sequence[str] | None = None,
     *,
-    teacher: str | Path | TextToImage | None = None,
+    teacher: str | Path | TextToImagePipeline | None = None,
     out: str | Path | None = None,
     **options: Any,
 ) -> Metrics:
@@ -115,7 +115,7 @@ def evaluate(
         options: as in :func:`fewstep.evaluate.evaluate.evaluate`.
     """
     measured = _loaded(model)
-    teacher = teacher if teacher is not None else measured.card.teacher
+    teacher = teacher if teacher is not None else measured.generation_config.teacher
     return _evaluate(
         measured,
         prompts=emoji_prompts(200) if prompts is None else prompts,
@@ -125,5 +125,5 @@ def evaluate(
     )
 
 
-def _loaded(model: str | Path | TextToImage) -> TextToImage:
-    return model if isinstance(model, TextToImage) else load(model)
+def _loaded(model: str | Path | TextToImagePipeline) -> TextToImagePipeline:
+    return model if isinstance(model, TextToImagePipeline) else load(model)

@@ -30,9 +30,9 @@ def convert(
 ) -> None:
     """Turn a single file (the original names, ComfyUI's, 8 bits, GGUF) into a folder, or a folder into one."""
     from fewstep.errors import UserError
-    from fewstep.models.parts import NO_FP16, find, load_part, read_config
-    from fewstep.models.pipeline import load, with_parts_of
-    from fewstep.models.single_file import own_precision, read_transformer, write_transformer
+    from fewstep.models.components import NO_FP16, load_component, read_config, resolve_model
+    from fewstep.models.pipeline import load, with_components_from
+    from fewstep.models.zimage.single_file import read_transformer, stored_dtype, write_transformer
 
     if out.exists():
         raise UserError(f"{out}: is there already; choose another --out")
@@ -46,10 +46,10 @@ def convert(
     if single and base is None:
         raise UserError(f"{model}: a single file has the transformer alone; say --base, a model of the same kind")
     if single:
-        config = read_config(find(str(base)), "transformer")
-        transformer = read_transformer(model, config, dtype or own_precision(model))
+        config = read_config(resolve_model(str(base)), "transformer")
+        transformer = read_transformer(model, config, dtype or stored_dtype(model))
     if to is To.diffusers:
-        typer.echo((with_parts_of(transformer, str(base)) if single else load(model, dtype=dtype)).save(out))
+        typer.echo((with_components_from(transformer, str(base)) if single else load(model, dtype=dtype)).save(out))
     else:
-        transformer = transformer if single else load_part(find(model), "transformer", dtype)
+        transformer = transformer if single else load_component(resolve_model(model), "transformer", dtype)
         typer.echo(write_transformer(transformer, out, "comfyui" if to is To.comfyui else "original"))

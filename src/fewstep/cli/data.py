@@ -21,7 +21,7 @@ def emoji(
     ] = None,
 ) -> None:
     """Build the emoji world from the public packages of three emoji sets and of the Unicode CLDR."""
-    from fewstep.data.emoji_build import build
+    from fewstep.emoji.build import build
 
     counts = build(out, packages)
     typer.echo(f"{out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
@@ -32,12 +32,12 @@ def sheet(
     out: Annotated[Path, typer.Option(help="The image file to write.")] = Path("emoji-world.png"),
 ) -> None:
     """Draw every core thing in each style, on the eight backgrounds in turn."""
-    from fewstep.data.emoji import COLOURS, STYLES, Concept, EmojiWorld
     from fewstep.data.images import grid
+    from fewstep.emoji.dataset import COLORS, STYLES, EmojiDataset, EmojiSpec
 
-    world, colours = EmojiWorld.load(), list(COLOURS)
+    world, colors = EmojiDataset.load(), list(COLORS)
     concepts = [
-        Concept(thing.index, style, colours[(thing.index + shift) % len(colours)], "en")
+        EmojiSpec(thing.index, style, colors[(thing.index + shift) % len(colors)], "en")
         for shift, style in enumerate(STYLES)
         for thing in world.things
     ]

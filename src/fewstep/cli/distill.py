@@ -13,7 +13,7 @@ def distill(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides =
 
     made = api.distill(recipe, out, overrides=overrides or [], fresh=fresh)
     if made.metrics is not None:
-        from fewstep.evaluate.table import print_summary
+        from fewstep.evaluation.table import print_summary
 
         print_summary(made.metrics)
     if os.environ.get("RANK", "0") != "0":

@@ -22,8 +22,8 @@ def evaluate(
     """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""
     from fewstep import api
     from fewstep.data.prompts import read_prompts
-    from fewstep.evaluate.evaluate import emoji_prompts
-    from fewstep.evaluate.table import print_summary
+    from fewstep.evaluation.runner import emoji_prompts
+    from fewstep.evaluation.table import print_summary
 
     texts = emoji_prompts(count) if prompts == "emoji" else read_prompts(prompts)
     folder = out or Path("runs") / f"evaluate-{Path(model).name}"

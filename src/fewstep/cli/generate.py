@@ -34,7 +34,9 @@ def generate(
     system_prompt: Annotated[
         str | None, typer.Option(help="The system's turn before every prompt. [default: the model's]")
     ] = None,
-    thinking: Annotated[str, typer.Option(help="What the text encoder is to have thought of the prompts.")] = "",
+    assistant_prefix: Annotated[
+        str, typer.Option(help="What the text encoder is to have thought of the prompts.")
+    ] = "",
     cfg_normalization: Annotated[
         float, typer.Option(min=0, help="Longest guided velocity, over the unguided one's; 0 is no limit.")
     ] = 0.0,
@@ -76,7 +78,7 @@ def generate(
     from fewstep.data.images import grid, to_pil
     from fewstep.data.prompts import read_prompts
     from fewstep.errors import UserError
-    from fewstep.generate import generate as make
+    from fewstep.inference.generate import generate as make
     from fewstep.models.pipeline import load
 
     texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
@@ -87,11 +89,11 @@ def generate(
     _check_writable(out)
     pipeline = load(model, device, precision.dtype if precision else None, offload.value)
     if attention is not None:
-        pipeline.attend_by(attention)
+        pipeline.set_attention_backend(attention)
     if tiling:
         pipeline.vae.enable_tiling()
     if compile:
-        pipeline.denoiser.compile_blocks()
+        pipeline.denoiser.compile_repeated_blocks()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("images", total=len(texts))
         made = make(
@@ -102,7 +104,7 @@ def generate(
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
             system_prompt=system_prompt,
-            thinking=thinking,
+            assistant_prefix=assistant_prefix,
             cfg_normalization=cfg_normalization,
             cfg_truncation=cfg_truncation,
             height=height,
@@ -117,7 +119,7 @@ def generate(
         for index, image in enumerate(made.images):
             to_pil(image).save(out / f"{index:04d}.png")
     each = made.seconds / len(texts)
-    typer.echo(f"{out}: {len(texts)} images, {made.forwards_per_image} forwards and {each:.3f} s each")
+    typer.echo(f"{out}: {len(texts)} images, {made.nfe} forwards and {each:.3f} s each")
 
 
 def _check_writable(out: Path) -> None:

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fewstep.cli.cache import cache
+from fewstep.cli.cache_trajectories import cache
 from fewstep.cli.convert import convert
 from fewstep.cli.data import app as data
 from fewstep.cli.distill import distill
+from fewstep.cli.encode_prompts import prompts
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
 from fewstep.cli.plan import plan
-from fewstep.cli.prompts import prompts
 from fewstep.cli.train import train
 from fewstep.errors import UserError
 

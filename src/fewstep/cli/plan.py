@@ -12,8 +12,8 @@ from fewstep.cli.options import Overrides, RecipeFile
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fewstep.planning import Gpu, Plan
-    from fewstep.recipes.schema import DistillRecipe
+    from fewstep.config.recipe import DistillRecipe
+    from fewstep.plan.estimate import GPUSpec, Plan
 
 
 def plan(
@@ -28,8 +28,8 @@ def plan(
     """
     from rich.console import Console
 
-    from fewstep.planning import parse_gpu
-    from fewstep.planning import plan as make
+    from fewstep.plan.estimate import parse_gpu
+    from fewstep.plan.estimate import plan as make
 
     chosen = parse_gpu(gpu) if gpu else None
     console, waiting = Console(soft_wrap=True), Console(stderr=True)
@@ -45,14 +45,14 @@ def plan(
 
 def _distillations(recipe: str, overrides: Sequence[str]) -> list[tuple[str, DistillRecipe]]:
     """A recipe's distillations, itself or its phases, with what comes before their keys. Raises: UserError."""
-    from fewstep.distill.phases import distillation
+    from fewstep.config.load import load_recipe
+    from fewstep.config.recipe import DistillRecipe, PhasesRecipe
     from fewstep.errors import UserError
-    from fewstep.recipes.load import load_recipe
-    from fewstep.recipes.schema import DistillRecipe, PhasesRecipe
+    from fewstep.stages import stage_recipe
 
     found = load_recipe(recipe, list(overrides))
     if isinstance(found, PhasesRecipe):
-        return [(f"phases.{number}.", distillation(found, phase)) for number, phase in enumerate(found.phases)]
+        return [(f"phases.{number}.", stage_recipe(found, phase)) for number, phase in enumerate(found.phases)]
     if not isinstance(found, DistillRecipe):
         raise UserError(f"{recipe}: its kind is {found.kind}; plans are made for distillations")
     return [("", found)]
@@ -74,30 +74,33 @@ def _say(console: Console, recipe: DistillRecipe, found: Plan, gpus: int) -> Non
         table.add_row(title, f"{sum(parts.values()) / 1e9:.3f}", end_section=True)
     console.print(table)
     passes = f"{found.forwards:g} forwards and {found.backwards:g} backwards in the mean"
-    console.print(f"a step: {passes} for each of {recipe.train.accumulate} batches, {found.flops / 1e12:.3g} TFLOP")
+    console.print(
+        f"a step: {passes} for each of {recipe.train.gradient_accumulation_steps} batches, "
+        f"{found.flops / 1e12:.3g} TFLOP"
+    )
 
 
-def _compare(console: Console, found: Plan, name: str, chosen: Gpu | None) -> None:
-    from fewstep.planning import GPUS, REACHED
+def _compare(console: Console, found: Plan, name: str, chosen: GPUSpec | None) -> None:
+    from fewstep.plan.estimate import ASSUMED_MFU, GPUS
 
     for label, one in GPUS.items() if chosen is None else [(name, chosen)]:
         fits = "fits" if found.fits(one) else "does not fit"
-        seconds = f", {found.flops / (REACHED * one.flops):.2g} s a step" if one.flops else ""
+        seconds = f", {found.flops / (ASSUMED_MFU * one.flops):.2g} s a step" if one.flops else ""
         console.print(f"{label} ({one.bytes / 1e9:.0f} GB): {fits}{seconds}")
 
 
-def _advise(console: Console, recipe: DistillRecipe, found: Plan, chosen: Gpu, gpus: int, prefix: str) -> None:
+def _advise(console: Console, recipe: DistillRecipe, found: Plan, chosen: GPUSpec, gpus: int, prefix: str) -> None:
     """What to turn on, one after the other, until it fits."""
     from rich.console import Console
 
-    from fewstep.planning import SAVERS
-    from fewstep.planning import plan as make
-    from fewstep.recipes.load import changed
-    from fewstep.recipes.schema import DistillRecipe
+    from fewstep.config.load import with_overrides
+    from fewstep.config.recipe import DistillRecipe
+    from fewstep.plan.estimate import MEMORY_OPTIONS
+    from fewstep.plan.estimate import plan as make
 
     turned_on: list[str] = []
-    for saver in SAVERS:
-        other = changed(recipe, [*turned_on, saver])
+    for saver in MEMORY_OPTIONS:
+        other = with_overrides(recipe, [*turned_on, saver])
         assert isinstance(other, DistillRecipe)
         with Console(stderr=True).status(f"trying {saver} ..."):
             less = make(other, gpus)
@@ -107,4 +110,4 @@ def _advise(console: Console, recipe: DistillRecipe, found: Plan, chosen: Gpu, g
             found = less
         if found.fits(chosen):
             return
-    console.print("that is still too much: make train.batch_size smaller, and train.accumulate larger")
+    console.print("that is still too much: make train.batch_size smaller, and train.gradient_accumulation_steps larger")

@@ -9,30 +9,30 @@ from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
 
 def train(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Train a model from data, as a recipe says. The same command again goes on from the last checkpoint."""
+    from fewstep.config import recipe as schema
+    from fewstep.config.load import load_recipe
     from fewstep.errors import UserError
-    from fewstep.recipes import schema
-    from fewstep.recipes.load import load_recipe
-    from fewstep.training.run import Run
+    from fewstep.training.run_dir import RunDir
 
     resolved = load_recipe(recipe, overrides or [])
     if isinstance(resolved, schema.DistillRecipe | schema.PhasesRecipe | schema.CacheRecipe):
         command = "cache" if resolved.kind == "cache" else "distill"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
-    with Run(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
+    with RunDir(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
         if isinstance(resolved, schema.VaeRecipe):
-            from fewstep.micro import vae
+            from fewstep.emoji import train_vae as vae
 
             made = vae.train(resolved, run)
         elif isinstance(resolved, schema.TextRecipe):
-            from fewstep.micro import text
+            from fewstep.emoji import train_text_encoder as text
 
             made = text.train(resolved, run)
         elif isinstance(resolved, schema.FlowRecipe):
-            from fewstep.micro import teacher
+            from fewstep.emoji import train_teacher as teacher
 
             made = teacher.train(resolved, run)
         else:
-            from fewstep.evaluate import train_judge
+            from fewstep.emoji import train_classifier as train_judge
 
             train_judge.train(resolved, run)
             made = run.directory / "model"

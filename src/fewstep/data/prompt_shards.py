@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fewstep.data.cache import refuse_other, shard_file
+from fewstep.core.conditioning import EncodedPrompts
+from fewstep.data.trajectories import check_fingerprint, shard_file
 from fewstep.errors import UserError
-from fewstep.models.prompts import EncodedPrompts
 
 FORMAT = 1
 INDEX = "index.json"
@@ -86,7 +86,7 @@ class PromptShards(Sequence[str]):
 
     def check(self, fingerprint: Mapping[str, object]) -> None:
         """Raises: UserError if another text encoder or template than the model's encoded them."""
-        refuse_other(self.folder, fingerprint, self.fingerprint)
+        check_fingerprint(self.folder, fingerprint, self.fingerprint)
 
     def encoded(self, rows: Sequence[int]) -> EncodedPrompts:
         """The encoded prompts with these numbers, in fp32."""

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.data.emoji import TEMPLATES, EmojiWorld
+from fewstep.config.sections import PromptSettings
 from fewstep.data.prompt_shards import PromptShards
+from fewstep.emoji.dataset import TEMPLATES, EmojiDataset
 from fewstep.errors import UserError
-from fewstep.recipes.settings import PromptSettings
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -31,6 +31,6 @@ def training_prompts(settings: PromptSettings) -> Sequence[str]:
     if settings.source != "emoji":
         folder = Path(settings.source)
         return PromptShards(folder) if folder.is_dir() else read_prompts(folder)
-    world = EmojiWorld.load()
+    world = EmojiDataset.load()
     concepts = world.concepts(settings.split)
     return [world.prompt(concept, wording) for concept in concepts for wording in range(len(TEMPLATES["en"]))]

@@ -20,9 +20,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
-from fewstep.models.prompts import EncodedPrompts
-from fewstep.models.zimage import ZImageDenoiser
+from fewstep.models.zimage.denoiser import ZImageDenoiser
 
 #: Which stacks are active in a layer, and whether none is.
 State = tuple[str | list[str], bool]
@@ -31,7 +31,7 @@ State = tuple[str | list[str], bool]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
 
 
-def add_stack(
+def add_adapter(
     transformer: ZImageTransformer2DModel, name: str, rank: int, scale: float, targets: Sequence[str] = TARGETS
 ) -> None:
     """Put a LoRA stack that changes nothing yet on the transformer; the base's own weights are frozen.
@@ -60,7 +60,7 @@ def add_stack(
             parameter.requires_grad_(True)
 
 
-def stack_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
+def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """A stack's parameters by their names in the transformer."""
     return {key: p for key, p in transformer.named_parameters() if f".{name}." in key and ".lora_" in key}
 
@@ -70,7 +70,7 @@ def tuner_layers(transformer: nn.Module) -> list[LoraLayer]:
 
 
 @contextmanager
-def using(transformer: nn.Module, name: str | None) -> Iterator[None]:
+def active_adapter(transformer: nn.Module, name: str | None) -> Iterator[None]:
     """Inside, the transformer is its base with the named stack, or its base alone.
 
     Unlike peft's own switches it leaves ``requires_grad`` as it is: a graph that was built with one stack still
@@ -81,7 +81,7 @@ def using(transformer: nn.Module, name: str | None) -> Iterator[None]:
         yield
 
 
-def as_now(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+def capture_adapter_state(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """Makes contexts in which the module's stacks are switched as they are now: a block that is run again for the
     backward pass must speak with the stack it spoke with."""
     layers = tuner_layers(module)
@@ -106,14 +106,14 @@ def _state(layer: LoraLayer) -> State:
     return layer._active_adapter, layer._disable_adapters
 
 
-class LoraRole(nn.Module):
+class AdapterDenoiser(nn.Module):
     """A denoiser that is the shared base with one stack (None: the base alone). Its parameters are the stack's."""
 
     def __init__(self, base: ZImageDenoiser, stack: str | None) -> None:
         super().__init__()
         self._base, self.stack = [base], stack  # in a list: the base is shared, not a part
         if stack is not None:
-            for name, parameter in stack_parameters(base.transformer, stack).items():
+            for name, parameter in adapter_parameters(base.transformer, stack).items():
                 self.register_parameter(name.replace(".", "/"), parameter)
 
     @property
@@ -121,15 +121,15 @@ class LoraRole(nn.Module):
         return self._base[0]
 
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        with using(self.base.transformer, self.stack):
+        with active_adapter(self.base.transformer, self.stack):
             return self.base(x, sigma, prompts)
 
-    def keeping_captions(self) -> AbstractContextManager[None]:
+    def cache_text_tokens(self) -> AbstractContextManager[None]:
         """As the base's: inside, no other stack of it may speak."""
-        return self.base.keeping_captions()
+        return self.base.cache_text_tokens()
 
     def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        with using(self.base.transformer, self.stack):
+        with active_adapter(self.base.transformer, self.stack):
             return self.base.features(x, sigma, prompts)
 
 
@@ -171,7 +171,7 @@ def write_merged(
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(content, encoding="utf-8")
 
 
-def lora_weights(transformer: ZImageTransformer2DModel, name: str) -> dict[str, Tensor]:
+def adapter_state_dict(transformer: ZImageTransformer2DModel, name: str) -> dict[str, Tensor]:
     """The stack as ``ZImagePipeline.save_lora_weights`` takes it; its scale goes into B, so that readers need none."""
     scales = {layer.scaling[name] for layer in tuner_layers(transformer)}
     (scale,) = scales

@@ -9,25 +9,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.zimage import ZImageDenoiser, blocks_of
+from fewstep.models.zimage.denoiser import ZImageDenoiser, get_blocks
 
 
 def offload_blocks(denoiser: ZImageDenoiser, device: torch.device | str) -> None:
     """From here on the denoiser computes on ``device``, where only what lies outside of its blocks stays."""
     model, compute = denoiser.transformer, denoiser.run_block
-    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
+    inside = {id(module) for block in get_blocks(model) for module in block.modules()}
     for module in model.modules():
         _replace(module, (lambda t: _pinned(t, device)) if id(module) in inside else (lambda t: t.to(device)))
 
     def run(block: nn.Module, x: Tensor, rotations: Tensor, condition: Tensor | None) -> Tensor:
-        with _lent(block, device):
+        with on_device(block, device):
             return compute(block, x, rotations, condition)  # type: ignore[arg-type]
 
     denoiser.run_block = run  # type: ignore[assignment]
 
 
 @contextmanager
-def _lent(block: nn.Module, device: torch.device | str) -> Iterator[None]:
+def on_device(block: nn.Module, device: torch.device | str) -> Iterator[None]:
     """Inside, a block's weights are on the device; what is there is let go after, for they have not changed."""
     homes = [(module, dict(module._parameters), dict(module._buffers)) for module in block.modules()]
     for module, _, _ in homes:

@@ -19,11 +19,11 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def downscale(vae: AutoencoderKL) -> int:
+def vae_scale_factor(vae: AutoencoderKL) -> int:
     """How many pixels across one latent covers."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def as_channels_last(vae: AutoencoderKL) -> AutoencoderKL:
+def to_channels_last(vae: AutoencoderKL) -> AutoencoderKL:
     """The memory layout in which convolutions are fastest, here and on GPUs."""
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

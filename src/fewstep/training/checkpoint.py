@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from fewstep.core.dtensor import distribute_like
 from fewstep.errors import UserError
-from fewstep.training import sharded
-from fewstep.training.distribution import Ranks, like
+from fewstep.training import dcp as sharded
+from fewstep.training.distributed import DistContext
 
 FORMAT = 1
 PREFIX = "step_"
@@ -56,7 +57,7 @@ class Checkpoint:
         return load_file(self.path / f"{group}.safetensors")
 
     @torch.no_grad()
-    def fill(self, group: str, live: Mapping[str, Tensor]) -> None:
+    def load_into(self, group: str, live: Mapping[str, Tensor]) -> None:
         """Copies a group into tensors of the same names and shapes, sharded or not; every process calls it.
 
         Raises: RuntimeError if names or shapes differ.
@@ -74,10 +75,10 @@ class Checkpoint:
             return
         with safe_open(self.path / f"{group}.safetensors", "pt") as tensors:
             for name, tensor in live.items():
-                tensor.copy_(like(tensors.get_tensor(name), tensor))
+                tensor.copy_(distribute_like(tensors.get_tensor(name), tensor))
 
 
-class BrokenCheckpoint(Exception):
+class CorruptCheckpoint(Exception):
     """A checkpoint that is torn or changed; the message says how."""
 
 
@@ -87,35 +88,35 @@ def save(
     groups: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
-    spare: Collection[int] = (),
-    ranks: Ranks | None = None,
+    protect: Collection[int] = (),
+    dist: DistContext | None = None,
 ) -> Path:
     """Writes the checkpoint of `step` into `directory` and returns its folder; then deletes all but the newest `keep`
-    and those of the steps in `spare`.
+    and those of the steps in `protect`.
 
     Nothing older is touched before the new one is on the disk. Of several processes all call it, and each writes its
     part. Raises: UserError if it cannot be written.
     """
-    ranks = ranks or Ranks()
+    dist = dist or DistContext()
     target = directory / f"{PREFIX}{step:08d}"
     aside = directory / f".{target.name}.partial"
     try:
-        if ranks.first:
+        if dist.is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
             for torn in directory.glob(".*.partial"):
                 shutil.rmtree(torn)
             aside.mkdir()
             (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        ranks.wait()
-        if ranks.world > 1:
+        dist.barrier()
+        if dist.world_size > 1:
             sharded.write(aside, groups)
         else:
             for name, tensors in groups.items():
                 contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
                 save_file(contiguous, aside / f"{name}.safetensors")
-        files = _checksums(sorted(aside.iterdir()), ranks)
-        if ranks.first:
-            manifest = {"format": FORMAT, "step": step, "sharded": ranks.world > 1, "files": files}
+        files = _checksums(sorted(aside.iterdir()), dist)
+        if dist.is_main_process:
+            manifest = {"format": FORMAT, "step": step, "sharded": dist.world_size > 1, "files": files}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (*aside.iterdir(), aside):
                 _sync(path)
@@ -123,82 +124,82 @@ def save(
                 shutil.rmtree(target)
             aside.rename(target)
             _sync(directory)
-            old = [path for path in steps(directory) if _step(path) <= step and _step(path) not in spare]
+            old = [path for path in list_checkpoints(directory) if _step(path) <= step and _step(path) not in protect]
             for path in old[:-keep]:
                 shutil.rmtree(path)
-        ranks.wait()
+        dist.barrier()
     except (OSError, SafetensorError, CheckpointException) as error:
-        if ranks.first:
+        if dist.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{target}: cannot write this checkpoint ({reason}); earlier ones are as they were") from error
     return target
 
 
-def load(path: Path, ranks: Ranks | None = None) -> Checkpoint:
+def load(path: Path, dist: DistContext | None = None) -> Checkpoint:
     """The checkpoint in folder `path`. Raises: BrokenCheckpoint if a file is missing, changed or unreadable."""
-    ranks = ranks or Ranks()
+    dist = dist or DistContext()
     found, problem = None, None
     try:
-        found = _checked(path, ranks)
-    except BrokenCheckpoint as broken:
+        found = _checked(path, dist)
+    except CorruptCheckpoint as broken:
         problem = str(broken)
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         problem = f"cannot be read ({error})"
-    problems = [told for told in ranks.gather(problem) if told is not None]
+    problems = [told for told in dist.all_gather_object(problem) if told is not None]
     if found is None or problems:
-        raise BrokenCheckpoint(problems[0])
+        raise CorruptCheckpoint(problems[0])
     return found
 
 
-def _checked(path: Path, ranks: Ranks) -> Checkpoint:
+def _checked(path: Path, dist: DistContext) -> Checkpoint:
     """Each process reads the manifest and looks at its share of the files."""
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
-        raise BrokenCheckpoint(f"has format {manifest['format']}, this version reads {FORMAT}")
-    for name, sha256 in list(manifest["files"].items())[ranks.rank :: ranks.world]:
+        raise CorruptCheckpoint(f"has format {manifest['format']}, this version reads {FORMAT}")
+    for name, sha256 in list(manifest["files"].items())[dist.rank :: dist.world_size]:
         if _sha256(path / name) != sha256:
-            raise BrokenCheckpoint(f"{name} is damaged (its checksum differs)")
+            raise CorruptCheckpoint(f"{name} is damaged (its checksum differs)")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(manifest["step"], path, state, manifest.get("sharded", False))
 
 
-def latest(directory: Path, notice: Callable[[str], None], ranks: Ranks | None = None) -> Checkpoint | None:
+def latest(directory: Path, notice: Callable[[str], None], dist: DistContext | None = None) -> Checkpoint | None:
     """The newest whole checkpoint in `directory`, or None; each broken one passed over is named through `notice`."""
-    for path in reversed(steps(directory)):
+    for path in reversed(list_checkpoints(directory)):
         try:
-            return load(path, ranks)
-        except BrokenCheckpoint as problem:
+            return load(path, dist)
+        except CorruptCheckpoint as problem:
             notice(f"{path}: skipped, {problem}")
     return None
 
 
-def rewind(directory: Path, step: int, ranks: Ranks | None = None) -> Checkpoint | None:
+def rollback(directory: Path, step: int, dist: DistContext | None = None) -> Checkpoint | None:
     """The newest whole checkpoint that is no later than `step`; later ones are deleted. None changes nothing."""
-    ranks = ranks or Ranks()
-    for path in reversed(steps(directory)):
+    dist = dist or DistContext()
+    for path in reversed(list_checkpoints(directory)):
         if _step(path) > step:
             continue
         try:
-            found = load(path, ranks)
-        except BrokenCheckpoint:
+            found = load(path, dist)
+        except CorruptCheckpoint:
             continue
-        for later in steps(directory):
-            if ranks.first and _step(later) > found.step:
+        for later in list_checkpoints(directory):
+            if dist.is_main_process and _step(later) > found.step:
                 shutil.rmtree(later)
-        ranks.wait()
+        dist.barrier()
         return found
     return None
 
 
-def of_step(directory: Path, step: int, ranks: Ranks | None = None) -> Checkpoint:
+def load_step(directory: Path, step: int, dist: DistContext | None = None) -> Checkpoint:
     """The checkpoint of one step. Raises: BrokenCheckpoint."""
-    return load(directory / f"{PREFIX}{step:08d}", ranks)
+    return load(directory / f"{PREFIX}{step:08d}", dist)
 
 
-def steps(directory: Path) -> list[Path]:
+def list_checkpoints(directory: Path) -> list[Path]:
     """The folders of all checkpoints in `directory`, whole or broken, oldest first."""
     return sorted((path for path in directory.glob(f"{PREFIX}*") if path.is_dir()), key=_step)
 
@@ -207,10 +208,10 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
 
 
-def _checksums(files: list[Path], ranks: Ranks) -> dict[str, str]:
+def _checksums(files: list[Path], dist: DistContext) -> dict[str, str]:
     """SHA-256 by name; each process reads its share of the files."""
-    mine = {file.name: _sha256(file) for file in files[ranks.rank :: ranks.world]}
-    return dict(sorted(pair for part in ranks.gather(mine) for pair in part.items()))
+    mine = {file.name: _sha256(file) for file in files[dist.rank :: dist.world_size]}
+    return dict(sorted(pair for part in dist.all_gather_object(mine) for pair in part.items()))
 
 
 def _sha256(file: Path) -> str:

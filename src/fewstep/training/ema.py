@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-class Ema:
+class EMA:
     """Exponential moving average of the trainable parameters of `module`, warmed up: min(decay, (1 + t) / (10 + t)).
 
     The warm-up lets the average forget the initial weights in short runs (as TensorFlow's ExponentialMovingAverage).
@@ -26,7 +26,7 @@ class Ema:
         torch._foreach_lerp_(list(self.weights.values()), list(self._live.values()), 1 - decay)
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Inside, the module has the averaged weights."""
         self._swap()
         try:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fewstep.config.sections import OptimSettings
 from fewstep.errors import UserError
-from fewstep.recipes.settings import OptimSettings
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
@@ -19,16 +19,16 @@ def make_optimizer(parameters: list[nn.Parameter], settings: OptimSettings) -> t
     Raises: UserError if 8 bits are wanted and torchao is not installed.
     """
     common: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
-    if settings.bits == 32:
+    if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.lr, fused=True, **common)
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise UserError("optim.*.bits 8: needs torchao; pip install 'fewstep[lowbit]'") from None
+        raise UserError("optim.*.optimizer adamw8bit: needs torchao; pip install 'fewstep[lowbit]'") from None
     return AdamW8bit(parameters, lr=settings.lr, **common)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # compiled into torchao's step
             group["lr"].fill_(rate)
@@ -36,9 +36,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def make_state(optimizer: torch.optim.Optimizer) -> None:
+def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Lets an optimizer make its state before its first step: by a step that moves nothing."""
-    set_rate(optimizer, 0.0)
+    set_lr(optimizer, 0.0)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
@@ -46,7 +46,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def parts(value: Tensor) -> dict[str, Tensor]:
+def tensor_leaves(value: Tensor) -> dict[str, Tensor]:
     """What a tensor of an optimizer's state consists of, by name: itself, or the codes and scales of 8 bits."""
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
         return {"": value}
@@ -57,7 +57,7 @@ def parts(value: Tensor) -> dict[str, Tensor]:
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
     """The learning rate of step number `step` in 1..steps: warm-up from lr / warmup_steps to lr, then the decay.
 
-    The last step has lr * final_lr_ratio, unless the decay is constant.
+    The last step has lr * min_lr_ratio, unless the decay is constant.
     """
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
@@ -68,6 +68,6 @@ def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
         "constant": 1.0,
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[settings.decay]
-    floor = settings.final_lr_ratio
+    }[settings.lr_schedule]
+    floor = settings.min_lr_ratio
     return settings.lr * (floor + (1 - floor) * shape)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 
-class Means:
+class RunningMeans:
     """Running means of metrics, since they were last taken."""
 
     def __init__(self, state: Mapping[str, tuple[float, int]] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The loop: lets a method's players move in turn, and looks after everything around that."""
+"""The loop: lets a method's trainables move in turn, and looks after everything around that."""
 
 import math
 import os
@@ -13,29 +13,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.config.sections import OptimSettings, TrainSettings
+from fewstep.core.method import Batch, Method
 from fewstep.errors import UserError
-from fewstep.recipes.settings import OptimSettings, TrainSettings
+from fewstep.progress import display, log_line
 from fewstep.training import checkpoint
-from fewstep.training.alarms import Alarm, Raised, Watchdog
-from fewstep.training.allocator import keep_freed_memory
-from fewstep.training.distribution import Ranks
-from fewstep.training.learner import Learner
-from fewstep.training.method import Batch, Method
-from fewstep.training.progress import display, notice
-from fewstep.training.run import Run
-from fewstep.training.tracking import Means
+from fewstep.training.alerts import Alert, AlertMonitor, AlertRule
+from fewstep.training.distributed import DistContext
+from fewstep.training.malloc import retain_freed_memory
+from fewstep.training.run_dir import RunDir
+from fewstep.training.tracking import RunningMeans
+from fewstep.training.train_state import TrainState
 
 
 class Trainer:
-    """Trains a method's players for `train.steps` steps, from the newest checkpoint of `run` if it has one.
+    """Trains a method's trainables for `train.steps` steps, from the newest checkpoint of `run` if it has one.
 
     method: its modules are on their device already; seed torch before making them, for runs that can be repeated.
     data: batch number -> batch, a pure function: the position in the data is then one integer.
-    optim: settings of the optimizer by player's name.
-    preview: step -> image or None, called every `train.preview_every` steps with averaged weights in place.
+    optim: settings of the optimizer by trainable's name.
+    preview: step -> image or None, called every `train.sample_every` steps with averaged weights in place.
     watch: gives metrics of the averaged weights, called every `watch_every` steps; 0 is never.
-    alarms: what in the metrics means trouble; `train.alarms` says what follows.
-    ranks: the processes that train together; `data` gives the whole batch, of which each takes its rows.
+    alarms: what in the metrics means trouble; `train.on_alert` says what follows.
+    dist: the processes that train together; `data` gives the whole batch, of which each takes its rows.
 
     On the CPU a training that was interrupted and resumed gives, bit for bit, what an uninterrupted one gives.
     """
@@ -44,57 +44,59 @@ class Trainer:
         self,
         method: Method,
         data: Callable[[int], Batch],
-        run: Run,
+        run: RunDir,
         *,
         train: TrainSettings,
         optim: Mapping[str, OptimSettings],
         preview: Callable[[int], Image.Image | None] | None = None,
         watch: Callable[[], Mapping[str, float]] | None = None,
         watch_every: int = 0,
-        alarms: Sequence[Alarm] = (),
-        ranks: Ranks | None = None,
+        alarms: Sequence[AlertRule] = (),
+        dist: DistContext | None = None,
     ) -> None:
         self.method, self.data, self.run, self.train, self.preview = method, data, run, train, preview
         self.watch, self.watch_every = watch, watch_every
         self.alarms = alarms
         self.ended = False  # by an alarm
-        self.ranks = ranks or Ranks()
-        self.learners = [Learner(player, optim[player.name], train, self.ranks) for player in method.players]
+        self.dist = dist or DistContext()
+        self.learners = [
+            TrainState(trainable, optim[trainable.name], train, self.dist) for trainable in method.trainables
+        ]
         self.step = 0  # steps done
         self.position = 0  # batches taken
         self.seconds = 0.0  # spent training, over all sittings
         self.best: tuple[int, float] | None = None  # step and value of the best `train.keep_best` so far
-        self._means = Means()
+        self._means = RunningMeans()
         self._saved = (0, time.monotonic())  # step and time of the last checkpoint
 
     def fit(self) -> None:
-        """Trains to the last step. At the end the players have their live weights; see `averaged`.
+        """Trains to the last step. At the end the trainables have their live weights; see `averaged`.
 
         Ctrl-C (or SIGTERM) lets the present step finish and saves a checkpoint.
 
         Raises: KeyboardInterrupt, with what to tell the user, after such a save; UserError if losses stay non-finite,
         an alarm stops the run, or a checkpoint cannot be written or does not fit the method.
         """
-        keep_freed_memory()
-        if self.train.threads is not None:
-            torch.set_num_threads(self.train.threads)
+        retain_freed_memory()
+        if self.train.num_threads is not None:
+            torch.set_num_threads(self.train.num_threads)
         torch.manual_seed(self.train.seed)
         self._restore()
-        if self.ranks.first:
+        if self.dist.is_main_process:
             self.run.track(self.step)
         if self.done:
             return
-        self._watchdog = Watchdog(self.alarms, self.step)
+        self._watchdog = AlertMonitor(self.alarms, self.step)
         stopping = 0.0
         sitting = time.monotonic() - self.seconds
         with ExitStack() as stack:
             shown = display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
-            show = stack.enter_context(shown) if self.ranks.first else None
+            show = stack.enter_context(shown) if self.dist.is_main_process else None
             stop = stack.enter_context(_stop_requests())
             while not self.done:
                 losses = self._take_step()
                 # the same for all processes, which must stop at the same step
-                self.seconds, stopping = self.ranks.largest(time.monotonic() - sitting, float(stop.is_set()))
+                self.seconds, stopping = self.dist.all_reduce_max(time.monotonic() - sitting, float(stop.is_set()))
                 if show is not None:
                     show.update(self.step, losses)
                 self._log_and_save()
@@ -107,18 +109,18 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether the last step was taken, the time is up, or an alarm ended it."""
-        minutes = self.train.minutes
+        minutes = self.train.max_minutes
         late = minutes is not None and self.seconds >= 60 * minutes
         return self.step >= self.train.steps or late or self.ended
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, each player with an EMA has its averaged weights, and all are in eval mode."""
+    def ema_weights(self) -> Iterator[None]:
+        """Inside, each trainable with an EMA has its averaged weights, and all are in eval mode."""
         modes = [(module, module.training) for learner in self.learners for module in learner.module.modules()]
         with ExitStack() as stack:
             for learner in self.learners:
                 if learner.ema is not None:
-                    stack.enter_context(learner.ema.swapped_in())
+                    stack.enter_context(learner.ema.applied())
                 learner.module.eval()
             try:
                 yield
@@ -127,15 +129,17 @@ class Trainer:
                     module.training = training
 
     def _take_step(self) -> dict[str, float]:
-        """One step; returns the players' last losses."""
+        """One step; returns the trainables' last losses."""
         losses = {}
         self.method.before_step(self.step + 1)
         for learner in self.learners:
-            if self.step < learner.player.waits:
+            if self.step < learner.trainable.start_step:
                 continue
-            for _ in range(learner.player.updates):
-                batches = [self.ranks.share(self.data(self.position + i)) for i in range(self.train.accumulate)]
-                self.position += self.train.accumulate
+            for _ in range(learner.trainable.updates_per_step):
+                batches = [
+                    self.dist.shard(self.data(self.position + i)) for i in range(self.train.gradient_accumulation_steps)
+                ]
+                self.position += self.train.gradient_accumulation_steps
                 metrics = learner.update(batches, self.step + 1)
                 for other in self.learners:
                     other.optimizer.zero_grad()
@@ -148,28 +152,26 @@ class Trainer:
     def _log_and_save(self) -> None:
         train, last, improved = self.train, self.done, False
         watched: Mapping[str, float] = {}
-        raised: Raised | None = None
+        raised: Alert | None = None
         if self.watch is not None and self.watch_every and (self.step % self.watch_every == 0 or last):
-            with self._aside():
+            with self._eval_mode():
                 watched = self.watch()
         if self.step % train.log_every == 0 or last or watched:
             metrics = {**self._means.take(), **watched}
             improved = self._is_best(metrics)
-            if self.ranks.first:
+            if self.dist.is_main_process:
                 self.run.log(self.step, {**metrics, "seconds": self.seconds})
-            raised = self._watchdog.look(self.step, metrics) if train.alarms != "off" else None
-        if self.preview is not None and train.preview_every and (self.step % train.preview_every == 0 or last):
-            with self._aside():
+            raised = self._watchdog.check(self.step, metrics) if train.on_alert != "off" else None
+        if self.preview is not None and train.sample_every and (self.step % train.sample_every == 0 or last):
+            with self._eval_mode():
                 image = self.preview(self.step)
-            if image is not None and self.ranks.first:
+            if image is not None and self.dist.is_main_process:
                 self.run.preview(self.step, image)
-        late = train.checkpoint_minutes is not None and (
-            time.monotonic() - self._saved[1] >= 60 * train.checkpoint_minutes
-        )
-        if self.step % train.checkpoint_every == 0 or late or last or improved:
+        late = train.save_minutes is not None and (time.monotonic() - self._saved[1] >= 60 * train.save_minutes)
+        if self.step % train.save_every == 0 or late or last or improved:
             self._save()
         if raised is not None:
-            self._answer(raised)
+            self._on_alert(raised)
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether a line of metrics is the best so far by `train.keep_best`; then it is kept in mind."""
@@ -177,46 +179,46 @@ class Trainer:
         value = metrics.get(wanted.metric) if wanted is not None else None
         if wanted is None or value is None or not math.isfinite(value):
             return False
-        sign = 1 if wanted.better == "higher" else -1
+        sign = 1 if wanted.mode == "max" else -1
         if self.best is not None and sign * value <= sign * self.best[1]:
             return False
         self.best = (self.step, value)
         return True
 
-    def recall_best(self) -> bool:
+    def load_best(self) -> bool:
         """Takes up the best checkpoint by `train.keep_best` once the training has ended; False if there is none, or it
         is the last one anyway."""
         if self.best is None or self.best[0] == self.step:
             return False
         try:
-            self._take_up(checkpoint.of_step(self.run.checkpoints, self.best[0], self.ranks))
-        except checkpoint.BrokenCheckpoint as problem:
-            if self.ranks.first:
-                notice(f"{self.run.checkpoints}: the best, step {self.best[0]}, is lost: {problem}")
+            self._load_state(checkpoint.load_step(self.run.checkpoints, self.best[0], self.dist))
+        except checkpoint.CorruptCheckpoint as problem:
+            if self.dist.is_main_process:
+                log_line(f"{self.run.checkpoints}: the best, step {self.best[0]}, is lost: {problem}")
             return False
         return True
 
-    def _answer(self, raised: Raised) -> None:
-        """Says what an alarm says, and does what `train.alarms` wants."""
-        if self.ranks.first:
-            notice(f"step {self.step}: {raised}")
-        if self.train.alarms == "stop":
+    def _on_alert(self, raised: Alert) -> None:
+        """Says what an alarm says, and does what `train.on_alert` wants."""
+        if self.dist.is_main_process:
+            log_line(f"step {self.step}: {raised}")
+        if self.train.on_alert == "stop":
             self._save()
             raise UserError(f"{self.run.directory}: stopped at step {self.step} by an alarm: {raised}")
-        if self.train.alarms == "rewind":
-            good = checkpoint.rewind(self.run.checkpoints, raised.since, self.ranks)
+        if self.train.on_alert == "rollback":
+            good = checkpoint.rollback(self.run.checkpoints, raised.since, self.dist)
             if good is None:
                 raise UserError(f"{self.run.directory}: no checkpoint is left from before the trouble: {raised}")
-            self._take_up(good)
+            self._load_state(good)
             self.ended = True
-            if self.ranks.first:
-                notice(f"back to step {self.step}, where it ends")
+            if self.dist.is_main_process:
+                log_line(f"back to step {self.step}, where it ends")
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _eval_mode(self) -> Iterator[None]:
         """A look at the averaged weights; the random state is put back, so that a run is the same however often one
         looks at it."""
-        with torch.random.fork_rng(), torch.no_grad(), self.averaged():
+        with torch.random.fork_rng(), torch.no_grad(), self.ema_weights():
             yield
 
     def _save(self) -> None:
@@ -229,33 +231,35 @@ class Trainer:
             "position": self.position,
             "seconds": self.seconds,
             "means": self._means.state(),
-            "players": {learner.name: learner.counters for learner in self.learners},
+            "trainables": {learner.name: learner.counters for learner in self.learners},
             "best": self.best,
         }
-        spare = [] if self.best is None else [self.best[0]]
-        keep = self.train.keep_checkpoints
-        checkpoint.save(self.run.checkpoints, self.step, groups, state, keep, spare, self.ranks)
+        protect = [] if self.best is None else [self.best[0]]
+        keep = self.train.max_checkpoints
+        checkpoint.save(self.run.checkpoints, self.step, groups, state, keep, protect, self.dist)
         self._saved = (self.step, time.monotonic())
 
     def _restore(self) -> None:
-        found = checkpoint.latest(self.run.checkpoints, notice if self.ranks.first else lambda _: None, self.ranks)
+        found = checkpoint.latest(
+            self.run.checkpoints, log_line if self.dist.is_main_process else lambda _: None, self.dist
+        )
         if found is not None:
-            self._take_up(found)
-            if self.ranks.first:
-                notice(f"{self.run.directory}: going on from step {self.step}")
+            self._load_state(found)
+            if self.dist.is_main_process:
+                log_line(f"{self.run.directory}: going on from step {self.step}")
 
-    def _take_up(self, found: checkpoint.Checkpoint) -> None:
+    def _load_state(self, found: checkpoint.Checkpoint) -> None:
         """Everything as it was when the checkpoint was made."""
         try:
             for learner in self.learners:
-                learner.restore(found, found.state["players"][learner.name])
+                learner.restore(found, found.state["trainables"][learner.name])
         except (KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.run.checkpoints}: step {found.step} is not of this method and model ({error}); "
                 "use another --out, or --fresh"
             ) from error
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
-        self._means = Means(found.state["means"])
+        self._means = RunningMeans(found.state["means"])
         self.best = found.state.get("best")
         self._saved = (found.step, time.monotonic())
         _set_random_state(found.read("random"))

@@ -1,0 +1,20 @@
+"""`fewstep cache`: a teacher's trajectories, kept on disk."""
+
+from pathlib import Path
+
+import typer
+
+from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
+
+
+def cache(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Ask a teacher once, and keep its trajectories. The same command again goes on with what is missing."""
+    from fewstep.config.load import load_recipe
+    from fewstep.config.recipe import CacheRecipe
+    from fewstep.data.teacher_trajectories import make_cache
+    from fewstep.errors import UserError
+
+    resolved = load_recipe(recipe, overrides or [])
+    if not isinstance(resolved, CacheRecipe):
+        raise UserError(f"{recipe}: its kind is {resolved.kind}, not cache")
+    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, fresh=fresh))

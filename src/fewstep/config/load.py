@@ -1,0 +1,169 @@
+"""Reads a recipe: YAML, overrides from the command line, the schema; every mistake becomes one line."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fewstep.config.recipe import RECIPES, Recipe
+from fewstep.errors import UserError
+
+BUNDLED_RECIPES = Path(__file__).parent / "recipes"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe at `path`, with `overrides` like "train.steps=100" (values are YAML) put in first.
+
+    A path that is no file falls back to the shipped recipe of that name: "recipes/micro-turbo.yaml" and "micro-turbo"
+    both find the one inside the package.
+
+    Raises: UserError for a missing file, broken YAML, an unknown key (naming the nearest known one) or a bad value.
+    """
+    file = find_recipe(path)
+    tree = read_yaml(file)
+    for override in overrides:
+        _override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` names, or the shipped recipe of that name. Raises: UserError if there is neither."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    shipped = {file.name: file for file in sorted(BUNDLED_RECIPES.glob("*.yaml"))}
+    for name in (path.name, path.name + ".yaml"):
+        if name in shipped:
+            return shipped[name]
+    names = ", ".join(file.stem for file in shipped.values()) or "none"
+    raise UserError(f"{path}: no such recipe file (shipped recipes: {names})")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises: UserError if it cannot be read, is not YAML or not a mapping."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader))
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not a UTF-8 text file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: a recipe is a mapping of keys to values")
+    return tree
+
+
+def _refuse_repeated_keys(root: yaml.Node | None) -> None:
+    """YAML takes the last of a key's values; the first would go unnoticed. Raises: yaml.YAMLError."""
+    waiting, met = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in met:  # an alias, which may even lie within what it stands for
+            continue
+        met.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    problem = f"the key {key.value} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                if isinstance(key, yaml.ScalarNode):
+                    keys.add(key.value)
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
+
+
+def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
+    """The recipe in a nested dictionary; `source` names it in errors. Raises: UserError in one line."""
+    kind = tree.get("kind")
+    if not isinstance(kind, str) or kind not in RECIPES:
+        given = f"kind is {kind!r}" if "kind" in tree else "it has no kind"
+        raise UserError(f"{source}: {given}; a recipe's kind is one of {', '.join(RECIPES)}")
+    try:
+        return RECIPES[kind].model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error, RECIPES[kind])}") from None
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with some fields changed, as ``"train.steps=100"``. Raises: UserError in one line."""
+    tree = recipe.model_dump(mode="json")
+    for override in overrides:
+        _override(tree, override)
+    return parse_recipe(tree, recipe.name)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every field resolved; `load_recipe` reads it back unchanged."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"-s {override}: expected key=value, as in -s train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"-s {override}: the value is not valid YAML") from None
+    node: Any = tree
+    for part in parts[:-1]:
+        if isinstance(node, list):  # a phase, by its number from 0
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"-s {override}: {part} is none of 0 to {len(node) - 1}")
+            node = node[int(part)]
+        else:
+            # A missing section may have defaults for all else; a wrong name is found by the schema, with a suggestion.
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"-s {override}: {part} holds a value, not further keys")
+    if isinstance(node, list):
+        raise UserError(f"-s {override}: name a field of one of them, as in {parts[-2]}.0.train.steps=100")
+    node[parts[-1]] = value
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first of pydantic's complaints, with the nearest known key, and how many more there are."""
+    errors = error.errors(include_url=False, include_context=False)
+    # An unknown key first: a misspelt required key also shows up as missing, and the spelling is the reason.
+    errors.sort(key=lambda one: one["type"] != "extra_forbidden")
+    first = errors[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key {key}{_suggestion(key, model)}"
+    elif first["type"] == "missing":
+        message = f"{key} is missing"
+    else:
+        problem = first["msg"][:1].lower() + first["msg"][1:]
+        message = f"{key}: {problem} (got {first['input']!r})"
+    more = len(errors) - 1
+    return message + (f" (and {more} more {'mistake' if more == 1 else 'mistakes'})" if more else "")
+
+
+def _suggestion(key: str, model: type[BaseModel]) -> str:
+    known = list(_keys(model))
+    parent, _, leaf = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known keys: {', '.join(siblings)}" if siblings else ""
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a model, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")

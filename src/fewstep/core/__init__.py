@@ -1,0 +1,1 @@
+"""Core: the flow, samplers, guidance and the protocols; torch alone."""

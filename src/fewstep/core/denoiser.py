@@ -1,0 +1,31 @@
+"""What a denoiser is, and guidance: all that algorithms know of a model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fewstep.core import flow
+from fewstep.core.conditioning import EncodedPrompts
+
+
+class Denoiser(Protocol):
+    """``denoiser(x, sigma, prompts) -> velocity``.
+
+    ``x`` [B, C, H, W], ``sigma`` [B] in [0, 1] with 1 at noise, ``prompts`` a batch of B encoded prompts; returns the
+    velocity ``eps - x0``, [B, C, H, W].
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
+
+
+class FeatureExtractor(Protocol):
+    """A denoiser's inner view of noisy images: [B, L, D], L tokens of the image; arguments as a denoiser's."""
+
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
+
+
+def predict_x0(denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+    """The data a denoiser sees in ``x``: ``x - sigma * velocity``."""
+    return flow.x0_from_velocity(x, sigma, denoiser(x, sigma, prompts))

@@ -1,0 +1,169 @@
+"""The teacher's own way from noise to image, asked for once and kept: for `fewstep cache`, and for a distillation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.config.recipe import CacheRecipe, DistillRecipe
+from fewstep.config.student_schedule import student_timesteps
+from fewstep.core import flow
+from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.guidance import ClassifierFreeGuidance
+from fewstep.core.precision import uses_bf16
+from fewstep.core.samplers import euler_step
+from fewstep.data.batch import Batches, DistillBatch
+from fewstep.data.prompts import training_prompts
+from fewstep.data.trajectories import Index, TrajectoryCache, fingerprint, shard_file, write_index, write_shard
+from fewstep.errors import UserError
+from fewstep.models.noise import initial_noise
+from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.progress import track
+
+
+def subdivide(anchors: list[float], substeps: int) -> list[float]:
+    """Pre-shift levels with each interval between anchors, and the last one to 0, cut into ``substeps`` equal parts."""
+    ends = [*anchors[1:], 0.0]
+    return [
+        start + (end - start) * part / substeps
+        for start, end in zip(anchors, ends, strict=True)
+        for part in range(substeps)
+    ]
+
+
+@torch.no_grad()
+def teacher_trajectory(
+    teacher: Denoiser, noise: Tensor, anchors: list[float], substeps: int, shift: float, prompts: EncodedPrompts
+) -> Tensor:
+    """The teacher's states at the student's levels: Euler with ``substeps`` steps between one anchor and the next.
+
+    Args:
+        noise: [B, C, H, W].
+        anchors: K pre-shift levels from 1 down, without the final 0.
+
+    Returns:
+        [B, K, C, H, W]: at anchors 1 to K - 1, then the data.
+    """
+    sigmas = [*(flow.shift_sigma(u, shift) for u in subdivide(anchors, substeps)), 0.0]
+    x, states = noise, []
+    for index, sigma in enumerate(sigmas[:-1]):
+        velocity = teacher(x, torch.full((len(x),), sigma, device=x.device), prompts)
+        x = euler_step(x, sigma, sigmas[index + 1], velocity)
+        if (index + 1) % substeps == 0:
+            states.append(x)
+    return torch.stack(states, dim=1)
+
+
+def cache_fingerprint(
+    teacher: TextToImagePipeline, anchors: list[float], substeps: int, guidance: float
+) -> dict[str, object]:
+    sigmas = [flow.shift_sigma(u, teacher.shift) for u in subdivide(anchors, substeps)]
+    latent = list(teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width))
+    return fingerprint(teacher, sigmas, states=len(anchors), guidance_scale=guidance, latent=latent)
+
+
+def make_cache(
+    recipe: CacheRecipe, out: Path, *, fresh: bool = False, teacher: TextToImagePipeline | None = None
+) -> Path:
+    """Fill ``out`` with the teacher's trajectories; what is there already from an earlier call is kept.
+
+    Args:
+        teacher: the recipe's, where it is loaded already.
+
+    Raises:
+        UserError: another cache in ``out``, or a mistake in the recipe.
+    """
+    if teacher is None:
+        teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
+        teacher.set_resolution(recipe.size)
+    device = teacher.device
+    guidance = teacher.generation_config.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
+    anchors = flow.uniform_timesteps(recipe.steps)
+    made_by = cache_fingerprint(teacher, anchors, recipe.substeps, guidance)
+    if fresh and (out / "index.json").exists():
+        shutil.rmtree(out)
+    index = Index(made_by, recipe.samples, recipe.shard_size, recipe.first_seed)
+    write_index(out, index)
+
+    texts = training_prompts(recipe.prompts)
+    denoiser: Denoiser = teacher.denoiser
+    if guidance > 0:
+        denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance)
+    height, width = teacher.generation_config.height, teacher.generation_config.width
+    missing = [n for n in range(index.shards) if not shard_file(out, n).exists()]
+    for shard in track(missing, "the teacher's trajectories"):
+        members = index.members(shard)
+        shown = [texts[_draw(recipe.first_seed + i, len(texts))] for i in members]
+        prompts, states = teacher.encode(shown), []
+        for start in range(0, len(members), recipe.batch_size):
+            part = slice(start, start + recipe.batch_size)
+            noise = initial_noise(teacher, [recipe.first_seed + i for i in members[part]], height, width)
+            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
+                states.append(
+                    teacher_trajectory(denoiser, noise, anchors, recipe.substeps, teacher.shift, prompts[part])
+                )
+        write_shard(shard_file(out, shard), torch.cat(states), prompts, shown)
+    return out
+
+
+def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, folder: Path) -> TrajectoryCache:
+    """What the teacher does for a distillation: the recipe's cache, or one made in ``folder``.
+
+    Raises:
+        UserError: the student is to follow the teacher's way, and its own goes by other levels or takes fresh noise.
+    """
+    wanted, anchors = recipe.trajectory, student_timesteps(recipe)
+    following = [
+        what
+        for what, asked in (
+            ("method trajectory", recipe.method == "trajectory"),
+            ("align", recipe.align),
+            ("shield.regression", recipe.shield.enabled and recipe.shield.regression),
+        )
+        if asked
+    ]
+    if following and (recipe.student.anchors is not None or recipe.student.sampler != "euler"):
+        raise UserError(
+            f"{following[0]}: it needs evenly spaced anchors and the euler sampler; "
+            "set align and shield.regression to 0, or leave student.anchors and student.sampler as they are"
+        )
+    guidance = teacher.generation_config.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+    made_by = cache_fingerprint(teacher, flow.uniform_timesteps(len(anchors)), wanted.substeps, guidance)
+    if wanted.cache is not None:
+        return TrajectoryCache(wanted.cache, made_by)
+    settings = CacheRecipe(
+        kind="cache",
+        name=recipe.name,
+        teacher=recipe.teacher,
+        prompts=recipe.prompts,
+        steps=len(anchors),
+        substeps=wanted.substeps,
+        guidance_scale=guidance,
+        samples=wanted.samples,
+        shard_size=64,  # one batch a file: an interruption loses seconds
+        precision=recipe.train.precision,
+    )
+    return TrajectoryCache(make_cache(settings, folder, teacher=teacher), made_by)
+
+
+def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> Batches:
+    """Batch number -> noise, prompts, and the teacher's states from there."""
+    height, width = teacher.generation_config.height, teacher.generation_config.width
+
+    def data(position: int) -> DistillBatch:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        chosen = torch.randint(len(cache), (size,), generator=generator).tolist()
+        states, prompts = cache.read(chosen)
+        noise = initial_noise(teacher, cache.seeds(chosen), height, width)
+        return DistillBatch(noise, prompts.to(teacher.device), states.to(teacher.device))
+
+    return data
+
+
+def _draw(seed: int, count: int) -> int:
+    """Which prompt a sample shows: by its own seed, so that a longer cache begins as a shorter one."""
+    return int(torch.randint(count, (), generator=torch.Generator().manual_seed(2**33 + seed)))

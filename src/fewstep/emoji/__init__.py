@@ -1,0 +1,1 @@
+"""The emoji dataset and the micro model family."""

@@ -1,0 +1,148 @@
+"""The micro teacher: flow matching of a small Z-Image transformer on the emoji world's latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from PIL import Image
+from torch import Tensor, nn
+
+from fewstep.config.recipe import FlowRecipe
+from fewstep.config.sections import TransformerSettings
+from fewstep.core import flow
+from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.guidance import ClassifierFreeGuidance
+from fewstep.core.method import Batch, Method, Trainable
+from fewstep.core.samplers import sample_euler
+from fewstep.data.images import grid
+from fewstep.emoji.dataset import TEMPLATES, EmojiDataset
+from fewstep.emoji.latents import build_bank
+from fewstep.models.components import load_component
+from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.models.vae import to_channels_last
+from fewstep.training.run_dir import RunDir
+from fewstep.training.trainer import Trainer
+
+IMAGE_SIZE = 64
+
+
+def build_transformer(settings: TransformerSettings, features: int, channels: int) -> ZImageTransformer2DModel:
+    """A small Z-Image with weights ready to train: truncated normals, and gates, scales and output that start at 0."""
+    model = ZImageTransformer2DModel(
+        in_channels=channels,
+        dim=settings.dim,
+        n_layers=settings.n_layers,
+        n_refiner_layers=settings.n_refiner_layers,
+        n_heads=settings.n_heads,
+        n_kv_heads=settings.n_heads,
+        cap_feat_dim=features,
+        axes_dims=list(settings.axes_dims),
+        axes_lens=[1024, 512, 512],
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if "adaLN_modulation" in name or ("final_layer" in name and name.endswith("linear")):
+                nn.init.zeros_(module.weight)
+        if "adaLN_modulation" in name and isinstance(module, nn.Linear) and "final_layer" not in name:
+            # gates pass through tanh: a start at 0 would leave each block without any gradient but its gate's
+            dim = module.out_features // 4
+            nn.init.constant_(module.bias[dim : 2 * dim], 0.5)
+            nn.init.constant_(module.bias[3 * dim :], 0.5)
+    nn.init.normal_(model.x_pad_token, std=0.02)
+    nn.init.normal_(model.cap_pad_token, std=0.02)
+    return model
+
+
+def draw_sigmas(count: int, mean: float, std: float, shift: float, device: torch.device | str = "cpu") -> Tensor:
+    """Logit-normal pre-shift levels, shifted: ``S(sigmoid(N(mean, std)))``, [count] (SD3, arXiv 2403.03206, 3.1)."""
+    return flow.shift_sigma(torch.sigmoid(mean + std * torch.randn(count, device=device)), shift)
+
+
+def flow_matching_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+    """``||velocity - (eps - x0)||^2`` a sample, mean over its elements: [B] (arXiv 2210.02747)."""
+    eps = torch.randn_like(x0)
+    velocity = denoiser(flow.add_noise(x0, sigma, eps), sigma, prompts)
+    return (velocity.float() - (eps - x0)).square().flatten(1).mean(dim=1)
+
+
+class FlowMatching(Method):
+    """One trainable, the denoiser. A batch is (x0, encoded prompts, some of them the null prompt)."""
+
+    def __init__(self, denoiser: nn.Module, mean: float, std: float, shift: float) -> None:
+        self.denoiser, self.mean, self.std, self.shift = denoiser, mean, std, shift
+        self.trainables = [Trainable("teacher", denoiser, self.loss)]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x0, prompts = batch
+        sigma = draw_sigmas(len(x0), self.mean, self.std, self.shift, x0.device)
+        each = flow_matching_loss(self.denoiser, x0, sigma, prompts)
+        noisy = sigma > 0.75
+        parts = {"noisy": each[noisy], "clean": each[~noisy]}
+        return each.mean(), {name: part.detach().mean() for name, part in parts.items() if len(part)}
+
+
+def train(recipe: FlowRecipe, run: RunDir) -> Path:
+    """Train on the training combinations; ends with a whole model folder at ``<run>/model``."""
+    world = EmojiDataset.load(recipe.data.things)
+    concepts = world.concepts("train")
+    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32))
+    text_encoder = load_component(Path(recipe.text), "text_encoder", torch.float32)
+    tokenizer = load_component(Path(recipe.text), "tokenizer")
+    torch.manual_seed(recipe.train.seed)
+    transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
+    if recipe.init is not None:
+        transformer.load_state_dict(load(recipe.init).transformer.state_dict())
+    card = GenerationConfig(steps=50, guidance_scale=recipe.guidance_scale, height=IMAGE_SIZE, width=IMAGE_SIZE)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
+    model = TextToImagePipeline(transformer, vae, text_encoder, tokenizer, scheduler, card)
+
+    bank = build_bank(world, concepts, model.encode_images, recipe.data.variants, seed=2)
+    templates = {language: range(len(patterns)) for language, patterns in TEMPLATES.items()}
+    texts = [[world.prompt(c, t) for t in templates[c.language]] for c in concepts]
+    encoded = model.encode([text for several in texts for text in several])
+    null = model.encode([""])
+    per_concept = len(texts[0])
+
+    def data(position: int) -> tuple[Tensor, EncodedPrompts]:
+        generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
+        size = recipe.train.batch_size
+        chosen = torch.randint(len(concepts), (size,), generator=generator)
+        template = torch.randint(per_concept, (size,), generator=generator)
+        prompts = encoded[chosen * per_concept + template]
+        dropped = torch.rand(size, generator=generator) < recipe.prompt_dropout
+        prompts = replace(prompts, dropped, null)
+        return bank.draw([concepts[i] for i in chosen.tolist()], generator), prompts
+
+    shown = world.sample(32, "heldout", seed=0)
+    shown_prompts = model.encode([world.prompt(c, i % per_concept) for i, c in enumerate(shown)])
+    guided = ClassifierFreeGuidance(model.denoiser, null, 1 + recipe.guidance_scale)
+
+    def preview(step: int) -> Image.Image:
+        noise = torch.randn(len(shown), *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+        return grid(
+            model.decode(sample_euler(guided, noise, flow.get_sigmas(20, recipe.shift), shown_prompts)), columns=8
+        )
+
+    if recipe.compile:
+        model.denoiser.compile_repeated_blocks()
+    method = FlowMatching(model.denoiser, recipe.logit_mean, recipe.logit_std, recipe.shift)
+    trainer = Trainer(method, data, run, train=recipe.train, optim={"teacher": recipe.optim}, preview=preview)
+    trainer.fit()
+    with trainer.ema_weights():
+        return model.save(run.directory / "model")
+
+
+def replace(prompts: EncodedPrompts, where: Tensor, by: EncodedPrompts) -> EncodedPrompts:
+    """``prompts`` with those at ``where`` [B] (bool) replaced by the one prompt in ``by``."""
+    longest = max(prompts.features.shape[1], by.features.shape[1])
+    padded = EncodedPrompts.concat([prompts, by])
+    features = torch.where(where[:, None, None], padded.features[-1:], padded.features[:-1])
+    assert features.shape[1] == longest
+    return EncodedPrompts(features, torch.where(where, by.lengths, prompts.lengths))

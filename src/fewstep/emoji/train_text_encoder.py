@@ -1,0 +1,164 @@
+"""The micro text encoder: a small Qwen3 that learns what things look like, by contrast with images' latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from fewstep.config.recipe import TextRecipe
+from fewstep.config.sections import TextSettings
+from fewstep.core.method import Batch, Method, Trainable
+from fewstep.emoji.dataset import STYLES, TEMPLATES, EmojiDataset
+from fewstep.emoji.latents import build_bank
+from fewstep.models.components import load_component
+from fewstep.models.text import apply_chat_template
+from fewstep.models.vae import encode_images, to_channels_last
+from fewstep.training.run_dir import RunDir
+from fewstep.training.trainer import Trainer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+
+#: Writes what Qwen3's template writes for plain messages: turns between im_start and im_end, an empty thought when
+#: thinking is off.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def build_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
+    """A byte-level BPE learned from the emoji world's prompts, as a Qwen2Tokenizer with Z-Image's chat template."""
+    pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+        show_progress=False,
+    )
+    trained.train_from_iterator(_corpus(), trainer)
+    learned = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, model_max_length=4096)  # type: ignore[arg-type]
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})  # type: ignore[dict-item]
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _corpus() -> list[str]:
+    world = EmojiDataset.everything()
+    lines = ["user\n", "assistant\n", "system\n"] * 64
+    for concept in world.concepts(styles=STYLES):
+        if concept.color in ("red", "blue"):
+            count = len(TEMPLATES[concept.language])
+            lines += [world.prompt(concept, template) for template in range(count)]
+    for thing in world.things:  # a name on its own is a word too, however rare
+        lines += [thing.en, thing.zh] * 8
+    return lines
+
+
+def build_text_encoder(settings: TextSettings, tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=4096,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3Model(config)
+
+
+class CLIPModel(nn.Module):
+    """A text tower and an image tower that meet in one space; after training only the text encoder is kept.
+
+    The text side is the mean of ``hidden_states[-2]`` over a prompt's tokens: what the transformer will be given is
+    what is taught. The image side is a small convolutional network on latents.
+    """
+
+    def __init__(self, text_encoder: Qwen3Model, latent_channels: int, width: int, temperature: float) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        hidden = text_encoder.config.hidden_size
+        self.text_head = nn.Sequential(nn.RMSNorm(hidden), nn.Linear(hidden, width))
+        self.image_tower = nn.Sequential(
+            nn.Conv2d(latent_channels, 96, 3, padding=1),
+            nn.GroupNorm(8, 96),
+            nn.SiLU(),
+            nn.Conv2d(96, 192, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 192),
+            nn.SiLU(),
+            nn.Conv2d(192, 192, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(192 * 4, width),
+        )
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+
+    def text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        mean = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return F.normalize(self.text_head(mean).float(), dim=-1)
+
+    def image(self, latents: Tensor) -> Tensor:
+        return F.normalize(self.image_tower(latents).float(), dim=-1)
+
+
+class ContrastiveTraining(Method):
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020) in which prompts of the same drawing are all positives."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        self.model = model
+        self.trainables = [Trainable("text", model, self.loss)]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, mask, latents, drawing = batch
+        scores = self.model.log_scale.exp().clamp(max=100) * self.model.text(ids, mask) @ self.model.image(latents).T
+        same = (drawing[:, None] == drawing[None, :]).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+        found = same.gather(1, scores.argmax(dim=1, keepdim=True)).mean()
+        return loss, {"accuracy": found.detach()}
+
+
+def train(recipe: TextRecipe, run: RunDir) -> Path:
+    """Train on the teacher's own prompts and images, so nothing that is held out from it is seen here."""
+    world = EmojiDataset.load(recipe.data.things)
+    concepts = world.concepts("train")
+    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32))
+    bank = build_bank(world, concepts, lambda images: encode_images(vae, images), recipe.data.variants, seed=1)
+    tokenizer = build_tokenizer(recipe.model.vocab_size)
+    torch.manual_seed(recipe.train.seed)
+    text_encoder = build_text_encoder(recipe.model, tokenizer)
+    model = CLIPModel(text_encoder, bank.latents.shape[2], recipe.model.hidden_size, recipe.temperature)
+
+    def data(position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
+        chosen = torch.randint(len(concepts), (recipe.train.batch_size,), generator=generator).tolist()
+        batch = [concepts[i] for i in chosen]
+        templates = torch.randint(3, (len(batch),), generator=generator).tolist()
+        texts = [apply_chat_template(tokenizer, world.prompt(c, t)) for c, t in zip(batch, templates, strict=True)]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        drawing = torch.tensor([bank.row[c.thing, c.style, c.color] for c in batch])
+        return tokens.input_ids, tokens.attention_mask, bank.draw(batch, generator), drawing
+
+    trainer = Trainer(ContrastiveTraining(model), data, run, train=recipe.train, optim={"text": recipe.optim})
+    trainer.fit()
+    with trainer.ema_weights():
+        text_encoder.save_pretrained(run.directory / "text_encoder")
+    tokenizer.save_pretrained(run.directory / "tokenizer")
+    return run.directory

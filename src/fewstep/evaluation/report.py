@@ -1,0 +1,102 @@
+"""One self-contained page, index.html, and one picture, grid.png: what an evaluation found, to be seen."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.evaluation import plots, table
+from fewstep.evaluation.grid import picture, tile
+from fewstep.evaluation.metrics_file import Metrics, Samples
+from fewstep.training.tracking import read_metrics
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+_SHOWN = 48  # prompts in the page's grid: about 1 MB
+_SHOWN_SEEDS = 6
+
+
+def write(folder: str | Path, metrics: Metrics, samples: Samples, curves: Path | None = None) -> Path:
+    """Writes index.html and grid.png into `folder`; returns the page's path. `curves`: a run's metrics.jsonl.
+
+    Raises: UserError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    page = render(metrics, samples, read_metrics(curves) if curves is not None and curves.is_file() else [])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(samples).save(folder / "grid.png", optimize=True)
+        partial = folder / "index.html.partial"
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(folder / "index.html")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the report ({error.strerror})") from None
+    return folder / "index.html"
+
+
+def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> str:
+    """The page. `lines`: a run's logged metrics, for the curves."""
+    shown = range(min(_SHOWN, len(samples.prompts)))
+    seeded = [column for column in samples.columns.values() if len(column.seeds)]
+    points = {
+        ", ".join(table.label(name, arm)): (arm["forwards"], arm["name_top1"])
+        for name, arm in metrics.arms.items()
+        if arm["name_top1"] is not None
+    }
+    # Autoescape: prompts are whatever the user wrote.
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return template.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        summary=summary(metrics),
+        heads=[table.label(name, figures) for name, figures in table.columns(metrics).items()],
+        targets=metrics.targets,
+        status=table.status,
+        rows=table.rows(metrics),
+        judge_rows=table.rows(metrics, table.JUDGE_ROWS),
+        notes=table.notes(metrics),
+        columns=[column.title.partition(", ")[::2] for column in samples.columns.values()],
+        seeded=[column.title.partition(", ")[::2] for column in seeded],
+        grid=[
+            (
+                samples.prompts[i],
+                [(data_uri(column.images[i]), column.taken_for[i]) for column in samples.columns.values()],
+            )
+            for i in shown
+        ],
+        total=len(samples.prompts),
+        seeds=[
+            (samples.prompts[i], [[data_uri(image) for image in column.seeds[i][:4]] for column in seeded])
+            for i in range(min(_SHOWN_SEEDS, len(seeded[0].seeds)))
+        ],
+        chart=plots.accuracy_by_forwards(points, metrics.real.get("name_top1")) if len(points) > 1 else None,
+        curves=plots.curves(lines),
+        settings={key: value for key, value in metrics.settings.items() if key != "prompt_list"},
+    )
+
+
+def summary(metrics: Metrics) -> str:
+    """The evaluation in a sentence or two."""
+    count = metrics.settings["prompts"]
+    sentence = (
+        f"{len(metrics.arms)} ways to make the same {count} images" if len(metrics.arms) > 1 else f"{count} images"
+    )
+    student = next((arm for name, arm in metrics.arms.items() if name.startswith("student")), None)
+    teacher = next(iter(metrics.arms.values()))
+    if student is None or student is teacher or student["name_top1"] is None:
+        return sentence + "."
+    return (
+        f"{sentence}. With {student['forwards']} forwards an image the student has the name right for "
+        f"{100 * student['name_top1']:.1f}%; its teacher, with {teacher['forwards']}, for "
+        f"{100 * teacher['name_top1']:.1f}%."
+    )
+
+
+def data_uri(image: Tensor) -> str:
+    """uint8 [H,W,3] as a lossless WebP inside a data: URI."""
+    buffer = io.BytesIO()
+    tile(image).save(buffer, "WEBP", lossless=True, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,1 @@
+"""Inference: images from prompts."""

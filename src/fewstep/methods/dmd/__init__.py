@@ -1,0 +1,1 @@
+"""DMD and its descendants: a list of loss terms on the student's samples."""

@@ -1,0 +1,57 @@
+"""Renoise schedules: at which noise levels spear and shield look at the student's images.
+
+Decoupled-DMD (arXiv 2511.22677): the spear wants levels cleaner than the student's own input, the shield wants
+them all. Levels are drawn before the shift and shifted afterwards: bound first, then shift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core import flow
+
+Schedule = Literal["shared", "full", "constrained", "hybrid"]
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Draws sigma_CA and sigma_DM.
+
+    ========== ========== =============================
+    schedule   u_CA       u_DM
+    ========== ========== =============================
+    shared     U(0, 1)    the same draw (plain DMD)
+    full       U(0, 1)    U(0, 1), its own draw
+    constrained U(0, u_a) U(0, u_a), its own draw
+    hybrid     U(0, u_a)  U(0, 1)
+    ========== ========== =============================
+
+    Attributes:
+        schedule: one of the four.
+        shift: of the model's noise levels.
+        low, high: sigmas are clamped to [low, high] after the shift.
+    """
+
+    schedule: Schedule
+    shift: float
+    low: float = 0.02
+    high: float = 0.98
+
+    def draw(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-shift anchors [B] of the student's inputs -> (sigma_CA, sigma_DM), each [B]."""
+        bound_ca = anchor if self.schedule in ("constrained", "hybrid") else torch.ones_like(anchor)
+        bound_dm = anchor if self.schedule == "constrained" else torch.ones_like(anchor)
+        u_ca = torch.rand_like(anchor) * bound_ca
+        u_dm = u_ca if self.schedule == "shared" else torch.rand_like(anchor) * bound_dm
+        return self.sigma(u_ca), self.sigma(u_dm)
+
+    def anywhere(self, x: Tensor) -> Tensor:
+        """A level for each sample of ``x`` [B, ...]: u ~ U(0, 1), shifted and clamped, [B]."""
+        return self.sigma(torch.rand_like(x.flatten(1)[:, 0]))
+
+    def sigma(self, u: Tensor) -> Tensor:
+        return flow.shift_sigma(u, self.shift).clamp(self.low, self.high)

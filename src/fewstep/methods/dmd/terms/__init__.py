@@ -1,0 +1,1 @@
+"""The loss terms, one class each."""

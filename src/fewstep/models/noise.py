@@ -1,0 +1,17 @@
+"""Initial noise by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.models.pipeline import TextToImagePipeline
+
+
+def initial_noise(model: TextToImagePipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:
+    """Pure noise as a diffusers user would draw it: image i from ``torch.Generator("cpu").manual_seed(seeds[i])``."""
+    shape = model.latent_shape(height, width)
+    each = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    return torch.cat(each).to(model.device)

@@ -1,0 +1,1 @@
+"""What a training needs, before any weight is loaded."""

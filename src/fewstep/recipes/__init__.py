@@ -1,1 +1,0 @@
-"""Recipes: the YAML files that ship, and the schema they are checked against."""

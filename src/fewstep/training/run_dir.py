@@ -1,0 +1,216 @@
+"""The directory of one run: its recipe, metrics, checkpoints and what came out.
+
+runs/<name>/
+    recipe.yaml             as resolved
+    metrics.jsonl, events.out.tfevents.*
+    checkpoints/  previews/
+    model/ or student/  report/
+    phases/                 a run each, where the recipe has several
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+
+from fewstep.config.load import dump_recipe, parse_recipe, read_yaml
+from fewstep.config.recipe import Recipe
+from fewstep.errors import UserError
+from fewstep.training.tracking import Tracker
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# What a run writes into its directory besides recipe.yaml: all that `fresh` may delete.
+RUN_FILES = (
+    *("checkpoints", "previews", "metrics.jsonl", "events.out.tfevents.*"),
+    *("model", "student", "student-best", "report", "vae", "text_encoder", "tokenizer", "cache", "phases", "lora"),
+)
+
+# Keys that may change between sittings: they don't change what one step does.
+RESUMABLE_KEYS = (
+    *("train.log_every", "train.sample_every", "train.save_every", "train.save_minutes"),
+    *("train.max_checkpoints", "train.keep_best", "train.num_threads", "train.on_alert", "train.max_minutes"),
+    *("train.fsdp_shard_size", "evaluate."),
+)
+
+
+class RunDir:
+    """One run in `directory`, new or gone on with; a context manager that closes the logs and lets the directory go.
+
+    recipe: goes to recipe.yaml. A directory that holds a run of another recipe is refused; more steps, another
+        cadence of logs and checkpoints, and another evaluation are no other recipe.
+    fresh: deletes what an earlier run left in the directory, and nothing else there.
+    resume_command: the command that goes on when the run was interrupted; by default the present one.
+    read_only: the directory is another process's, which this one works with: nothing is written or locked.
+
+    Raises: UserError for another recipe, a directory with other people's files under a run's names, or one in which
+    another process is at work.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        recipe: Recipe,
+        *,
+        fresh: bool = False,
+        resume_command: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.directory = Path(directory)
+        self.recipe = recipe
+        self.resume_command = resume_command or current_command()
+        self._tracker: Tracker | None = None
+        self._unlock: Callable[[], object] = lambda: None
+        if read_only:
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._unlock = weakref.finalize(self, _lock(self.directory))
+            try:
+                self._claim(fresh)
+            except BaseException:
+                self._unlock()
+                raise
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot write here ({error.strerror})") from None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def track(self, step: int) -> None:
+        """Opens the logs, to go on from `step`."""
+        if self._tracker is not None:
+            self._tracker.close()
+        self._tracker = Tracker(self.directory, step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics; `track` comes first."""
+        assert self._tracker is not None, "Run.track comes before Run.log"
+        self._tracker.log(step, metrics)
+
+    def preview(self, step: int, image: Image.Image) -> None:
+        """Saves a preview image as previews/step_<step>.png and to TensorBoard."""
+        path = self.directory / "previews" / f"step_{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        if self._tracker is not None:
+            self._tracker.image(step, image)
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+        self._unlock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        if isinstance(error, KeyboardInterrupt) and not error.args:
+            # Not the trainer's own, which has saved and said so: the interruption came before or after the training.
+            raise KeyboardInterrupt(f"interrupted; to go on: {self.resume_command}") from None
+
+    def _claim(self, fresh: bool) -> None:
+        path = self.directory / "recipe.yaml"
+        own = [found for pattern in RUN_FILES for found in sorted(self.directory.glob(pattern))]
+        if own and not path.exists():
+            raise UserError(
+                f"{own[0]} is in the way: {self.directory} is not a run (no recipe.yaml); use another --out"
+            )
+        if fresh:
+            for found in own:
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+        elif own:  # a recipe that has made nothing yet gives way to another
+            changes = diff_recipes(_resolved(path), self.recipe.model_dump(mode="json"))
+            if changes:
+                shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+                raise UserError(
+                    f"{self.directory} holds a run of another recipe ({shown}); use another --out, or --fresh"
+                )
+        aside = path.with_name("recipe.yaml.partial")
+        aside.write_text(dump_recipe(self.recipe), encoding="utf-8")
+        aside.replace(path)
+
+
+def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two resolved recipes differ so much that one cannot go on with the other's run."""
+    before, after = _flat(old), _flat(new)
+    changed = {
+        key: (before.get(key, "(none)"), after.get(key, "(none)"))
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key) != after.get(key) and not key.startswith(RESUMABLE_KEYS)
+    }
+    if "train.steps" in changed and changed["train.steps"][1] > changed["train.steps"][0]:
+        del changed["train.steps"]
+    return changed
+
+
+def _lock(directory: Path) -> Callable[[], None]:
+    """Keeps other processes' runs out of the directory until what it returns is called."""
+    if fcntl is None:
+        return lambda: None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{directory}: another process is at work on this run; wait for it, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+    return lambda: os.close(descriptor)
+
+
+def current_command() -> str:
+    """The command line of this process without --fresh, as one would type it in a shell.
+
+    A program around this one (a Makefile) says in FEWSTEP_RESUME_COMMAND what to type instead.
+    """
+    if told := os.environ.get("FEWSTEP_RESUME_COMMAND"):
+        return told
+    program = Path(sys.argv[0])
+    found = shutil.which(program.name)
+    if program.name == "__main__.py":
+        words = [_short(Path(sys.executable)), "-m", "fewstep"]
+    elif found is not None and Path(found).resolve() == program.resolve():
+        words = [program.name]
+    else:
+        words = [_short(program)]
+    return shlex.join(words + [word for word in sys.argv[1:] if word != "--fresh"])
+
+
+def _short(path: Path) -> str:
+    """A path from the present directory if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _resolved(path: Path) -> dict[str, Any]:
+    """A saved recipe with defaults for keys that are newer than it is."""
+    saved = read_yaml(path)
+    try:
+        return parse_recipe(saved, str(path)).model_dump(mode="json")
+    except UserError:
+        return saved
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

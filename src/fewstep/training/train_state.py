@@ -1,0 +1,103 @@
+"""One trainable as the trainer sees it."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.config.sections import OptimSettings, TrainSettings
+from fewstep.core.dtensor import full_tensor
+from fewstep.core.method import Batch, Trainable
+from fewstep.core.precision import uses_bf16
+from fewstep.errors import UserError
+from fewstep.training.checkpoint import Checkpoint
+from fewstep.training.distributed import DistContext
+from fewstep.training.ema import EMA
+from fewstep.training.optim import init_optimizer_state, learning_rate, make_optimizer, set_lr, tensor_leaves
+
+# After so many useless updates in a row the training has diverged, and more of them will not help.
+MAX_SKIPPED = 20
+
+
+class TrainState:
+    """A trainable with all it takes to move it: optimizer, learning rate, clipping, EMA."""
+
+    def __init__(
+        self, trainable: Trainable, optim: OptimSettings, train: TrainSettings, dist: DistContext | None = None
+    ) -> None:
+        self.trainable, self.optim, self.train = trainable, optim, train
+        self.dist = dist or DistContext()
+        # The parameters that move, by name, in the optimizer's order.
+        self.weights = {name: p for name, p in trainable.module.named_parameters() if p.requires_grad}
+        if optim.optimizer == "adamw8bit" and self.dist.world_size > 1:
+            raise UserError(f"optim.{trainable.name}.optimizer adamw8bit: with one process only")
+        self.optimizer = make_optimizer(list(self.weights.values()), optim)
+        self.ema = EMA(trainable.module, optim.ema_decay) if optim.ema_decay is not None else None
+        self.device = next(trainable.module.parameters()).device
+        self.bf16 = uses_bf16(train.precision, self.device)
+        self.counters = {"updates": 0, "skipped": 0, "skipped_in_a_row": 0}
+
+    @property
+    def name(self) -> str:
+        return self.trainable.name
+
+    @property
+    def module(self) -> nn.Module:
+        return self.trainable.module
+
+    def update(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
+        """One update by the mean of the batches' gradients; skipped, and only counted, if its loss or gradient is not
+        finite. Returns the metrics, means over the batches."""
+        rate = learning_rate(self.optim, step, self.train.steps)
+        set_lr(self.optimizer, rate)
+        found: dict[str, list[float]] = {}
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), self.dist.global_rng():
+                loss, metrics = self.trainable.loss(batch)
+            (loss / len(batches)).backward()
+            for key, value in {"loss": loss, **metrics}.items():
+                found.setdefault(key, []).append(float(value.detach()))
+        self.dist.sync_unsharded_grads(self.weights.values())
+        means = self.dist.all_reduce_mean({key: sum(values) / len(values) for key, values in found.items()})
+        clip = self.optim.max_grad_norm if self.optim.max_grad_norm is not None else float("inf")
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(self.weights.values(), clip)))
+        if not math.isfinite(means["loss"] + norm):
+            return self._skip()
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.counters["updates"])
+        self.counters["updates"] += 1
+        self.counters["skipped_in_a_row"] = 0
+        return means | {"grad_norm": norm, "lr": rate, "skipped": 0.0}
+
+    def _skip(self) -> dict[str, float]:
+        self.counters["skipped"] += 1
+        self.counters["skipped_in_a_row"] += 1
+        if self.counters["skipped_in_a_row"] >= MAX_SKIPPED:
+            raise UserError(
+                f"{self.name}: {MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; start over "
+                "(--fresh) with a lower learning rate, more warm-up, or precision fp32"
+            )
+        return {"skipped": 1.0}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint needs: trainable weights and buffers, EMA, optimizer; sharded where the module is."""
+        moving = self.weights.keys() | {name for name, _ in self.module.named_buffers()}
+        weights = {name: tensor for name, tensor in self.module.state_dict().items() if name in moving}
+        moments = {
+            f"{name}/{key}{part}": tensor
+            for name, p in self.weights.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+            for part, tensor in tensor_leaves(value).items()
+        }
+        return {"weights": weights, "optimizer": moments} | ({"ema": self.ema.weights} if self.ema else {})
+
+    def restore(self, found: Checkpoint, counters: dict[str, int]) -> None:
+        """Puts back what `tensors` gave. Raises: RuntimeError if names or shapes differ."""
+        if found.shapes(f"{self.name}.optimizer") and not self.optimizer.state:
+            init_optimizer_state(self.optimizer)
+        live = self.tensors()
+        for part in ("weights", "ema", "optimizer"):
+            found.load_into(f"{self.name}.{part}", live.get(part, {}))
+        self.counters = counters
