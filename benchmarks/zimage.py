@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config.load import load_recipe, with_overrides
-from fewstep.config.recipe import DistillRecipe, PhasesRecipe
+from fewstep.config.recipe import DistillRecipe, StagesRecipe
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.samplers import sample_euler
 from fewstep.data.batch import DistillBatch
@@ -197,7 +197,7 @@ def images(bench: Bench) -> Table:
 def iteration_recipe(size: int, *more: str) -> DistillRecipe:
     """One batch of one image, of the recipe for Z-Image."""
     phases = load_recipe("zimage-turbo-8", [])
-    assert isinstance(phases, PhasesRecipe)
+    assert isinstance(phases, StagesRecipe)
     recipe = with_overrides(
         stage_recipe(phases, phases.phases[0]), [f"size={size}", "train.gradient_accumulation_steps=1", *more]
     )

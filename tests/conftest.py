@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fewstep.config.sections import TextSettings, TransformerSettings
+from fewstep.emoji.recipes import TextSettings, TransformerSettings
 from fewstep.emoji.train_teacher import build_transformer
 from fewstep.emoji.train_text_encoder import build_text_encoder
 from fewstep.emoji.train_vae import build_vae

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fewstep.config.load import parse_recipe
-from fewstep.config.recipe import JudgeRecipe
 from fewstep.emoji.classifier import BUNDLED_CLASSIFIER, ClassifierNet, EmojiClassifier, correct, labels
 from fewstep.emoji.dataset import STYLES, EmojiDataset
+from fewstep.emoji.recipes import ClassifierRecipe
 from fewstep.emoji.train_classifier import accuracy, augment, batches, random_backgrounds, splits, train
 from fewstep.errors import UserError
 from fewstep.evaluation.images import as_uint8
@@ -29,9 +29,9 @@ def small_judge(things: int = 5) -> EmojiClassifier:
     return EmojiClassifier(ClassifierNet(things, 8), card)
 
 
-def recipe(things: int = 6, steps: int = 60) -> JudgeRecipe:
+def recipe(things: int = 6, steps: int = 60) -> ClassifierRecipe:
     tree = {
-        "kind": "judge",
+        "kind": "classifier",
         "name": "test",
         "width": 8,
         "data": {"things": things},
@@ -39,7 +39,7 @@ def recipe(things: int = 6, steps: int = 60) -> JudgeRecipe:
         "optim": {"lr": 5e-3, "ema_decay": 0.9},
     }
     parsed = parse_recipe(tree, "test")
-    assert isinstance(parsed, JudgeRecipe)
+    assert isinstance(parsed, ClassifierRecipe)
     return parsed
 
 

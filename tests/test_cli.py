@@ -88,7 +88,7 @@ def test_other_recipe_is_refused_until_fresh(recipe: Path) -> None:
         (["distill", "nothing.yaml"], "error: nothing.yaml: no such recipe file"),
         (["distill", "tiny.yaml", "-s", "train.step=4"], "unknown key train.step; did you mean train.steps?"),
         (["train", "tiny.yaml"], "its kind is distill; use: fewstep distill tiny.yaml"),
-        (["distill", "judge"], "its kind is judge; use: fewstep train judge"),
+        (["distill", "classifier"], "its kind is classifier; use: fewstep train classifier"),
         (["distill", "tiny.yaml", "--out", "tiny.yaml"], "error: tiny.yaml: cannot write here"),
         (["distill", "tiny.yaml", "-s", "teacher=full"], "x: No space left on device"),
         (["generate", "nowhere", "a cat"], "error: nowhere: "),
@@ -129,7 +129,7 @@ def test_train_calls_what_the_kind_says(kind: str, tmp_path: Path, monkeypatch: 
         "flow": "emoji.train_teacher",
         "judge": "emoji.train_classifier",
     }[kind]
-    recipe = {"vae": "micro-vae", "text": "micro-text", "flow": "micro-teacher", "judge": "judge"}[kind]
+    recipe = {"vae": "micro-vae", "text": "micro-text-encoder", "flow": "micro-teacher", "judge": "classifier"}[kind]
     called: list[str] = []
 
     def train(recipe: object, run: RunDir) -> Path:
@@ -143,7 +143,11 @@ def test_train_calls_what_the_kind_says(kind: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(f"{package}.{name}", module, raising=False)
     done = fewstep("train", recipe, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    assert called == [f"{kind.capitalize()}Recipe"]
+    assert called == [
+        {"vae": "VaeRecipe", "text": "TextEncoderRecipe", "flow": "FlowMatchingRecipe", "judge": "ClassifierRecipe"}[
+            kind
+        ]
+    ]
     assert done.stdout == f"{tmp_path / 'run' / 'model'}\n"
 
 

@@ -30,12 +30,12 @@ def recipe_of(folder, *more):
 
 def plans_of(file, folder):
     recipe = load_recipe(file, [f"teacher={folder}"])
-    return [stage_recipe(recipe, phase) for phase in recipe.phases]
+    return [stage_recipe(recipe, phase) for phase in recipe.stages]
 
 
 def plans_of_shipped(name):
     recipe = load_recipe(name, [])
-    return [stage_recipe(recipe, phase) for phase in recipe.phases]
+    return [stage_recipe(recipe, phase) for phase in recipe.stages]
 
 
 def held(tensors):
@@ -167,9 +167,9 @@ def test_phases_are_planned_for_one_by_one(tiny_folder, tmp_path):
     assert (small.height, large.height) == (32, 128)
     assert large.flops > 1.2 * small.flops
     done = CliRunner().invoke(app, [*words, "--gpu", f"{0.99 * small.total / 0.95e9}GB"])
-    assert "with -s phases.0.roles.kind=lora: " in done.output
-    assert CliRunner().invoke(app, [*words, "-s", "phases.1.roles.base=fp8"]).exit_code == 0
-    for wrong in ("phases.2.size=64", "phases.x.size=64", "phases.0=3", "phases=3"):
+    assert "with -s stages.0.roles.kind=lora: " in done.output
+    assert CliRunner().invoke(app, [*words, "-s", "stages.1.roles.base=fp8"]).exit_code == 0
+    for wrong in ("stages.2.size=64", "stages.x.size=64", "stages.0=3", "phases=3"):
         done = CliRunner().invoke(app, [*words, "-s", wrong])
         assert done.exit_code == 1
         assert len(done.stderr.strip().splitlines()) == 1

@@ -8,7 +8,7 @@ import torch
 from gaussian import SHAPE, Gaussian, prompts_of
 
 from fewstep import api
-from fewstep.config.recipe import CacheRecipe, PhasesRecipe
+from fewstep.config.recipe import CacheRecipe, StagesRecipe
 from fewstep.core import flow
 from fewstep.core.samplers import sample_euler
 from fewstep.data.batch import DistillBatch
@@ -27,7 +27,7 @@ ANCHORS = flow.uniform_timesteps(4)
 
 def cache_recipe(folder, **more):
     settings = {"samples": 6, "shard_size": 4, "substeps": 2, "batch_size": 3, "steps": 2, "precision": "fp32", **more}
-    return CacheRecipe(kind="cache", name="cache", teacher=str(folder), **settings)
+    return CacheRecipe(kind="cache_trajectories", name="cache", teacher=str(folder), **settings)
 
 
 def expected_of(folder, steps=2, substeps=2, guidance=2.0):
@@ -161,8 +161,8 @@ def phases_recipe(folder, steps=4):
         "train": {**train, "steps": 30},
     }
     match = {"name": "match", "student": {"steps": 1}, "fake_updates": 1, "optim": optim, "train": train}
-    return PhasesRecipe(
-        kind="phases", name="two", teacher=str(folder), phases=[align, match], evaluate={"enabled": False}
+    return StagesRecipe(
+        kind="stages", name="two", teacher=str(folder), stages=[align, match], evaluate={"enabled": False}
     )
 
 
@@ -213,7 +213,7 @@ def test_phases_that_ask_the_teacher_the_same_share_its_answers(tiny_folder, tmp
     match |= {"student": align["student"], "trajectory": align["trajectory"]}
     match["shield"] |= {"regression": 1.0, "weight": 0.0}
     align["train"] |= {"steps": 2}
-    api.distill(PhasesRecipe(**recipe), tmp_path / "run")
+    api.distill(StagesRecipe(**recipe), tmp_path / "run")
     assert [folder.name for folder in (tmp_path / "run" / "cache").iterdir()] == ["align"]
     assert not (tmp_path / "run/phases/2-match/cache").exists()
 
@@ -225,15 +225,15 @@ def test_phases_with_other_prompts_ask_the_teacher_again(tiny_folder, tmp_path):
     match |= {"student": align["student"], "trajectory": align["trajectory"], "align": 1.0}
     match["prompts"] |= {"source": str(tmp_path / "prompts.txt")}
     align["train"] |= {"steps": 2}
-    api.distill(PhasesRecipe(**recipe), tmp_path / "run")
+    api.distill(StagesRecipe(**recipe), tmp_path / "run")
     assert sorted(folder.name for folder in (tmp_path / "run" / "cache").iterdir()) == ["align", "match"]
 
 
 def test_a_phase_that_wants_a_fake_says_so(tiny_folder):
     with pytest.raises(ValueError, match=r"optim\.fake is missing"):
-        PhasesRecipe(
-            kind="phases",
+        StagesRecipe(
+            kind="stages",
             name="bad",
             teacher=str(tiny_folder),
-            phases=[{"name": "a", "optim": {"student": {"lr": 1e-3}}, "train": {"steps": 1, "batch_size": 1}}],
+            stages=[{"name": "a", "optim": {"student": {"lr": 1e-3}}, "train": {"steps": 1, "batch_size": 1}}],
         )

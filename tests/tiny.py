@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.config.recipe import JudgeRecipe
 from fewstep.config.sections import OptimSettings
 from fewstep.core.method import Batch, Method, Trainable
+from fewstep.emoji.recipes import ClassifierRecipe
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
@@ -45,9 +45,11 @@ def tiny_data(position: int) -> Tensor:
     return torch.randn(8, 3, generator=torch.Generator().manual_seed(position))
 
 
-def tiny_recipe(**train: object) -> JudgeRecipe:
+def tiny_recipe(**train: object) -> ClassifierRecipe:
     settings = {"steps": 12, "batch_size": 8, "log_every": 4, "save_every": 5, **train}
-    return JudgeRecipe.model_validate({"kind": "judge", "name": "tiny", "optim": {"lr": 0.01}, "train": settings})
+    return ClassifierRecipe.model_validate(
+        {"kind": "classifier", "name": "tiny", "optim": {"lr": 0.01}, "train": settings}
+    )
 
 
 def tiny_trainer(directory: Path, fresh: bool = False, **train: object) -> Trainer:

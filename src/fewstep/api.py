@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.config.load import load_recipe
-from fewstep.config.recipe import DistillRecipe, PhasesRecipe
+from fewstep.config.recipe import DistillRecipe, StagesRecipe
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.runner import emoji_prompts
@@ -39,7 +39,7 @@ class Distilled:
 
 
 def distill(
-    recipe: str | Path | DistillRecipe | PhasesRecipe,
+    recipe: str | Path | DistillRecipe | StagesRecipe,
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -57,9 +57,9 @@ def distill(
         UserError: a mistake in the recipe or the directory.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved; its text says how to go on.
     """
-    resolved = recipe if isinstance(recipe, DistillRecipe | PhasesRecipe) else load_recipe(recipe, list(overrides))
-    if not isinstance(resolved, DistillRecipe | PhasesRecipe):
-        command = "cache" if resolved.kind == "cache" else "train"
+    resolved = recipe if isinstance(recipe, DistillRecipe | StagesRecipe) else load_recipe(recipe, list(overrides))
+    if not isinstance(resolved, DistillRecipe | StagesRecipe):
+        command = "cache" if resolved.kind == "cache_trajectories" else "train"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     directory = out or Path("runs") / resolved.name
     with init_distributed() as dist, open_run(dist, directory, resolved, fresh=fresh) as run:

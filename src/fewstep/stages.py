@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.config.recipe import DistillRecipe, Phase, PhasesRecipe
+from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
 from fewstep.config.sections import EvaluateSettings
 from fewstep.jobs import Validator, distill
 from fewstep.training.distributed import DistContext, open_run
@@ -20,16 +20,16 @@ from fewstep.training.run_dir import RunDir
 from fewstep.training.tracking import read_metrics
 
 
-def shared_trajectory_cache(phase: Phase, phases: Sequence[Phase]) -> str:
+def shared_trajectory_cache(phase: Stage, phases: Sequence[Stage]) -> str:
     """The name of the first phase that asks the teacher the same: those that do share its answers."""
 
-    def asked(one: Phase) -> tuple[object, ...]:
+    def asked(one: Stage) -> tuple[object, ...]:
         return one.prompts, one.size, one.trajectory, one.student.steps, one.student.anchors, one.train.precision
 
     return next(one.name for one in phases if asked(one) == asked(phase))
 
 
-def stage_recipe(recipe: PhasesRecipe, phase: Phase, init: Path | None = None) -> DistillRecipe:
+def stage_recipe(recipe: StagesRecipe, phase: Stage, init: Path | None = None) -> DistillRecipe:
     """A phase as a recipe of its own, from another student."""
     return DistillRecipe(
         **phase.model_dump(),
@@ -58,7 +58,7 @@ def _linked(source: str, target: str) -> None:
 
 
 def run_stages(
-    recipe: PhasesRecipe, run: RunDir, watch: Validator | None = None, dist: DistContext | None = None
+    recipe: StagesRecipe, run: RunDir, watch: Validator | None = None, dist: DistContext | None = None
 ) -> Path:
     """Run the phases in order, each in ``<run>/phases/<number>-<name>``; the last student goes to ``<run>/student``,
     and their metrics in a row to ``<run>/metrics.jsonl``.
@@ -68,12 +68,12 @@ def run_stages(
     dist = dist or DistContext()
     student: Path | None = None
     lines: list[dict[str, float]] = []
-    for number, phase in enumerate(recipe.phases, start=1):
+    for number, phase in enumerate(recipe.stages, start=1):
         folder = run.directory / "phases" / f"{number}-{phase.name}"
         one = stage_recipe(recipe, phase, student)
         with open_run(dist, folder, one, resume_command=run.resume_command) as inner:
             student = distill(
-                one, inner, watch, dist, run.directory / "cache" / shared_trajectory_cache(phase, recipe.phases)
+                one, inner, watch, dist, run.directory / "cache" / shared_trajectory_cache(phase, recipe.stages)
             )
         free_memory()
         before = lines[-1]["step"] if lines else 0

@@ -46,13 +46,13 @@ def plan(
 def _distillations(recipe: str, overrides: Sequence[str]) -> list[tuple[str, DistillRecipe]]:
     """A recipe's distillations, itself or its phases, with what comes before their keys. Raises: UserError."""
     from fewstep.config.load import load_recipe
-    from fewstep.config.recipe import DistillRecipe, PhasesRecipe
+    from fewstep.config.recipe import DistillRecipe, StagesRecipe
     from fewstep.errors import UserError
     from fewstep.stages import stage_recipe
 
     found = load_recipe(recipe, list(overrides))
-    if isinstance(found, PhasesRecipe):
-        return [(f"phases.{number}.", stage_recipe(found, phase)) for number, phase in enumerate(found.phases)]
+    if isinstance(found, StagesRecipe):
+        return [(f"stages.{number}.", stage_recipe(found, phase)) for number, phase in enumerate(found.stages)]
     if not isinstance(found, DistillRecipe):
         raise UserError(f"{recipe}: its kind is {found.kind}; plans are made for distillations")
     return [("", found)]

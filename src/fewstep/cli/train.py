@@ -9,25 +9,25 @@ from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
 
 def train(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Train a model from data, as a recipe says. The same command again goes on from the last checkpoint."""
-    from fewstep.config import recipe as schema
     from fewstep.config.load import load_recipe
+    from fewstep.emoji import recipes as schema
     from fewstep.errors import UserError
     from fewstep.training.run_dir import RunDir
 
     resolved = load_recipe(recipe, overrides or [])
-    if isinstance(resolved, schema.DistillRecipe | schema.PhasesRecipe | schema.CacheRecipe):
-        command = "cache" if resolved.kind == "cache" else "distill"
+    if not isinstance(resolved, schema.EmojiRecipe):
+        command = {"cache_trajectories": "cache"}.get(resolved.kind, "distill")
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     with RunDir(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
         if isinstance(resolved, schema.VaeRecipe):
             from fewstep.emoji import train_vae as vae
 
             made = vae.train(resolved, run)
-        elif isinstance(resolved, schema.TextRecipe):
+        elif isinstance(resolved, schema.TextEncoderRecipe):
             from fewstep.emoji import train_text_encoder as text
 
             made = text.train(resolved, run)
-        elif isinstance(resolved, schema.FlowRecipe):
+        elif isinstance(resolved, schema.FlowMatchingRecipe):
             from fewstep.emoji import train_teacher as teacher
 
             made = teacher.train(resolved, run)

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fewstep.config.recipe import RECIPES, Recipe
+from fewstep.config.recipe import Recipe
+from fewstep.core.registry import load_plugins, recipe_folders, recipe_kinds
 from fewstep.errors import UserError
 
 BUNDLED_RECIPES = Path(__file__).parent / "recipes"
@@ -34,7 +35,9 @@ def find_recipe(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    shipped = {file.name: file for file in sorted(BUNDLED_RECIPES.glob("*.yaml"))}
+    load_plugins()
+    folders = [BUNDLED_RECIPES, *(recipe_folders.get(name) for name in recipe_folders.names())]
+    shipped = {file.name: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
     for name in (path.name, path.name + ".yaml"):
         if name in shipped:
             return shipped[name]
@@ -82,14 +85,16 @@ def _refuse_repeated_keys(root: yaml.Node | None) -> None:
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     """The recipe in a nested dictionary; `source` names it in errors. Raises: UserError in one line."""
+    load_plugins()
     kind = tree.get("kind")
-    if not isinstance(kind, str) or kind not in RECIPES:
+    if not isinstance(kind, str) or kind not in recipe_kinds:
         given = f"kind is {kind!r}" if "kind" in tree else "it has no kind"
-        raise UserError(f"{source}: {given}; a recipe's kind is one of {', '.join(RECIPES)}")
+        raise UserError(f"{source}: {given}; a recipe's kind is one of {', '.join(recipe_kinds.names())}")
+    model = recipe_kinds.get(kind)
     try:
-        return RECIPES[kind].model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error, RECIPES[kind])}") from None
+        raise UserError(f"{source}: {_explain(error, model)}") from None
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

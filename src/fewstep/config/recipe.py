@@ -7,10 +7,8 @@ from pydantic import Field, model_validator
 from fewstep.config.sections import (
     NAME,
     DistillOptimSettings,
-    EmojiSettings,
     EvaluateSettings,
     Fraction,
-    OptimSettings,
     PromptSettings,
     RenoiseSettings,
     RolesSettings,
@@ -18,72 +16,35 @@ from fewstep.config.sections import (
     ShieldSettings,
     SpearSettings,
     StudentSettings,
-    TextSettings,
     TrainSettings,
     TrajectorySettings,
-    TransformerSettings,
-    VaeLossSettings,
-    VaeSettings,
 )
+from fewstep.core.registry import recipe_kinds
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-class BaseRecipe(Settings):
+class Recipe(Settings):
+    """Base of all recipes; ``kind`` says which one a file holds."""
+
+    kind: str
     name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
+
+
+class TrainingRecipe(Recipe):
+    """Base of recipes that are one training."""
+
     train: TrainSettings = Field(description="Length, batches, cadence.")
-
-
-class VaeRecipe(BaseRecipe):
-    kind: Literal["vae"] = Field(description="Trains an image autoencoder.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images.")
-    model: VaeSettings = Field(description="The autoencoder.")
-    loss: VaeLossSettings = Field(default_factory=VaeLossSettings, description="Weights of the loss's terms.")
-    init: str | None = Field(None, description="Folder that holds vae/ to start from; null starts anew.")
-    train_encoder: bool = Field(True, description="false: the decoder learns alone, and latents stay what they are.")
-    core_share: Fraction = Field(0.0, description="Share of images that show core things, beyond their natural one.")
-    optim: OptimSettings = Field(description="Optimizer.")
-
-
-class TextRecipe(BaseRecipe):
-    kind: Literal["text"] = Field(description="Trains a text encoder by contrast with images.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their prompts.")
-    model: TextSettings = Field(description="The text encoder.")
-    vae: str = Field(description="Folder that holds vae/: the run that trained it, or a whole model.")
-    temperature: float = Field(default=0.07, gt=0, description="Initial temperature of the contrastive loss.")
-    optim: OptimSettings = Field(description="Optimizer.")
-
-
-class FlowRecipe(BaseRecipe):
-    kind: Literal["flow"] = Field(description="Trains a multi-step teacher by flow matching.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their prompts.")
-    model: TransformerSettings = Field(description="The denoiser.")
-    vae: str = Field(description="Folder that holds vae/: the run that trained it, or a whole model.")
-    text: str = Field(description="Folder that holds text_encoder/ and tokenizer/: likewise.")
-    guidance_scale: float = Field(
-        3.0, ge=0, description="Guidance of the previews, and the card's: cond + g (cond - null)."
-    )
-    init: str | None = Field(None, description="A model whose transformer to start from: a folder or a shipped name.")
-    shift: float = Field(default=3.0, gt=0, description="Shift of the noise levels.")
-    logit_mean: float = Field(default=0.0, description="Mean of logit(u).")
-    logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u).")
-    prompt_dropout: Fraction = Field(default=0.1, description="Share of prompts replaced by the encoded empty prompt.")
-    compile: bool = Field(default=False, description="Compile the transformer's block; needs a C++ compiler on a CPU.")
-    optim: OptimSettings = Field(description="Optimizer.")
-
-
-class JudgeRecipe(BaseRecipe):
-    kind: Literal["judge"] = Field(description="Trains the classifier of name, style and color.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their labels.")
-    width: int = Field(default=64, ge=8, description="Channels of the first layer.")
-    optim: OptimSettings = Field(description="Optimizer.")
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------
 
 
-class Phase(BaseRecipe):
+class Stage(Settings):
     """One training of a student: a recipe's only one, or one of several in a row."""
+
+    name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
+    train: TrainSettings = Field(description="Length, batches, cadence.")
 
     method: Literal["dmd", "trajectory"] = Field(
         default="dmd", description="dmd: Decoupled-DMD; trajectory: regression on the teacher's own states."
@@ -137,33 +98,33 @@ class Phase(BaseRecipe):
         return self
 
 
-class DistillRecipe(Phase):
+class DistillRecipe(Stage, Recipe):
     kind: Literal["distill"] = Field(description="Makes a few-step student of a teacher.")
     teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
     init: str | None = Field(None, description="Model that the student starts from; null starts from the teacher.")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="The final report.")
 
 
-class PhasesRecipe(Settings):
-    kind: Literal["phases"] = Field(description="Several distillations in a row, each from the last one's student.")
+class StagesRecipe(Recipe):
+    kind: Literal["stages"] = Field(description="Several distillations in a row, each from the last one's student.")
     name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
     teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
-    phases: list[Phase] = Field(min_length=1, description="The distillations, in order; their names are their folders.")
+    stages: list[Stage] = Field(min_length=1, description="The distillations, in order; their names are their folders.")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="The final report.")
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        names = [phase.name for phase in self.phases]
+        names = [phase.name for phase in self.stages]
         if len(set(names)) < len(names):
-            raise ValueError(f"two phases have the same name: {', '.join(names)}")
+            raise ValueError(f"two stages have the same name: {', '.join(names)}")
         return self
 
 
 # --- what a teacher said ---------------------------------------------------------------------------------------------
 
 
-class CacheRecipe(Settings):
-    kind: Literal["cache"] = Field(description="Keeps a teacher's trajectories on disk.")
+class CacheRecipe(Recipe):
+    kind: Literal["cache_trajectories"] = Field(description="Keeps a teacher's trajectories on disk.")
     name: str = Field(pattern=NAME, description="Name of the cache; its folder is runs/<name>.")
     teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to draw from.")
@@ -180,13 +141,6 @@ class CacheRecipe(Settings):
     )
 
 
-Recipe = VaeRecipe | TextRecipe | FlowRecipe | JudgeRecipe | DistillRecipe | PhasesRecipe | CacheRecipe
-RECIPES: dict[str, type[Recipe]] = {
-    "vae": VaeRecipe,
-    "text": TextRecipe,
-    "flow": FlowRecipe,
-    "judge": JudgeRecipe,
-    "distill": DistillRecipe,
-    "phases": PhasesRecipe,
-    "cache": CacheRecipe,
-}
+recipe_kinds.register("distill", DistillRecipe)
+recipe_kinds.register("stages", StagesRecipe)
+recipe_kinds.register("cache_trajectories", CacheRecipe)

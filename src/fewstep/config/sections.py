@@ -96,55 +96,6 @@ class OptimSettings(Settings):
     )
 
 
-class EmojiSettings(Settings):
-    things: int | None = Field(
-        default=None, ge=1, description="Take the first N things of the world; null takes them all."
-    )
-    variants: int = Field(
-        default=4, ge=1, description="Different placements of each emoji that are rendered for training."
-    )
-
-
-# --- the parts of a model --------------------------------------------------------------------------------------------
-
-
-class VaeSettings(Settings):
-    """diffusers' AutoencoderKL."""
-
-    block_out_channels: list[int] = Field(min_length=1, description="Channels of each level; each but the last halves.")
-    layers_per_block: int = Field(default=1, ge=1, description="Residual blocks at each level.")
-    latent_channels: int = Field(default=16, ge=1, description="Channels of the latents.")
-    norm_num_groups: int = Field(default=8, ge=1, description="Groups of the group normalisation.")
-
-
-class VaeLossSettings(Settings):
-    l1: Weight = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
-    l2: Weight = Field(default=0.0, description="Weight of the mean squared error of pixels.")
-    kl: Weight = Field(default=1e-6, description="Weight of the divergence of the latents from a standard normal.")
-    edge: Weight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
-
-
-class TextSettings(Settings):
-    """transformers' Qwen3 and its byte-level BPE tokenizer."""
-
-    vocab_size: int = Field(ge=260, description="Tokens of the tokenizer, bytes and special tokens included.")
-    hidden_size: int = Field(ge=1, description="Width of the text encoder, and of the features that condition.")
-    layers: int = Field(ge=2, description="Layers; the last but one's output conditions.")
-    heads: int = Field(ge=1, description="Attention heads.")
-    head_dim: int = Field(ge=1, description="Width of an attention head.")
-    intermediate_size: int = Field(ge=1, description="Width of the feed-forward layers.")
-
-
-class TransformerSettings(Settings):
-    """diffusers' ZImageTransformer2DModel."""
-
-    dim: int = Field(ge=1, description="Width.")
-    n_layers: int = Field(ge=1, description="Layers over image and caption together.")
-    n_refiner_layers: int = Field(ge=0, description="Layers over the image alone and over the caption alone, before.")
-    n_heads: int = Field(ge=1, description="Attention heads; dim / n_heads must be the sum of axes_dims.")
-    axes_dims: tuple[int, int, int] = Field(description="Rotary dimensions of caption position, row and column.")
-
-
 # --- distillation ----------------------------------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, f
     if wanted.cache is not None:
         return TrajectoryCache(wanted.cache, made_by)
     settings = CacheRecipe(
-        kind="cache",
+        kind="cache_trajectories",
         name=recipe.name,
         teacher=recipe.teacher,
         prompts=recipe.prompts,

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.config.recipe import JudgeRecipe
 from fewstep.core.method import Method, Trainable
 from fewstep.emoji.classifier import ClassifierNet, EmojiClassifier, correct, labels
 from fewstep.emoji.dataset import COLORS, STYLES, EmojiDataset, EmojiSpec
+from fewstep.emoji.recipes import ClassifierRecipe
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
@@ -21,7 +21,7 @@ Batch = tuple[Tensor, list[EmojiSpec]]
 _HELD_OUT_SEED = 2**40  # far from the training batches' seeds, which count from the recipe's
 
 
-def train(recipe: JudgeRecipe, run: RunDir) -> EmojiClassifier:
+def train(recipe: ClassifierRecipe, run: RunDir) -> EmojiClassifier:
     """Trains, measures the judge on real held-out images, and saves it to `model/` in the run's directory.
 
     Held out are combinations of thing, style and color in no training image, in placements of their own.
@@ -81,7 +81,7 @@ def splits(world: EmojiDataset) -> tuple[list[EmojiSpec], list[EmojiSpec]]:
     return list(known), [concept for concept in images(world.concepts("all", STYLES)) if concept not in known]
 
 
-def batches(world: EmojiDataset, concepts: list[EmojiSpec], recipe: JudgeRecipe) -> Callable[[int], Batch]:
+def batches(world: EmojiDataset, concepts: list[EmojiSpec], recipe: ClassifierRecipe) -> Callable[[int], Batch]:
     """Batch number -> (augmented images, their concepts), a pure function of it.
 
     The first half is as the concepts say. The second has backgrounds of any color and teaches the drawings alone: from

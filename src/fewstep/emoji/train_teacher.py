@@ -9,8 +9,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.config.recipe import FlowRecipe
-from fewstep.config.sections import TransformerSettings
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
@@ -20,6 +18,7 @@ from fewstep.core.samplers import sample_euler
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
+from fewstep.emoji.recipes import FlowMatchingRecipe, TransformerSettings
 from fewstep.models.components import load_component
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -88,7 +87,7 @@ class FlowMatching(Method):
         return each.mean(), {name: part.detach().mean() for name, part in parts.items() if len(part)}
 
 
-def train(recipe: FlowRecipe, run: RunDir) -> Path:
+def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     """Train on the training combinations; ends with a whole model folder at ``<run>/model``."""
     world = EmojiDataset.load(recipe.data.things)
     concepts = world.concepts("train")

@@ -11,11 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from fewstep.config.recipe import TextRecipe
-from fewstep.config.sections import TextSettings
 from fewstep.core.method import Batch, Method, Trainable
 from fewstep.emoji.dataset import STYLES, TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
+from fewstep.emoji.recipes import TextEncoderRecipe, TextSettings
 from fewstep.models.components import load_component
 from fewstep.models.text import apply_chat_template
 from fewstep.models.vae import encode_images, to_channels_last
@@ -135,7 +134,7 @@ class ContrastiveTraining(Method):
         return loss, {"accuracy": found.detach()}
 
 
-def train(recipe: TextRecipe, run: RunDir) -> Path:
+def train(recipe: TextEncoderRecipe, run: RunDir) -> Path:
     """Train on the teacher's own prompts and images, so nothing that is held out from it is seen here."""
     world = EmojiDataset.load(recipe.data.things)
     concepts = world.concepts("train")

@@ -10,11 +10,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.config.recipe import VaeRecipe
-from fewstep.config.sections import VaeLossSettings
 from fewstep.core.method import Batch, Method, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
+from fewstep.emoji.recipes import VaeLossSettings, VaeRecipe
 from fewstep.models.components import load_component
 from fewstep.models.vae import to_channels_last
 from fewstep.training.run_dir import RunDir

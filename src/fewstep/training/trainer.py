@@ -131,7 +131,7 @@ class Trainer:
     def _take_step(self) -> dict[str, float]:
         """One step; returns the trainables' last losses."""
         losses = {}
-        self.method.before_step(self.step + 1)
+        self.method.before_step(self.step)
         for learner in self.learners:
             if self.step < learner.trainable.start_step:
                 continue

@@ -216,7 +216,7 @@ class DecoupledDMD(Method):
         return list(x0.split([len(x) for x in xs]))
 
     def before_step(self, step: int) -> None:
-        self.aligning = step <= self.settings.align_steps
+        self.aligning = step < self.settings.align_steps
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""What evaluation registers: scorers and feature networks."""
