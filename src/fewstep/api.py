@@ -59,11 +59,11 @@ def distill(
     """
     resolved = recipe if isinstance(recipe, DistillRecipe | StagesRecipe) else load_recipe(recipe, list(overrides))
     if not isinstance(resolved, DistillRecipe | StagesRecipe):
-        command = "cache" if resolved.kind == "cache_trajectories" else "train"
+        command = {"cache_trajectories": "cache-trajectories"}.get(resolved.kind, "emoji train")
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     directory = out or Path("runs") / resolved.name
     with init_distributed() as dist, open_run(dist, directory, resolved, fresh=fresh) as run:
-        watch = partial(make_validator, count=resolved.evaluate.watched)
+        watch = partial(make_validator, count=resolved.evaluate.validation_prompts)
         if resolved.kind == "distill":
             from fewstep.jobs import distill as distill_into
 
@@ -78,7 +78,7 @@ def distill(
         try:
             metrics = evaluate(
                 student,
-                emoji_prompts(resolved.evaluate.prompts),
+                emoji_prompts(resolved.evaluate.num_prompts),
                 teacher=resolved.teacher,
                 out=report,
                 curves=curves if curves.exists() else None,

@@ -1,14 +1,18 @@
-"""Reads a recipe: YAML, overrides from the command line, the schema; every mistake becomes one line."""
+"""Recipes from YAML files, with overrides from the command line; every mistake is one line."""
 
-import difflib
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from fewstep.config.explain import explain
 from fewstep.config.recipe import Recipe
+from fewstep.config.renamed_keys import RENAMED_KINDS
 from fewstep.core.registry import load_plugins, recipe_folders, recipe_kinds
 from fewstep.errors import UserError
 
@@ -89,12 +93,21 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in recipe_kinds:
         given = f"kind is {kind!r}" if "kind" in tree else "it has no kind"
+        if kind in RENAMED_KINDS:
+            raise UserError(f"{source}: {given}, which is now {RENAMED_KINDS[kind]}")
         raise UserError(f"{source}: {given}; a recipe's kind is one of {', '.join(recipe_kinds.names())}")
-    model = recipe_kinds.get(kind)
+    model = recipe_model(kind)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error, model)}") from None
+        raise UserError(f"{source}: {explain(error, tree, model)}") from None
+
+
+@cache
+def recipe_model(kind: str) -> type[Recipe]:
+    """The pydantic model of a recipe kind, with all registered methods in it."""
+    model: type[Recipe] = recipe_kinds.get(kind).validation_model()
+    return model
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -121,54 +134,17 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"-s {override}: the value is not valid YAML") from None
     node: Any = tree
     for part in parts[:-1]:
-        if isinstance(node, list):  # a phase, by its number from 0
+        if isinstance(node, list):  # a stage, by its number from 0
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"-s {override}: {part} is none of 0 to {len(node) - 1}")
+                raise UserError(f"-s {override}: {part} is not one of 0 to {len(node) - 1}")
             node = node[int(part)]
         else:
             # A missing section may have defaults for all else; a wrong name is found by the schema, with a suggestion.
-            node = node.setdefault(part, {})
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         if not isinstance(node, dict | list):
             raise UserError(f"-s {override}: {part} holds a value, not further keys")
     if isinstance(node, list):
         raise UserError(f"-s {override}: name a field of one of them, as in {parts[-2]}.0.train.steps=100")
     node[parts[-1]] = value
-
-
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's complaints, with the nearest known key, and how many more there are."""
-    errors = error.errors(include_url=False, include_context=False)
-    # An unknown key first: a misspelt required key also shows up as missing, and the spelling is the reason.
-    errors.sort(key=lambda one: one["type"] != "extra_forbidden")
-    first = errors[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        message = f"unknown key {key}{_suggestion(key, model)}"
-    elif first["type"] == "missing":
-        message = f"{key} is missing"
-    else:
-        problem = first["msg"][:1].lower() + first["msg"][1:]
-        message = f"{key}: {problem} (got {first['input']!r})"
-    more = len(errors) - 1
-    return message + (f" (and {more} more {'mistake' if more == 1 else 'mistakes'})" if more else "")
-
-
-def _suggestion(key: str, model: type[BaseModel]) -> str:
-    known = list(_keys(model))
-    parent, _, leaf = key.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)
-    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; known keys: {', '.join(siblings)}" if siblings else ""
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a model, sections included."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _keys(kind, f"{prefix}{name}.")

@@ -1,27 +1,23 @@
-"""What a recipe of each kind may say: its sections are in `settings`."""
+"""What a recipe of each kind contains; its sections are in ``sections``, the method's in the method's own file."""
 
-from typing import Literal, Self
+from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import Field, create_model, model_validator
+
+from fewstep.config.base import NAME, Settings
+from fewstep.config.method import MethodConfig, method_union
 from fewstep.config.sections import (
-    NAME,
-    DistillOptimSettings,
     EvaluateSettings,
-    Fraction,
+    ModelsSettings,
+    OptimSettings,
     PromptSettings,
-    RenoiseSettings,
-    RolesSettings,
-    Settings,
-    ShieldSettings,
-    SpearSettings,
     StudentSettings,
     TrainSettings,
     TrajectorySettings,
 )
 from fewstep.core.registry import recipe_kinds
-
-# --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 class Recipe(Settings):
@@ -30,6 +26,11 @@ class Recipe(Settings):
     kind: str
     name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
 
+    @classmethod
+    def validation_model(cls) -> type[Self]:
+        """The pydantic model that a file is checked against."""
+        return cls
+
 
 class TrainingRecipe(Recipe):
     """Base of recipes that are one training."""
@@ -37,102 +38,88 @@ class TrainingRecipe(Recipe):
     train: TrainSettings = Field(description="Length, batches, cadence.")
 
 
-# --- distillation ----------------------------------------------------------------------------------------------------
-
-
 class Stage(Settings):
     """One training of a student: a recipe's only one, or one of several in a row."""
 
-    name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
+    name: str = Field(pattern=NAME, description="Name of the run, or of the stage.")
+    student: StudentSettings = Field(default_factory=StudentSettings, description="The student's steps.")
+    method: MethodConfig = Field(description="The method; its keys depend on method.name.")
+    prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to train on.")
+    resolution: int | None = Field(
+        None, ge=1, description="Pixels of a side in training, and of the student; null is the teacher's."
+    )
+    models: ModelsSettings = Field(default_factory=ModelsSettings, description="Full copies, or LoRA on one base.")
+    trajectory: TrajectorySettings = Field(
+        default_factory=TrajectorySettings, description="The teacher's trajectories, where the method uses them."
+    )
+    optim: dict[str, OptimSettings] = Field(description="Optimizers by trainable part.")
     train: TrainSettings = Field(description="Length, batches, cadence.")
 
-    method: Literal["dmd", "trajectory"] = Field(
-        default="dmd", description="dmd: Decoupled-DMD; trajectory: regression on the teacher's own states."
-    )
-    prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to distil on.")
-    size: int | None = Field(
-        None, ge=1, description="Pixels of a side in training, and the student's own; null asks the teacher's card."
-    )
-    student: StudentSettings = Field(default_factory=StudentSettings, description="The student's schedule.")
-    spear: SpearSettings = Field(default_factory=SpearSettings, description="The engine.")
-    shield: ShieldSettings = Field(default_factory=ShieldSettings, description="The regulariser.")
-    renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
-    roles: RolesSettings = Field(default_factory=RolesSettings, description="Full copies, or LoRA on one base.")
-    compile: bool = Field(default=False, description="Compile the transformers' blocks; needs a C++ compiler on a CPU.")
-    gradient_checkpointing: bool = Field(
-        default=False, description="Run each block again in the backward pass instead of keeping what is inside it."
-    )
-    dmd_norm_eps: float = Field(default=0.1, gt=0, description="Lower bound of the per-sample normalisers.")
-    fake_updates: int = Field(default=5, ge=1, description="Updates of the fake for each one of the student.")
-    align: Fraction = Field(
-        default=0.0, description="Share of the steps, the first, in which the student only follows the teacher's way."
-    )
-    fake_warmup: int = Field(
-        default=0, ge=0, description="Steps that the fake learns in before spear and shield move the student."
-    )
-    fake_follow: Fraction = Field(
-        default=0.0, description="Share by which the fake is pulled to the student after each step."
-    )
-    trajectory: TrajectorySettings = Field(
-        default_factory=TrajectorySettings, description="The teacher's own way, where it is asked for."
-    )
-    optim: DistillOptimSettings = Field(description="Optimizers.")
-
-    @property
-    def asks_teacher_first(self) -> bool:
-        """Whether the teacher's own way, or other latents that count as real, are wanted before training begins."""
-        return self.method == "trajectory" or self.align > 0 or self.shield.others
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_optimizers_set_to_null(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("optim"), dict):
+            return tree | {"optim": {part: value for part, value in tree["optim"].items() if value is not None}}
+        return tree
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.align and self.shield.real != "teacher":
-            raise ValueError("align follows the teacher's own way: set shield.real to teacher")
-        if self.method != "dmd" or not self.shield.enabled:
-            return self
-        if self.shield.weight and self.optim.fake is None:
-            raise ValueError("optim.fake is missing: the fake of distribution matching needs an optimizer")
-        if self.shield.regression and self.shield.real != "teacher":
-            raise ValueError("shield.regression wants the teacher's image of each noise: set shield.real to teacher")
-        if self.shield.gan and self.optim.discriminator is None:
-            raise ValueError("optim.discriminator is missing: the GAN's head needs an optimizer")
+    def _check_method(self) -> Self:
+        parts = self.method.trainable_parts()
+        missing = [part for part in parts if part not in self.optim]
+        unknown = [part for part in self.optim if part not in parts]
+        if missing:
+            raise ValueError(f"optim.{missing[0]} is missing: method {self.method.name} trains {', '.join(parts)}")
+        if unknown:
+            raise ValueError(
+                f"optim.{unknown[0]}: method {self.method.name} has no such trainable part here (it trains "
+                f"{', '.join(parts)})"
+            )
+        self.method.check(self)
         return self
 
 
 class DistillRecipe(Stage, Recipe):
     kind: Literal["distill"] = Field(description="Makes a few-step student of a teacher.")
-    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
-    init: str | None = Field(None, description="Model that the student starts from; null starts from the teacher.")
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="The final report.")
+    teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
+    init: str | None = Field(None, description="Model whose weights the student starts from; null is the teacher.")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="Validation and final report.")
+
+    @classmethod
+    def validation_model(cls) -> type[Self]:
+        return create_model(cls.__name__, __base__=cls, __module__=__name__, method=method_union())
 
 
 class StagesRecipe(Recipe):
     kind: Literal["stages"] = Field(description="Several distillations in a row, each from the last one's student.")
-    name: str = Field(pattern=NAME, description="Name of the run; its directory is runs/<name>.")
-    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
+    teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     stages: list[Stage] = Field(min_length=1, description="The distillations, in order; their names are their folders.")
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="The final report.")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="Validation and final report.")
 
     @model_validator(mode="after")
-    def _names(self) -> Self:
-        names = [phase.name for phase in self.stages]
+    def _check_names(self) -> Self:
+        names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
         return self
 
-
-# --- what a teacher said ---------------------------------------------------------------------------------------------
+    @classmethod
+    def validation_model(cls) -> type[Self]:
+        stage = create_model("Stage", __base__=Stage, __module__=__name__, method=method_union())
+        stages = Annotated[list[stage], Field(min_length=1, description=cls.model_fields["stages"].description)]  # type: ignore[valid-type]
+        return create_model(cls.__name__, __base__=cls, __module__=__name__, stages=stages)
 
 
 class CacheRecipe(Recipe):
     kind: Literal["cache_trajectories"] = Field(description="Keeps a teacher's trajectories on disk.")
-    name: str = Field(pattern=NAME, description="Name of the cache; its folder is runs/<name>.")
-    teacher: str = Field(description='Folder of the teacher, or the name of a shipped one ("micro").')
+    teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to draw from.")
-    size: int | None = Field(None, ge=1, description="Pixels of a side; null asks the teacher's card.")
+    resolution: int | None = Field(None, ge=1, description="Pixels of a side; null is the teacher's.")
     steps: int = Field(default=4, ge=1, le=64, description="The student's steps: one state is kept for each.")
-    substeps: int = Field(default=12, ge=1, description="The teacher's steps for each one of the student.")
-    guidance_scale: float | None = Field(None, ge=0, description="The teacher's guidance; null asks its card.")
-    samples: int = Field(ge=1, description="How many trajectories.")
+    teacher_steps_per_student_step: int = Field(default=12, ge=1, description="Teacher steps per student step.")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="The teacher's guidance; null is its generation config's."
+    )
+    num_trajectories: int = Field(ge=1, description="How many trajectories.")
     shard_size: int = Field(default=256, ge=1, description="Trajectories in a file.")
     first_seed: int = Field(default=1_000_000, ge=0, description="Sample i starts from seed first_seed + i.")
     batch_size: int = Field(default=64, ge=1, description="Trajectories that are sampled together.")

@@ -1,29 +1,24 @@
-"""The sections of recipes: pydantic models that refuse unknown keys and describe each field.
+"""The sections that recipes share: training, optimizers, prompts, the student, the models, evaluation.
 
-Units: learning rates per update, lengths of training in steps, noise levels as `sigma` in [0, 1] (1 is noise) or as its
-pre-shift value `u`.
+Units: learning rates per update, lengths of training in steps, noise levels as `sigma` in [0, 1] (1 is noise) or as
+its pre-shift value `u`.
 """
 
+from __future__ import annotations
+
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-NAME = r"^[A-Za-z0-9][\w.-]*$"
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys, infinities and NaN are refused; assignments are checked too."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
-
+from fewstep.config.base import Fraction, Settings
+from fewstep.core import flow
 
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
 class BestSettings(Settings):
-    metric: str = Field(description='As it is logged in metrics.jsonl, such as "quality/name_top1".')
+    metric: str = Field(description='As it is logged in metrics.jsonl, such as "val/object_acc".')
     mode: Literal["max", "min"] = Field(default="max", description="Whether larger or smaller values are better.")
 
 
@@ -109,101 +104,87 @@ class PromptSettings(Settings):
 
 class StudentSettings(Settings):
     steps: int = Field(default=4, ge=1, le=64, description="Steps of the student.")
-    anchors: list[Fraction] | None = Field(
+    timesteps: list[Fraction] | None = Field(
         default=None,
-        description="The student's noise levels before the shift, descending from 1; null spaces them evenly.",
+        description="The student's noise levels before the shift, descending from 1, without the 0; null spaces them "
+        "evenly.",
     )
-    anchor_schedule: Literal["fixed", "continuous"] = Field(
-        default="fixed", description="continuous: a training step visits random levels in place of the anchors (CDM)."
+    timestep_sampling: Literal["fixed", "continuous"] = Field(
+        default="fixed",
+        description="continuous: every training step draws random levels in place of the timesteps (CDM).",
     )
-    sampler: Literal["euler", "renoise"] = Field(
-        default="euler", description="How a step leads to the next noise level."
-    )
-    eta: Fraction = Field(
-        default=1.0, description="Share of fresh noise in each step of the renoise sampler; 0 is Euler."
-    )
+    sampler: Literal["euler", "sde"] = Field(default="euler", description="How a step reaches the next noise level.")
+    eta: Fraction = Field(default=1.0, description="Share of fresh noise in each step of the sde sampler; 0 is Euler.")
 
-
-class SpearSettings(Settings):
-    enabled: bool = Field(default=True, description="Whether there is a spear (CFG augmentation).")
-    weight: Weight = Field(default=1.0, description="Weight of its direction.")
-    alpha: float = Field(default=4.0, ge=1, description="Guidance as in null + alpha (cond - null); 1 is none.")
-
-
-class ShieldSettings(Settings):
-    """Shields by weight; 0 leaves one out. Distribution matching is `weight`, the others add losses of their own."""
-
-    enabled: bool = Field(default=True, description="Whether there is any shield.")
-    weight: Weight = Field(default=1.0, description="Weight of distribution matching's direction.")
-    scales: dict[Annotated[int, Field(ge=2)], Weight] = Field(
-        default_factory=dict,
-        description="Distribution matching at coarser latents besides: how many times coarser -> weight beside 1.",
-    )
-    mean_variance: Weight = Field(default=0.0, description="Weight of the mean-variance shield.")
-    mmd: Weight = Field(default=0.0, description="Weight of the MMD of the teacher's features.")
-    regression: Weight = Field(default=0.0, description="Weight of DMD's regression on the teacher's way from a noise.")
-    gan: Weight = Field(default=0.0, description="Weight of the GAN on the teacher's features.")
-    gan_penalty: Weight = Field(default=100.0, description="Weight of the GAN's approximate R1 penalty.")
-    real: Literal["teacher", "data"] = Field(
-        default="teacher",
-        description="What GAN and MMD hold the student to: images of the teacher, or the emoji world's.",
-    )
-    real_samples: int = Field(
-        default=1024, ge=2, description="How many of the emoji world's; of the teacher's it is trajectory.samples."
-    )
+    @model_validator(mode="after")
+    def _check_timesteps(self) -> StudentSettings:
+        levels = self.timesteps
+        if levels is None:
+            return self
+        falling = all(a > b > 0 for a, b in pairwise([*levels, 0.0]) if b > 0) and levels[-1:] > [0]
+        if len(levels) != self.steps or levels[0] != 1 or not falling:
+            raise ValueError(f"timesteps {levels}: expected {self.steps} levels that descend from 1, without the 0")
+        return self
 
     @property
-    def others(self) -> bool:
-        """Whether a shield beside distribution matching is on; all of these need latents that count as real."""
-        return self.enabled and any((self.mean_variance, self.mmd, self.regression, self.gan))
+    def levels(self) -> list[float]:
+        """The pre-shift noise levels, from 1 down, without the 0."""
+        return flow.uniform_timesteps(self.steps) if self.timesteps is None else self.timesteps
+
+    @property
+    def follows_teacher_trajectory(self) -> bool:
+        """Whether a cached trajectory has states at the student's levels: evenly spaced ones, and Euler steps."""
+        return self.timesteps is None and self.sampler == "euler"
 
 
-class RenoiseSettings(Settings):
-    schedule: Literal["shared", "full", "constrained", "hybrid"] = Field(
-        default="hybrid", description="Where the noise levels of spear and shield are drawn."
+class ModelsSettings(Settings):
+    """How teacher, student and further copies such as the fake score are held in memory."""
+
+    train: Literal["full", "lora"] = Field(
+        default="full", description="full: a full copy for each; lora: one frozen base, a LoRA adapter for each."
     )
-    sigma_min: Fraction = Field(default=0.02, description="Lowest sigma drawn.")
-    sigma_max: Fraction = Field(default=0.98, description="Highest sigma drawn.")
-
-
-class DistillOptimSettings(Settings):
-    student: OptimSettings = Field(description="Optimizer of the student.")
-    fake: OptimSettings | None = Field(None, description="Optimizer of the fake, where the method has one.")
-    discriminator: OptimSettings | None = Field(None, description="Optimizer of the GAN's head, where there is one.")
+    frozen_dtype: Literal["fp32", "bf16", "fp8"] = Field(
+        default="fp32",
+        description="Of frozen weights: teacher, text encoder, autoencoder; fp8: the linear layers of the teacher's "
+        "blocks, the rest bf16. Trained weights are fp32.",
+    )
+    rank: int = Field(default=32, ge=1, description="Rank of the student's adapter.")
+    fake_score_rank: int | None = Field(None, ge=1, description="Rank of the other adapters; null is the student's.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="Adapters add (lora_alpha / rank) B A; null is the rank: a scale of 1."
+    )
+    target_modules: list[str] | None = Field(
+        None, min_length=1, description="Name endings of the linear layers with adapters; null is the family's default."
+    )
+    compile: bool = Field(default=False, description="Compile the transformers' blocks; needs a C++ compiler on a CPU.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute each block in the backward pass instead of keeping its activations."
+    )
 
 
 class TrajectorySettings(Settings):
-    """The teacher's own way from noise to image, for method: trajectory and for shields that want its images."""
+    """The teacher's trajectories from noise to image, where the method trains on them or on their images."""
 
-    cache: str | None = Field(None, description="Folder that fewstep cache made; null makes one in the run.")
-    samples: int = Field(default=1024, ge=1, description="Trajectories of a cache made in the run.")
-    substeps: int = Field(default=12, ge=1, description="The teacher's steps for each one of the student.")
-    guidance_scale: float | None = Field(None, ge=0, description="The teacher's guidance; null asks its card.")
-
-
-class RolesSettings(Settings):
-    """How teacher, student and fake are held in memory."""
-
-    kind: Literal["copies", "lora"] = Field(
-        default="copies", description="copies: three full models; lora: one frozen base, a LoRA stack for each learner."
+    cache: str | None = Field(
+        None, description="Folder that fewstep cache-trajectories made; null makes one in the run's folder."
     )
-    base: Literal["fp32", "bf16", "fp8"] = Field(
-        default="fp32",
-        description="Weights of what is frozen: teacher, text encoder, autoencoder; fp8: the matrices of the teacher's "
-        "blocks, the rest bf16. What learns is fp32 in any case.",
-    )
-    rank: int = Field(default=32, ge=1, description="Rank of the student's stack.")
-    fake_rank: int | None = Field(None, ge=1, description="Rank of the fake's stack; null is the student's.")
-    scale: float = Field(default=1.0, gt=0, description="Of what a stack adds: W + scale B A.")
-    targets: list[str] = Field(
-        default=["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"],
-        min_length=1,
-        description="Endings of the linear layers' names that get a stack.",
+    num_trajectories: int = Field(default=1024, ge=1, description="Trajectories of a cache made in the run's folder.")
+    teacher_steps_per_student_step: int = Field(default=12, ge=1, description="Teacher steps per student step.")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="The teacher's guidance; null is its generation config's."
     )
 
 
 class EvaluateSettings(Settings):
     enabled: bool = Field(default=True, description="Whether the run ends with an evaluation and its report.")
-    prompts: int = Field(default=200, ge=1, description="How many of the held-out prompts to evaluate on.")
-    every: int = Field(default=0, ge=0, description="Steps between short evaluations while training; 0 makes none.")
-    watched: int = Field(default=64, ge=1, description="How many of the held-out prompts these are on.")
+    num_prompts: int = Field(default=200, ge=1, description="Test prompts of the final evaluation.")
+    validation_prompts: int = Field(default=64, ge=1, description="Validation prompts of evaluations while training.")
+    validate_every: int = Field(default=0, ge=0, description="Steps between evaluations while training; 0 is never.")
+    scorers: list[str] | None = Field(
+        None, description="Scorers by name; null is every bundled scorer that applies to the prompts."
+    )
+    features: str = Field(
+        default="open-nsfw",
+        description="Feature network of the Frechet distances: open-nsfw, or inception:, clip: or dinov2: with a path "
+        "or hub id.",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,7 +33,3 @@ class DistillBatch:
 
     def __getitem__(self, rows: slice) -> DistillBatch:
         return DistillBatch(self.noise[rows], self.prompts[rows], None if self.states is None else self.states[rows])
-
-
-#: Batch number -> batch: a pure function, so that a run goes on where it was.
-Batches = Callable[[int], DistillBatch]

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from fewstep.config.recipe import CacheRecipe, DistillRecipe
-from fewstep.config.student_schedule import student_timesteps
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
+from fewstep.core.method import BatchSource, Shard
 from fewstep.core.precision import uses_bf16
 from fewstep.core.samplers import euler_step
-from fewstep.data.batch import Batches, DistillBatch
+from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import training_prompts
 from fewstep.data.trajectories import Index, TrajectoryCache, fingerprint, shard_file, write_index, write_shard
-from fewstep.errors import UserError
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import track
@@ -79,14 +78,14 @@ def make_cache(
     """
     if teacher is None:
         teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
-        teacher.set_resolution(recipe.size)
+        teacher.set_resolution(recipe.resolution)
     device = teacher.device
     guidance = teacher.generation_config.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_timesteps(recipe.steps)
-    made_by = cache_fingerprint(teacher, anchors, recipe.substeps, guidance)
+    made_by = cache_fingerprint(teacher, anchors, recipe.teacher_steps_per_student_step, guidance)
     if fresh and (out / "index.json").exists():
         shutil.rmtree(out)
-    index = Index(made_by, recipe.samples, recipe.shard_size, recipe.first_seed)
+    index = Index(made_by, recipe.num_trajectories, recipe.shard_size, recipe.first_seed)
     write_index(out, index)
 
     texts = training_prompts(recipe.prompts)
@@ -104,64 +103,55 @@ def make_cache(
             noise = initial_noise(teacher, [recipe.first_seed + i for i in members[part]], height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
                 states.append(
-                    teacher_trajectory(denoiser, noise, anchors, recipe.substeps, teacher.shift, prompts[part])
+                    teacher_trajectory(
+                        denoiser, noise, anchors, recipe.teacher_steps_per_student_step, teacher.shift, prompts[part]
+                    )
                 )
         write_shard(shard_file(out, shard), torch.cat(states), prompts, shown)
     return out
 
 
 def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, folder: Path) -> TrajectoryCache:
-    """What the teacher does for a distillation: the recipe's cache, or one made in ``folder``.
+    """The teacher's trajectories for a distillation: the recipe's cache, or one made in ``folder``.
 
     Raises:
-        UserError: the student is to follow the teacher's way, and its own goes by other levels or takes fresh noise.
+        UserError: the recipe's cache is of another teacher or schedule, or incomplete.
     """
-    wanted, anchors = recipe.trajectory, student_timesteps(recipe)
-    following = [
-        what
-        for what, asked in (
-            ("method trajectory", recipe.method == "trajectory"),
-            ("align", recipe.align),
-            ("shield.regression", recipe.shield.enabled and recipe.shield.regression),
-        )
-        if asked
-    ]
-    if following and (recipe.student.anchors is not None or recipe.student.sampler != "euler"):
-        raise UserError(
-            f"{following[0]}: it needs evenly spaced anchors and the euler sampler; "
-            "set align and shield.regression to 0, or leave student.anchors and student.sampler as they are"
-        )
-    guidance = teacher.generation_config.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-    made_by = cache_fingerprint(teacher, flow.uniform_timesteps(len(anchors)), wanted.substeps, guidance)
-    if wanted.cache is not None:
-        return TrajectoryCache(wanted.cache, made_by)
-    settings = CacheRecipe(
+    settings, steps = recipe.trajectory, recipe.student.steps
+    guidance = settings.guidance_scale
+    if guidance is None:
+        guidance = teacher.generation_config.guidance_scale
+    substeps = settings.teacher_steps_per_student_step
+    made_by = cache_fingerprint(teacher, flow.uniform_timesteps(steps), substeps, guidance)
+    if settings.cache is not None:
+        return TrajectoryCache(settings.cache, made_by)
+    cache = CacheRecipe(
         kind="cache_trajectories",
         name=recipe.name,
         teacher=recipe.teacher,
         prompts=recipe.prompts,
-        steps=len(anchors),
-        substeps=wanted.substeps,
+        steps=steps,
+        teacher_steps_per_student_step=substeps,
         guidance_scale=guidance,
-        samples=wanted.samples,
+        num_trajectories=settings.num_trajectories,
         shard_size=64,  # one batch a file: an interruption loses seconds
         precision=recipe.train.precision,
     )
-    return TrajectoryCache(make_cache(settings, folder, teacher=teacher), made_by)
+    return TrajectoryCache(make_cache(cache, folder, teacher=teacher), made_by)
 
 
-def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> Batches:
+def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> BatchSource:
     """Batch number -> noise, prompts, and the teacher's states from there."""
     height, width = teacher.generation_config.height, teacher.generation_config.width
 
-    def data(position: int) -> DistillBatch:
+    def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
         generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-        chosen = torch.randint(len(cache), (size,), generator=generator).tolist()
+        chosen = torch.randint(len(cache), (size,), generator=generator)[shard.rows(size)].tolist()
         states, prompts = cache.read(chosen)
         noise = initial_noise(teacher, cache.seeds(chosen), height, width)
         return DistillBatch(noise, prompts.to(teacher.device), states.to(teacher.device))
 
-    return data
+    return source
 
 
 def _draw(seed: int, count: int) -> int:

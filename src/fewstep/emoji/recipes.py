@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fewstep.config.base import Fraction, Settings
 from fewstep.config.recipe import TrainingRecipe
-from fewstep.config.sections import Fraction, OptimSettings, Settings, Weight
+from fewstep.config.sections import OptimSettings
 from fewstep.core.registry import recipe_folders, recipe_kinds
 
 
@@ -34,10 +35,14 @@ class VaeSettings(Settings):
 
 
 class VaeLossSettings(Settings):
-    l1: Weight = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
-    l2: Weight = Field(default=0.0, description="Weight of the mean squared error of pixels.")
-    kl: Weight = Field(default=1e-6, description="Weight of the divergence of the latents from a standard normal.")
-    edge: Weight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
+    l1: Annotated[float, Field(ge=0)] = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
+    l2: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Weight of the mean squared error of pixels.")
+    kl: Annotated[float, Field(ge=0)] = Field(
+        default=1e-6, description="Weight of the divergence of the latents from a standard normal."
+    )
+    edge: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Weight of the mean absolute error of image gradients."
+    )
 
 
 class TextSettings(Settings):

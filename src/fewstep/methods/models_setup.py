@@ -1,8 +1,9 @@
-"""Teacher, student and fake: three full copies, or one frozen base with a LoRA stack for each of the two that learn."""
+"""Teacher, student and further trainable copies: full copies, or one frozen base with a LoRA adapter for each."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fewstep.config.recipe import DistillRecipe
-from fewstep.config.student_schedule import student_timesteps
 from fewstep.core import flow
 from fewstep.core.dtensor import full_state_dict
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
 from fewstep.models.adapters import (
+    TARGETS,
     AdapterDenoiser,
     adapter_parameters,
     adapter_state_dict,
@@ -35,7 +36,20 @@ from fewstep.models.quantize import is_fp8, quantize_fp8_
 from fewstep.models.zimage.denoiser import ZImageDenoiser
 from fewstep.training.distributed import DistContext
 
-LORA = "lora"  # where a run keeps its student's stack, beside the student
+LORA = "lora"  # where a run keeps its student's adapter, beside the student
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A LoRA adapter: it adds ``(alpha / rank) B A``."""
+
+    rank: int
+    alpha: float
+    target_modules: list[str]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass
@@ -44,131 +58,162 @@ class Models:
 
     Attributes:
         teacher: frozen.
-        student: generates as the student of that moment; its denoiser learns.
-        fake: learns too.
-        shared: whether they share a base.
-        teacher_folder: where the teacher is from.
-        stacks: rank, scale and targets of each LoRA stack on it.
+        student: generates with the student's present weights; its denoiser is trained.
+        extra: further trained copies of the teacher by name, such as "fake_score".
+        shares_base: whether they are adapters on one base.
+        teacher_path: where the teacher was loaded from.
+        adapters: of student and extra models, by name.
     """
 
     teacher: TextToImagePipeline
     student: TextToImagePipeline
-    fake: nn.Module
-    shared: bool
-    teacher_folder: str
-    stacks: dict[str, tuple[int, float, list[str]]] = field(default_factory=dict)
+    extra: dict[str, nn.Module]
+    shares_base: bool
+    teacher_path: str
+    adapters: dict[str, AdapterSpec] = field(default_factory=dict)
 
     def save(self, folder: Path, dist: DistContext) -> Path:
-        """The student as an ordinary diffusers folder; where it is a LoRA stack, merged, and the stack beside it as
-        ``lora/pytorch_lora_weights.safetensors``. The first process writes."""
-        transformer = self.student.transformer if dist.world_size == 1 else self._put_together()
+        """The student as an ordinary diffusers folder; a LoRA student is merged, with its adapter beside it as
+        ``lora/pytorch_lora_weights.safetensors``. The main process writes."""
+        transformer = self.student.transformer if dist.world_size == 1 else self.gather_full_model()
         write = None
-        if dist.is_main_process and self.shared:
+        if dist.is_main_process and self.shares_base:
             lora = adapter_state_dict(transformer, "student")
             ZImagePipeline.save_lora_weights(folder.parent / LORA, transformer_lora_layers=lora)
-            base = self._whole_base()
+            base = self._unquantized_base()
             write = lambda inner: write_merged(inner, transformer, "student", base)  # noqa: E731
         if dist.is_main_process:
             with_transformer(self.student, transformer, self.student.generation_config).save(folder, write)
         dist.barrier()
         return folder
 
-    def _whole_base(self) -> ZImageTransformer2DModel | None:
-        """What the student's stack is added to where the base is in 8 bits: the teacher as it is on disk."""
+    def _unquantized_base(self) -> ZImageTransformer2DModel | None:
+        """The weights that the student's adapter is merged into where the base is in fp8: the teacher's on disk."""
         if not is_fp8(self.teacher.transformer):
             return None
-        return load_component(resolve_model(self.teacher_folder), "transformer", torch.bfloat16)
+        return load_component(resolve_model(self.teacher_path), "transformer", torch.bfloat16)
 
-    def _put_together(self) -> ZImageTransformer2DModel:
-        """The sharded transformer as a plain one."""
+    def gather_full_model(self) -> ZImageTransformer2DModel:
+        """The student's sharded transformer as a plain one."""
         sharded = self.student.transformer
         plain = ZImageTransformer2DModel.from_config(sharded.config)
-        if self.shared:
-            for name, (rank, scale, targets) in self.stacks.items():
-                add_adapter(plain, name, rank, scale, targets)
+        for name, spec in self.adapters.items():
+            add_adapter(plain, name, spec.rank, spec.scale, spec.target_modules)
         plain.load_state_dict(full_state_dict(sharded))
         return plain
 
 
-def build_models(recipe: DistillRecipe, teacher: TextToImagePipeline, dist: DistContext | None = None) -> Models:
-    """The roles as the recipe wants them; student and fake start as the teacher, or the student as ``init``. With
-    several processes they are sharded.
+def build_models(
+    recipe: DistillRecipe, teacher: TextToImagePipeline, extra: Sequence[str] = (), dist: DistContext | None = None
+) -> Models:
+    """The models of a recipe; all start as the teacher, or the student as ``init``. Several processes shard them.
+
+    Args:
+        extra: names of further trained copies of the teacher.
 
     Raises:
-        UserError: ``init`` does not fit.
+        UserError: ``init`` does not fit, or weights that FSDP cannot shard together.
     """
-    card, dist = student_generation_config(recipe, teacher), dist or DistContext()
+    dist, settings = dist or DistContext(), recipe.models
     mesh = dist.mesh(recipe.train.fsdp_shard_size) if dist.world_size > 1 else None
-    base = recipe.roles.base
-    if mesh is not None and (base == "fp8" or (base == "bf16" and recipe.roles.kind == "lora")):
+    dtype = settings.frozen_dtype
+    if mesh is not None and (dtype == "fp8" or (dtype == "bf16" and settings.train == "lora")):
         raise UserError(
-            f"roles.base {base}: FSDP shards weights of one precision together; with several processes take fp32, or "
-            "bf16 with roles.kind copies"
+            f"models.frozen_dtype {dtype}: FSDP shards weights of one dtype together; with several processes use fp32, "
+            "or bf16 with models.train: full"
         )
-    if recipe.roles.kind == "copies":
-        # each is sharded before the next is made: three whole ones need not fit
-        student = with_transformer(teacher, copy.deepcopy(teacher.transformer).float(), card)
-        if recipe.init is not None:
-            load_init(student, recipe.init)
-        _prepare(student.denoiser.requires_grad_(True), recipe, mesh)
-        fake = ZImageDenoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
-        _prepare(fake, recipe, mesh)
-        if recipe.roles.base == "fp8":
-            quantize_fp8_(teacher.transformer)
-        _prepare(teacher.denoiser, recipe, mesh, learns=False)
-        return Models(teacher, student, fake, shared=False, teacher_folder=recipe.teacher)
+    if settings.train == "full":
+        return _full_copies(recipe, teacher, extra, mesh)
+    return _adapters(recipe, teacher, extra, mesh, dist)
 
-    roles = recipe.roles
-    fake_rank = roles.fake_rank or roles.rank
-    if recipe.fake_follow and fake_rank != roles.rank:
-        raise UserError("fake_follow: student and fake need LoRA stacks of the same rank")
-    stacks = {name: (rank, roles.scale, roles.targets) for name, rank in (("student", roles.rank), ("fake", fake_rank))}
-    for name, (rank, scale, targets) in stacks.items():
-        add_adapter(teacher.transformer, name, rank, scale, targets)
+
+def _full_copies(
+    recipe: DistillRecipe, teacher: TextToImagePipeline, extra: Sequence[str], mesh: DeviceMesh | None
+) -> Models:
+    # each is sharded before the next is made: all of them need not fit unsharded
+    transformer = copy.deepcopy(teacher.transformer).float()
+    student = with_transformer(teacher, transformer, student_generation_config(recipe, teacher))
     if recipe.init is not None:
-        load_adapter(teacher.transformer, roles.scale, recipe.init)
-    if roles.base == "fp8":
+        load_init(student, recipe.init)
+    _prepare(student.denoiser.requires_grad_(True), recipe, mesh)
+    copies: dict[str, nn.Module] = {}
+    for name in extra:
+        denoiser = ZImageDenoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
+        _prepare(denoiser, recipe, mesh)
+        copies[name] = denoiser
+    if recipe.models.frozen_dtype == "fp8":
         quantize_fp8_(teacher.transformer)
-    if recipe.compile:
+    _prepare(teacher.denoiser, recipe, mesh, trained=False)
+    return Models(teacher, student, copies, shares_base=False, teacher_path=recipe.teacher)
+
+
+def _adapters(
+    recipe: DistillRecipe,
+    teacher: TextToImagePipeline,
+    extra: Sequence[str],
+    mesh: DeviceMesh | None,
+    dist: DistContext,
+) -> Models:
+    settings, transformer = recipe.models, teacher.transformer
+    alpha = settings.lora_alpha or settings.rank
+    targets = settings.target_modules or list(TARGETS)
+    student_spec = AdapterSpec(settings.rank, alpha, targets)
+    extra_rank = settings.fake_score_rank or settings.rank
+    specs = {"student": student_spec} | {
+        name: AdapterSpec(extra_rank, student_spec.scale * extra_rank, targets) for name in extra
+    }
+    for name, spec in specs.items():
+        add_adapter(transformer, name, spec.rank, spec.scale, spec.target_modules)
+    if recipe.init is not None:
+        load_adapter(transformer, student_spec.scale, recipe.init)
+    if settings.frozen_dtype == "fp8":
+        quantize_fp8_(transformer)
+    if settings.compile:
         teacher.denoiser.compile_repeated_blocks()
-    if recipe.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         teacher.denoiser.enable_gradient_checkpointing(capture_adapter_state)
     if mesh is not None:
         shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, dist.device))
-    student = with_transformer(teacher, teacher.transformer, card)
-    student.denoiser = AdapterDenoiser(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
-    return Models(teacher, student, AdapterDenoiser(teacher.denoiser, "fake"), True, recipe.teacher, stacks)
+    student = with_transformer(teacher, transformer, student_generation_config(recipe, teacher))
+    student.denoiser = AdapterDenoiser(teacher.denoiser, "student")  # type: ignore[assignment]
+    copies: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, name) for name in extra}
+    return Models(teacher, student, copies, shares_base=True, teacher_path=recipe.teacher, adapters=specs)
 
 
-def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, learns: bool = True) -> None:
-    """Compiles, checkpoints and shards a denoiser as the recipe wants it."""
-    if recipe.compile:
+def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, trained: bool = True) -> None:
+    """Compile, checkpoint and shard a denoiser as the recipe says."""
+    if recipe.models.compile:
         denoiser.compile_repeated_blocks()
-    if recipe.gradient_checkpointing and learns:
+    if recipe.models.gradient_checkpointing and trained:
         denoiser.enable_gradient_checkpointing()
     if mesh is not None:
         shard_denoiser(denoiser, mesh, uses_bf16(recipe.train.precision, denoiser.transformer.device))
 
 
-def with_transformer(model: TextToImagePipeline, transformer: nn.Module, card: GenerationConfig) -> TextToImagePipeline:
-    """The model with another transformer and card; the frozen parts are shared."""
-    return TextToImagePipeline(transformer, model.vae, model.text_encoder, model.tokenizer, model.scheduler, card)  # type: ignore[arg-type]
+def with_transformer(
+    model: TextToImagePipeline, transformer: nn.Module, config: GenerationConfig
+) -> TextToImagePipeline:
+    """The model with another transformer and generation config; the frozen components are shared."""
+    return TextToImagePipeline(
+        transformer,  # type: ignore[arg-type]
+        *(model.vae, model.text_encoder, model.tokenizer, model.scheduler, config),
+    )
 
 
 def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipeline) -> GenerationConfig:
-    """How the few-step model that is to come wants to be run."""
-    anchors = student_timesteps(recipe)
+    """How the few-step student is sampled."""
+    student, config = recipe.student, teacher.generation_config
     return GenerationConfig(
-        steps=len(anchors),
+        steps=student.steps,
         guidance_scale=0.0,
         guidance_distilled=True,
-        sigmas=[flow.shift_sigma(u, teacher.shift) for u in anchors],
-        sampler=recipe.student.sampler,
-        eta=recipe.student.eta,
-        system_prompt=teacher.generation_config.system_prompt,
+        sigmas=[flow.shift_sigma(u, teacher.shift) for u in student.levels],
+        sampler=student.sampler,
+        eta=student.eta,
+        system_prompt=config.system_prompt,
         teacher=recipe.teacher,
-        height=teacher.generation_config.height,
-        width=teacher.generation_config.width,
+        height=config.height,
+        width=config.width,
     )
 
 
@@ -181,28 +226,30 @@ def load_init(student: TextToImagePipeline, path_or_name: str) -> None:
     try:
         student.transformer.load_state_dict(load(path_or_name).transformer.state_dict())
     except RuntimeError as error:
-        raise UserError(f"init: {path_or_name} is not of the teacher's architecture ({error})".split("\n")[0]) from None
+        raise UserError(
+            f"init: {path_or_name} does not have the teacher's architecture ({error})".split("\n")[0]
+        ) from None
 
 
 def load_adapter(transformer: nn.Module, scale: float, student: str) -> None:
-    """Give the student's LoRA stack the weights of the one that an earlier run saved beside its student.
+    """Give the student's adapter the weights of the one that an earlier run saved beside its student.
 
     Raises:
-        UserError: there is none, or it is of another rank or on other layers.
+        UserError: there is none, or it has another rank or other layers.
     """
     file = Path(student).parent / LORA / "pytorch_lora_weights.safetensors"
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"init: {file} cannot be read ({error}); with roles.kind lora a student starts from that of a run with "
-            "LoRA roles, because all roles share the teacher's weights"
+            f"init: {file} cannot be read ({error}); with models.train: lora a student starts from the adapter of an "
+            "earlier LoRA run, because all models share the teacher's weights"
         ) from None
-    wanted = {key.replace(".student.", "."): p for key, p in adapter_parameters(transformer, "student").items()}
+    expected = {key.replace(".student.", "."): p for key, p in adapter_parameters(transformer, "student").items()}
     given = {key.removeprefix("transformer."): tensor for key, tensor in found.items()}
-    shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (wanted, given)]
+    shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (expected, given)]
     if shapes[0] != shapes[1]:
-        raise UserError(f"init: {file} is of another rank than the recipe's stack, or on other layers")
+        raise UserError(f"init: {file} has another rank than the recipe's adapter, or other layers")
     with torch.no_grad():
-        for key, parameter in wanted.items():
+        for key, parameter in expected.items():
             parameter.copy_(given[key] / scale if "lora_B" in key else given[key])  # the file has the scale in B

@@ -1,30 +1,42 @@
 """Trajectory distillation: the student's few long steps are held to the teacher's many short ones.
 
-The regression of arXiv 2101.02388 (knowledge distillation of deterministic samplers) for all states along the way:
-``sum_t ||x_t_student - x_t_teacher||^2``. Student and teacher start from the same noise; each of the student's
-states is compared with where the teacher was at that level, and gradients run through the whole rollout. It gives no
-sharper images than the mean over what the teacher might have done, but it is stable and brings the student near.
+The regression of arXiv 2101.02388 (knowledge distillation of deterministic samplers) for all states of the rollout:
+``sum_k ||x_k_student - x_k_teacher||^2``. Student and teacher start from the same noise; each state of the student is
+compared with the teacher's at that noise level, and gradients flow through the whole rollout. It is stable and fast,
+and no sharper than the mean of the teacher's possible outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.config.method import MethodConfig
+from fewstep.core import flow
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.method import Method, Trainable
+from fewstep.core.method import BatchSource, Trainable
+from fewstep.core.registry import methods
 from fewstep.core.samplers import euler_step
 from fewstep.data.batch import DistillBatch
+from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
+from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
+
+if TYPE_CHECKING:
+    from fewstep.config.recipe import Stage
 
 
-@dataclass(frozen=True)
-class TrajectorySettings:
-    """sigmas: the student's levels from 1 down, without the final 0."""
+class TrajectoryConfig(MethodConfig):
+    name: Literal["trajectory"]
 
-    sigmas: tuple[float, ...]
+    def check(self, stage: Stage) -> None:
+        if not stage.student.follows_teacher_trajectory:
+            raise ValueError(
+                "method trajectory needs evenly spaced timesteps and the euler sampler: leave student.timesteps and "
+                "student.sampler out"
+            )
 
 
 def trajectory_mse(student: Denoiser, batch: DistillBatch, sigmas: Sequence[float]) -> list[Tensor]:
@@ -32,26 +44,47 @@ def trajectory_mse(student: Denoiser, batch: DistillBatch, sigmas: Sequence[floa
 
     Args:
         batch: with the teacher's states.
-        sigmas: the student's levels from 1 down, without the final 0.
+        sigmas: the student's K noise levels from 1 down, with the terminal 0.
     """
     assert batch.states is not None
-    levels, x, distances = [*sigmas, 0.0], batch.noise, list[Tensor]()
-    for index, sigma in enumerate(sigmas):
+    x, distances = batch.noise, list[Tensor]()
+    for index, sigma in enumerate(sigmas[:-1]):
         velocity = student(x, torch.full((len(x),), sigma, device=x.device), batch.prompts)
-        x = euler_step(x, sigma, levels[index + 1], velocity)
+        x = euler_step(x, sigma, sigmas[index + 1], velocity)
         distances.append((x - batch.states[:, index]).square().mean())
     return distances
 
 
-class TrajectoryDistillation(Method):
-    """One trainable, the student. Batches bring the teacher's states."""
+@methods.register("trajectory")
+class TrajectoryDistillation(DistillMethod):
+    """Trains the student alone, on batches with the teacher's states.
 
-    def __init__(self, student: nn.Module, settings: TrajectorySettings) -> None:
-        self.student, self.settings = student, settings
-        self.trainables = [Trainable("student", student, self.student_loss)]
+    Args:
+        sigmas: the student's noise levels from 1 down, with the terminal 0.
+    """
 
-    def student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __init__(self, student: nn.Module, sigmas: Sequence[float]) -> None:
+        self.student, self.sigmas = student, sigmas
+        self.trainables = [Trainable("student", student, self.compute_student_loss)]
+
+    @classmethod
+    def config_model(cls) -> type[TrajectoryConfig]:
+        return TrajectoryConfig
+
+    @classmethod
+    def batch_sources(cls, setup: DataSetup) -> dict[str, BatchSource]:
+        cache = open_trajectory_cache(setup.recipe, setup.teacher, setup.cache)
+        train = setup.recipe.train
+        return {"train": teacher_batches(cache, setup.teacher, train.batch_size, train.seed)}
+
+    @classmethod
+    def build(cls, setup: MethodSetup) -> Self:
+        shift = setup.models.teacher.shift
+        sigmas = [*(flow.shift_sigma(u, shift) for u in setup.recipe.student.levels), 0.0]
+        return cls(setup.models.student.denoiser, sigmas)
+
+    def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over steps of the mean squared distance of the states, and each of them as a metric."""
-        distances = trajectory_mse(self.student, batch, self.settings.sigmas)
-        metrics = {f"state_{k}": distance.detach() for k, distance in enumerate(distances, start=1)}
+        distances = trajectory_mse(self.student, batch, self.sigmas)
+        metrics = {f"trajectory_mse_{k}": distance.detach() for k, distance in enumerate(distances, start=1)}
         return torch.stack(distances).sum(), metrics

@@ -49,6 +49,16 @@ class TextToImagePipeline:
         return float(self.scheduler.config["shift"])
 
     @property
+    def latent_multiple(self) -> int:
+        """Rows and columns of latents are a multiple of this: the transformer's patch."""
+        return PATCH
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the denoiser's features."""
+        return int(self.transformer.config["dim"])
+
+    @property
     def device(self) -> torch.device:
         return self.transformer.device
 

@@ -5,7 +5,7 @@ runs/<name>/
     metrics.jsonl, events.out.tfevents.*
     checkpoints/  previews/
     model/ or student/  report/
-    phases/                 a run each, where the recipe has several
+    stages/                 a run each, where the recipe has several
 """
 
 import os
@@ -33,7 +33,7 @@ except ImportError:  # Windows
 # What a run writes into its directory besides recipe.yaml: all that `fresh` may delete.
 RUN_FILES = (
     *("checkpoints", "previews", "metrics.jsonl", "events.out.tfevents.*"),
-    *("model", "student", "student-best", "report", "vae", "text_encoder", "tokenizer", "cache", "phases", "lora"),
+    *("model", "student", "student-best", "report", "vae", "text_encoder", "tokenizer", "cache", "stages", "lora"),
 )
 
 # Keys that may change between sittings: they don't change what one step does.

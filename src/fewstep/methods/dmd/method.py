@@ -1,227 +1,206 @@
-"""Decoupled Distribution Matching Distillation (arXiv 2511.22677).
+"""DMD and its descendants: Decoupled-DMD (arXiv 2511.22677), DMD (2311.18828), DMD2 (2405.14867), CDM (2605.06376).
 
-Two trainables. The student moves along ``CA + DM``: the spear (CFG augmentation) converts it, the shield (distribution
-matching) keeps its images among the teacher's. The fake learns the student's distribution all along.
+The student's objective is a sum of loss terms on its own samples. Direction terms (CFG augmentation, distribution
+matching) share one pseudo-target loss ``1/2 ||x0 - sg(x0 + sum_i w_i delta_i)||^2``; regularizers add losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser, predict_x0
-from fewstep.core.method import Method, Trainable
+from fewstep.core.method import BatchSource, Trainable
+from fewstep.core.registry import loss_terms, methods
+from fewstep.core.schedules import Schedule
 from fewstep.data.batch import DistillBatch
+from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.dmd import monitor
+from fewstep.methods.dmd.config import DMDConfig, dmd_config_model, first_step
+from fewstep.methods.dmd.data import dmd_sources, teacher_latent_stats
+from fewstep.methods.dmd.normalize import pseudo_target_loss
 from fewstep.methods.dmd.renoise import Renoise
-from fewstep.methods.dmd.rollout import AnchorSchedule, Sampler, backward_simulation, sample_rollout_timesteps
-from fewstep.methods.dmd.terms.cfg_augmentation import cfg_augmentation
-from fewstep.methods.dmd.terms.shields import LossTerm, TrainableTerm, distribution_matching, downsample, upsample_grad
-from fewstep.methods.trajectory import trajectory_mse
-
-#: What a denoiser is asked: x [B, C, H, W], sigma [B], B prompts.
-Question = tuple[Tensor, Tensor, EncodedPrompts]
+from fewstep.methods.dmd.student_sampler import StudentSampler
+from fewstep.methods.dmd.terms.base import (
+    Direction,
+    DirectionTerm,
+    Level,
+    LossTerm,
+    RegularizerTerm,
+    Renoised,
+    TermSetup,
+)
 
 
 @dataclass(frozen=True)
-class DMDSettings:
-    """What the algorithm may be told.
+class WeightedTerm:
+    """A loss term and its weight over the steps."""
 
-    Attributes:
-        anchors: the student's own noise levels before the shift, from 1 down.
-        alpha: the teacher's guidance, as in ``null + alpha (cond - null)``.
-        spear, shield: weights of CA and DM; 0 switches one off, and saves its forwards.
-        scales: (factor, weight) of coarser latents that DM looks at besides; weights are over ``shield``.
-        dmd_norm_eps: lower bound of the per-sample normalisers; without one they have given NaNs.
-        fake_updates: the fake's moves for each of the student's (the two-time-scale rule of arXiv 2405.14867).
-        align_steps: steps in which the student only follows the teacher's way (``trajectory.astray``), before
-            spear and shield take over.
-        fake_warmup: steps that the fake learns in before they do; a student that is not aligning meanwhile waits.
-        fake_follow: share by which the fake is pulled to the student after each step.
-        anchor_schedule: "fixed", or "continuous": levels drawn anew at every step (CDM, arXiv 2605.06376).
-        sampler, eta: how the student will be run; eta is the renoise sampler's share of fresh noise.
-    """
-
-    anchors: tuple[float, ...]
-    alpha: float
-    renoise: Renoise
-    spear: float = 1.0
-    shield: float = 1.0
-    scales: tuple[tuple[int, float], ...] = ()
-    dmd_norm_eps: float = 0.1
-    fake_updates: int = 5
-    align_steps: int = 0
-    fake_warmup: int = 0
-    fake_follow: float = 0.0
-    anchor_schedule: AnchorSchedule = "fixed"
-    sampler: Sampler = "euler"
-    eta: float = 1.0
-
-    @property
-    def sigmas(self) -> list[float]:
-        """The anchors after the shift."""
-        return [flow.shift_sigma(u, self.renoise.shift) for u in self.anchors]
+    term: LossTerm
+    weight: Schedule
 
 
-def dmd_weight(x0_teacher: Tensor, x: Tensor, floor: float) -> Tensor:
-    """``mean|x0_teacher - x|`` of each sample, at least ``floor``: [B, 1, 1, 1] (DMD, arXiv 2311.18828, eq. 8)."""
-    return (x0_teacher - x).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=floor)
-
-
-def pseudo_target_loss(x: Tensor, delta: Tensor) -> Tensor:
-    """``1/2 ||x - stop_gradient(x + delta)||^2``, mean over elements: its gradient is ``-delta`` over their number."""
-    return 0.5 * (x - (x + delta).detach()).square().mean()
-
-
-class DecoupledDMD(Method):
-    """Decoupled-DMD of a frozen teacher into ``student``, with ``fake`` beside it.
-
-    Teacher, student and fake are denoisers; student and fake are modules too, and the parameters of the teacher take no
-    gradient.
+@methods.register("dmd")
+class DMD(DistillMethod):
+    """DMD with a list of loss terms.
 
     Args:
+        teacher: the frozen denoiser.
+        sampler: student samples; its ``student`` is the module that is trained.
         null: the encoded empty prompt, a batch of one.
-        shields: further shields, each with its weight.
-        reference: ``monitor.latent_stats`` of the teacher's own images, for the log; empty leaves the comparison out.
+        terms: by name, in the order in which they are computed.
+        total_steps: of the training.
+        reference: ``monitor.latent_stats`` of the teacher's samples, for metrics; empty leaves the comparison out.
     """
+
+    alert_rules = monitor.ALERT_RULES
 
     def __init__(
         self,
         teacher: Denoiser,
-        student: nn.Module,
-        fake: nn.Module,
+        sampler: StudentSampler,
         null: EncodedPrompts,
-        settings: DMDSettings,
-        shields: Sequence[tuple[float, LossTerm]] = (),
+        renoise: Renoise,
+        terms: Mapping[str, WeightedTerm],
+        total_steps: int,
         reference: Mapping[str, float] | None = None,
     ) -> None:
-        self.teacher, self.student, self.fake, self.null, self.settings = teacher, student, fake, null, settings
-        self.shields, self.reference = shields, reference
-        self.aligning = False
-        early = settings.fake_warmup - settings.align_steps if settings.shield else 0
-        self.trainables = [Trainable("student", student, self.student_loss, start_step=max(0, early))]
-        waits = max(0, settings.align_steps - settings.fake_warmup)
-        if settings.shield:  # without distribution matching nobody asks the fake
-            self.trainables.append(Trainable("fake", fake, self.fake_loss, settings.fake_updates, waits))
-        for _, shield in shields:
-            if isinstance(shield, TrainableTerm):
-                learn = partial(self.shield_loss, shield)
-                self.trainables.append(Trainable(shield.name, shield.module, learn, start_step=waits))
+        self.teacher, self.sampler, self.null, self.renoise = teacher, sampler, null, renoise
+        self.terms, self.reference, self.step = terms, reference, 0
+        start = min(first_step(term.weight, total_steps) for term in terms.values())
+        self.trainables = [Trainable("student", sampler.student, self.compute_student_loss, start_step=start)]
+        for each in terms.values():
+            self.trainables += each.term.trainables()
 
-    def student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the student: ``1/2 ||x - sg(x + CA / n_CA + DM / n_DM)||^2``, and other shields by weight."""
-        if self.aligning:
-            return torch.stack(trajectory_mse(self.student, batch, self.settings.sigmas)).sum(), {}
-        x, anchor = self.one_step(batch.noise, batch.prompts)
-        delta, metrics = self.direction(x.detach(), anchor, batch.prompts)
-        loss = pseudo_target_loss(x, delta)
-        for weight, shield in self.shields:
-            held = shield.loss(x, batch)
-            loss = loss + weight * held
-            metrics[shield.name] = held.detach()
-        looks = monitor.latent_stats(x.detach())
-        return loss, metrics | looks | (monitor.relative_to(looks, self.reference) if self.reference else {})
+    @classmethod
+    def config_model(cls) -> type[DMDConfig]:
+        return dmd_config_model()
 
-    def shield_loss(self, shield: TrainableTerm, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a shield's own network learns from fresh images of the student."""
-        with torch.no_grad():
-            x, _ = self.one_step(batch.noise, batch.prompts)
-        return shield.learn(x, batch)
+    @classmethod
+    def batch_sources(cls, setup: DataSetup) -> dict[str, BatchSource]:
+        return dmd_sources(setup)
 
-    def fake_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow matching of the fake on fresh images of the student, and on coarser ones where it is asked for these."""
-        with torch.no_grad():
-            x, _ = self.one_step(batch.noise, batch.prompts)
-        loss = self.flow_matching(x, batch.prompts)
-        for factor, weight in self.settings.scales:
-            loss = loss + weight * self.flow_matching(downsample(x, factor), batch.prompts)
-        return loss, {}
-
-    def flow_matching(self, x: Tensor, prompts: EncodedPrompts) -> Tensor:
-        """How far the fake's velocity is from that between ``x`` and noise, at levels of its own: a scalar."""
-        sigma = self.settings.renoise.anywhere(x)
-        eps = torch.randn_like(x)
-        velocity = self.fake(flow.add_noise(x, sigma, eps), sigma, prompts)
-        return (velocity - (eps - x)).square().mean()
-
-    def one_step(self, noise: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
-        """The student's data prediction [B, C, H, W] at an anchor drawn for the whole batch, and that anchor [B]."""
-        settings = self.settings
-        anchors = sample_rollout_timesteps(settings.anchors, settings.anchor_schedule)
-        sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in anchors]
-        z = backward_simulation(self.student, noise, sigmas, len(sigmas) - 1, prompts, settings.sampler, settings.eta)
-        sigma = torch.full((len(z),), sigmas[-1], device=z.device)
-        x = predict_x0(self.student, z, sigma, prompts)
-        return x, torch.full_like(sigma, anchors[-1])
-
-    @torch.no_grad()
-    def direction(self, x: Tensor, anchor: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, dict[str, Tensor]]:
-        """``CA / n_CA + DM / n_DM`` at the student's images ``x`` [B, C, H, W], and metrics of both."""
-        settings = self.settings
-        sigma_ca, sigma_dm = settings.renoise.draw(anchor)
-        x_ca = flow.add_noise(x, sigma_ca, torch.randn_like(x))
-        # plain DMD looks at one noisy image, so that spear and shield add up to its guided teacher less the fake
-        same = settings.renoise.schedule == "shared" and settings.spear > 0
-        x_dm = x_ca if same else flow.add_noise(x, sigma_dm, torch.randn_like(x))
-        delta = torch.zeros_like(x)
-        metrics: dict[str, Tensor] = {}
-
-        questions: list[Question] = []
-        if settings.spear:
-            questions += [(x_ca, sigma_ca, prompts), (x_ca, sigma_ca, self.null.repeat(len(x)))]
-        if settings.shield and not same:
-            questions += [(x_dm, sigma_dm, prompts)]
-        answers = iter(self.ask_teacher(questions))
-
-        if settings.spear:
-            x0_cond, x0_null = next(answers), next(answers)
-            ca = cfg_augmentation(x0_cond, x0_null, settings.alpha)
-            delta = delta + settings.spear * ca / dmd_weight(x0_cond, x, settings.dmd_norm_eps)
-            metrics["ca"] = ca.abs().mean()
-        if settings.shield:
-            x0_teacher = x0_cond if same else next(answers)
-            x0_fake = predict_x0(self.fake, x_dm, sigma_dm, prompts)
-            dm = distribution_matching(x0_teacher, x0_fake)
-            delta = delta + settings.shield * dm / dmd_weight(x0_teacher, x, settings.dmd_norm_eps)
-            metrics |= {
-                "dm": dm.abs().mean(),
-                "fake_lag": monitor.fake_score_loss_ratio(x0_fake, x0_teacher, x, sigma_dm),
-            }
-            for factor, weight in settings.scales:
-                coarse = self.coarse_matching(downsample(x, factor), anchor, prompts)
-                delta = delta + settings.shield * weight * upsample_grad(coarse, factor)
-                metrics[f"dm_{factor}"] = coarse.abs().mean()
-        if settings.spear and settings.shield:
-            metrics |= monitor.ca_dm_balance(ca, dm)
-        return delta, metrics
-
-    def coarse_matching(self, x: Tensor, anchor: Tensor, prompts: EncodedPrompts) -> Tensor:
-        """``DM / n_DM`` at the student's images made smaller, with noise of their own."""
-        _, sigma = self.settings.renoise.draw(anchor)
-        noisy = flow.add_noise(x, sigma, torch.randn_like(x))
-        x0_teacher = predict_x0(self.teacher, noisy, sigma, prompts)
-        dm = distribution_matching(x0_teacher, predict_x0(self.fake, noisy, sigma, prompts))
-        return dm / dmd_weight(x0_teacher, x, self.settings.dmd_norm_eps)
-
-    def ask_teacher(self, questions: Sequence[Question]) -> list[Tensor]:
-        """The teacher's data predictions for all questions, in one forward."""
-        xs, sigmas, prompts = zip(*questions, strict=True)
-        x0 = predict_x0(self.teacher, torch.cat(xs), torch.cat(sigmas), EncodedPrompts.concat(prompts))
-        return list(x0.split([len(x) for x in xs]))
+    @classmethod
+    def build(cls, setup: MethodSetup) -> Self:
+        recipe, models, config = setup.recipe, setup.models, setup.recipe.method
+        assert isinstance(config, DMDConfig)
+        teacher, student = models.teacher, recipe.student
+        schedule = config.renoise
+        renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max)
+        sampler = StudentSampler(
+            *(models.student.denoiser, student.levels, teacher.shift),
+            *(student.timestep_sampling, student.sampler, student.eta),
+        )
+        null = setup.null
+        term_setup = TermSetup(
+            config=config,
+            teacher=teacher,
+            student=models.student.denoiser,
+            extra=models.extra,
+            null=null,
+            renoise=renoise,
+            sigmas=sampler.sigmas,
+            batch_size=recipe.train.batch_size,
+            total_steps=recipe.train.steps,
+            sources=setup.sources,
+            dist=setup.dist,
+            sample=sampler.fresh,
+        )
+        terms = {
+            name: WeightedTerm(loss_terms.get(name).build(settings, term_setup), weight)
+            for name, (settings, weight) in config.terms.active(recipe.train.steps).items()
+        }
+        reference = teacher_latent_stats(setup) if recipe.train.on_alert != "off" else {}
+        return cls(teacher.denoiser, sampler, null, renoise, terms, recipe.train.steps, reference)
 
     def before_step(self, step: int) -> None:
-        self.aligning = step < self.settings.align_steps
+        self.step = step
+
+    def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the terms whose weight is positive at this step, and their metrics."""
+        weights = {name: each.weight(self.step) for name, each in self.terms.items()}
+        active = {name: each.term for name, each in self.terms.items() if weights[name] > 0}
+        sample = self.sampler(batch) if any(term.uses_sample for term in active.values()) else None
+        loss = torch.zeros((), device=batch.noise.device)
+        metrics: dict[str, Tensor] = {}
+
+        directions = {name: term for name, term in active.items() if isinstance(term, DirectionTerm)}
+        if directions:
+            assert sample is not None
+            found = self.compute_directions(directions, sample.x0.detach(), sample.anchor, batch.prompts)
+            delta = sum((weights[name] * each.delta for name, each in found.items()), torch.zeros_like(sample.x0))
+            loss = pseudo_target_loss(sample.x0, delta)
+            metrics |= self._direction_metrics(found)
+        for name, term in active.items():
+            if isinstance(term, RegularizerTerm):
+                value = term.loss(sample, batch)
+                loss = loss + weights[name] * value
+                metrics[name] = value.detach()
+        if sample is not None:
+            stats = monitor.latent_stats(sample.x0.detach())
+            metrics |= stats | (monitor.relative_to(stats, self.reference) if self.reference else {})
+        return loss, metrics
 
     @torch.no_grad()
+    def compute_directions(
+        self, terms: Mapping[str, DirectionTerm], x0: Tensor, anchor: Tensor, prompts: EncodedPrompts
+    ) -> dict[str, Direction]:
+        """Each term's direction at samples ``x0`` [B, C, ..., H, W] with anchors [B]; one batched teacher forward."""
+        sigma_ca, sigma_dm = self.renoise.sample_sigmas(anchor)
+        ca = Renoised(flow.add_noise(x0, sigma_ca, torch.randn_like(x0)), sigma_ca)
+        # plain DMD renoises once, so that CA and DM add up to its guided teacher less the fake score
+        if self.renoise.schedule == "shared" and "cfg_augmentation" in terms:
+            dm = ca
+        else:
+            dm = Renoised(flow.add_noise(x0, sigma_dm, torch.randn_like(x0)), sigma_dm)
+        renoised: dict[Level, Renoised] = {"ca": ca, "dm": dm}
+        teacher = self.teacher_x0(terms.values(), renoised, prompts)
+        return {
+            name: term.direction(x0, anchor, prompts, renoised[term.level], teacher[term])
+            for name, term in terms.items()
+        }
+
+    def teacher_x0(
+        self, terms: Collection[DirectionTerm], renoised: Mapping[Level, Renoised], prompts: EncodedPrompts
+    ) -> dict[DirectionTerm, list[Tensor]]:
+        """The teacher's data predictions that each term needs, all in one forward; equal inputs are computed once."""
+        null = self.null.repeat(len(prompts))
+        inputs: dict[tuple[int, str], tuple[Renoised, EncodedPrompts]] = {}
+        for term in terms:
+            for prompt in term.teacher_prompts:
+                at = renoised[term.level]
+                inputs[id(at), prompt] = at, prompts if prompt == "cond" else null
+        x0 = predict_x0(
+            self.teacher,
+            torch.cat([at.x for at, _ in inputs.values()]),
+            torch.cat([at.sigma for at, _ in inputs.values()]),
+            EncodedPrompts.concat([given for _, given in inputs.values()]),
+        )
+        computed = dict(zip(inputs, x0.split(len(prompts)), strict=True))
+        return {term: [computed[id(renoised[term.level]), p] for p in term.teacher_prompts] for term in terms}
+
+    def _direction_metrics(self, directions: Mapping[str, Direction]) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        for each in directions.values():
+            metrics |= each.metrics
+        if {"cfg_augmentation", "distribution_matching"} <= directions.keys():
+            ca, dm = directions["cfg_augmentation"].raw, directions["distribution_matching"].raw
+            metrics |= monitor.ca_dm_balance(ca, dm)
+        return metrics
+
     def after_step(self, step: int) -> dict[str, float]:
-        if self.settings.shield and self.settings.fake_follow:
-            pairs = zip(self.fake.parameters(), self.student.parameters(), strict=True)
-            for mine, others in pairs:
-                mine.lerp_(others, self.settings.fake_follow)
+        for each in self.terms.values():
+            each.term.after_step(step)
         return {}
+
+    def dry_run(self, batch: DistillBatch) -> Iterator[tuple[Trainable, Callable[[], Tensor]]]:
+        """All losses, with the terms that are on from each breakpoint of the weights."""
+        for step in sorted({step for each in self.terms.values() for step in each.weight.breakpoints}):
+            self.before_step(step)
+            yield from super().dry_run(batch)

@@ -15,7 +15,7 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.samplers import euler_step, sde_step
 
-Sampler = Literal["euler", "renoise"]
+Sampler = Literal["euler", "sde"]
 AnchorSchedule = Literal["fixed", "continuous"]
 
 LOWEST = 0.01  # of a drawn level: below it there is nothing left to predict
@@ -39,27 +39,25 @@ def backward_simulation(
     student: Denoiser,
     noise: Tensor,
     sigmas: Sequence[float],
-    stop: int,
     prompts: EncodedPrompts,
     sampler: Sampler = "euler",
     eta: float = 1.0,
 ) -> Tensor:
-    """The student's input at its anchor number ``stop``, reached by its own steps from ``noise``.
+    """The student's input at the last of ``sigmas``, reached by its own steps from ``noise``.
 
     Args:
-        noise: [B, C, H, W], pure noise.
-        sigmas: all the student's levels, from 1 down, without the final 0.
-        stop: 0 gives the noise back.
-        sampler, eta: how the student will be run; the same steps as in ``samplers``.
+        noise: [B, C, ..., H, W], pure noise.
+        sigmas: noise levels from 1 down to the one that is wanted; a single one returns the noise.
+        sampler, eta: how the student is run at inference; the same steps as in ``samplers``.
 
     Returns:
-        [B, C, H, W] at ``sigmas[stop]``.
+        [B, C, ..., H, W] at ``sigmas[-1]``.
     """
     x = noise
-    for index in range(stop):
+    for index in range(len(sigmas) - 1):
         sigma = torch.full((len(x),), sigmas[index], device=x.device)
         velocity = student(x, sigma, prompts)
-        if sampler == "renoise":
+        if sampler == "sde":
             x = sde_step(x, sigmas[index], sigmas[index + 1], velocity, torch.randn_like(x), eta)
         else:
             x = euler_step(x, sigmas[index], sigmas[index + 1], velocity)

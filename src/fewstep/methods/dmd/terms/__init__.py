@@ -1,1 +1,10 @@
-"""The loss terms, one class each."""
+"""The loss terms, one class each; importing this package registers them, in the order in which they are computed."""
+
+from fewstep.methods.dmd.terms import cfg_augmentation as _ca
+from fewstep.methods.dmd.terms import distribution_matching as _dm
+from fewstep.methods.dmd.terms import gan as _gan
+from fewstep.methods.dmd.terms import mean_variance as _mean_variance
+from fewstep.methods.dmd.terms import mmd as _mmd
+from fewstep.methods.dmd.terms import trajectory_mse as _trajectory_mse
+
+__all__ = ["_ca", "_dm", "_gan", "_mean_variance", "_mmd", "_trajectory_mse"]

@@ -1,20 +1,27 @@
-"""The GAN shield: a small head on the frozen teacher's middle layer tells the student's images from real ones.
+"""The GAN term: a small discriminator head on the frozen teacher's middle layer.
 
-DMD2 (arXiv 2405.14867, section 4.3) with noise on what is judged; the penalty is the approximate R1 of APT
-(arXiv 2501.08316, eq. 4), which needs no second derivatives. Real ones are data, or images that the teacher made.
+DMD2 (arXiv 2405.14867, section 4.3), with noise on what is classified. The penalty is the approximate R1 of APT
+(arXiv 2501.08316, eq. 4), which needs no second derivatives. Real samples are data, or the teacher's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Annotated, Self
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewstep.core import flow
 from fewstep.core.denoiser import FeatureExtractor
+from fewstep.core.method import Trainable
+from fewstep.core.registry import loss_terms
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd.renoise import Renoise
+from fewstep.methods.dmd.terms.base import RegularizerTerm, StudentSample, TermSettings, TermSetup
 
 
 class DiscriminatorHead(nn.Module):
@@ -30,42 +37,71 @@ class DiscriminatorHead(nn.Module):
         return self.out(F.silu(self.inner(self.norm(features)))).mean(dim=(1, 2))
 
 
-class GANTerm:
-    """Args:
-    extractor: the teacher; its parameters take no gradient, what flows through it to the images does.
-    width: D of its features.
-    penalty: weight of the approximate R1 penalty.
-    spread: deviation of the noise that the penalty puts on real latents.
+class GANSettings(TermSettings):
+    r1_weight: Annotated[float, Field(ge=0)] = Field(100.0, description="Weight of the approximate R1 penalty.")
+    r1_sigma: Annotated[float, Field(gt=0)] = Field(
+        0.01, description="Deviation of the noise that the penalty adds to real latents."
+    )
+
+
+@loss_terms.register("gan")
+class GAN(RegularizerTerm):
+    """
+    extractor: the teacher; its parameters take no gradient, its input does.
+    head: the discriminator. sample: batch -> fresh student samples, without gradient.
     """
 
-    name, wants_real = "discriminator", True
+    Settings = GANSettings
+    requires_real = True
+    trainable_names = ("discriminator",)
 
     def __init__(
-        self, extractor: FeatureExtractor, width: int, renoise: Renoise, penalty: float = 100.0, spread: float = 0.01
+        self,
+        extractor: FeatureExtractor,
+        head: DiscriminatorHead,
+        renoise: Renoise,
+        sample: Callable[[DistillBatch], Tensor],
+        r1_weight: float = 100.0,
+        r1_sigma: float = 0.01,
+        start_step: int = 0,
     ) -> None:
-        self.extractor, self.renoise, self.penalty, self.spread = extractor, renoise, penalty, spread
-        self.module = DiscriminatorHead(width)
+        self.extractor, self.head, self.renoise, self.sample = extractor, head, renoise, sample
+        self.r1_weight, self.r1_sigma, self.start_step = r1_weight, r1_sigma, start_step
 
-    def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
-        """The student's: ``softplus(-D(x))``, non-saturating."""
-        sigma = self.renoise.anywhere(x)
-        features = self.extractor.features(flow.add_noise(x, sigma, torch.randn_like(x)), sigma, batch.prompts)
-        frozen = {name: weight.detach() for name, weight in self.module.named_parameters()}
-        return F.softplus(-functional_call(self.module, frozen, features)).mean()
+    @classmethod
+    def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
+        assert isinstance(settings, GANSettings)
+        head = DiscriminatorHead(setup.teacher.feature_dim).to(setup.teacher.device)
+        setup.dist.broadcast(head)
+        start = setup.config.fake_score_start_step(setup.total_steps)
+        teacher = setup.teacher.denoiser
+        return cls(teacher, head, setup.renoise, setup.sample, settings.r1_weight, settings.r1_sigma, start)
 
-    def learn(self, x: Tensor, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The head's: ``softplus(D(x)) + softplus(-D(real)) + penalty (D(real) - D(real + noise))^2``."""
-        real = batch.real
-        sigma = self.renoise.anywhere(x)
-        eps = torch.randn_like(x)
-        near = real + self.spread * torch.randn_like(real)
+    def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
+        """The student's: ``softplus(-D(x0))``, non-saturating."""
+        assert sample is not None
+        sigma = self.renoise.sample_sigma(sample.x0)
+        noisy = flow.add_noise(sample.x0, sigma, torch.randn_like(sample.x0))
+        features = self.extractor.features(noisy, sigma, batch.prompts)
+        frozen = {name: weight.detach() for name, weight in self.head.named_parameters()}
+        return F.softplus(-functional_call(self.head, frozen, features)).mean()
+
+    def trainables(self) -> list[Trainable]:
+        return [Trainable("discriminator", self.head, self.compute_discriminator_loss, start_step=self.start_step)]
+
+    def compute_discriminator_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """``softplus(D(x0)) + softplus(-D(real)) + r1_weight (D(real) - D(real + noise))^2``."""
+        x0, real = self.sample(batch), batch.real
+        sigma = self.renoise.sample_sigma(x0)
+        eps = torch.randn_like(x0)
+        perturbed = real + self.r1_sigma * torch.randn_like(real)
         with torch.no_grad():
-            seen = [
-                self.extractor.features(flow.add_noise(images, sigma, eps), sigma, batch.prompts)
-                for images in (x, real, near)
+            features = [
+                self.extractor.features(flow.add_noise(x, sigma, eps), sigma, batch.prompts)
+                for x in (x0, real, perturbed)
             ]
-        fake, true, moved = (self.module(features) for features in seen)
-        smoothness = (true - moved).square().mean()
-        loss = F.softplus(fake).mean() + F.softplus(-true).mean() + self.penalty * smoothness
-        accuracy = ((fake < 0).float().mean() + (true > 0).float().mean()) / 2
-        return loss, {"accuracy": accuracy, "r1": smoothness.detach()}
+        d_fake, d_real, d_perturbed = (self.head(each) for each in features)
+        penalty = (d_real - d_perturbed).square().mean()
+        loss = F.softplus(d_fake).mean() + F.softplus(-d_real).mean() + self.r1_weight * penalty
+        accuracy = ((d_fake < 0).float().mean() + (d_real > 0).float().mean()) / 2
+        return loss, {"accuracy": accuracy, "r1": penalty.detach()}

@@ -1,0 +1,46 @@
+"""The `method` section of a recipe: one of the registered methods."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from fewstep.config.base import Settings
+from fewstep.core.registry import load_plugins, methods
+
+if TYPE_CHECKING:
+    from fewstep.config.recipe import Stage
+
+
+class MethodConfig(Settings):
+    """Base of the methods' sections; ``name`` selects the method. Subclasses give it as a Literal."""
+
+    name: str
+
+    def trainable_parts(self) -> list[str]:
+        """Names of the parts that are trained: the keys of ``optim``."""
+        return ["student"]
+
+    def extra_models(self) -> list[str]:
+        """Names of trainable copies of the teacher beside the student, such as the fake score."""
+        return []
+
+    def check(self, stage: Stage) -> None:
+        """Refuse what does not fit the rest of the recipe.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+
+
+def method_union() -> Any:
+    """The type of the `method` section: a discriminated union of all registered methods."""
+    load_plugins()
+    members = [methods.get(name).config_model() for name in methods.names()]
+    return Annotated[
+        reduce(or_, members),
+        Field(discriminator="name", description=f"The method: {', '.join(methods.names())}."),
+    ]

@@ -1,0 +1,44 @@
+"""Batches of real images as latents, from an image source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fewstep.core.method import BatchSource, Shard
+from fewstep.core.registry import image_sources
+from fewstep.data.batch import DistillBatch
+from fewstep.errors import UserError
+from fewstep.models.pipeline import TextToImagePipeline
+
+
+def rendered_image_batches(
+    source_name: str, model: TextToImagePipeline, prompts: Sequence[str], count: int, size: int, seed: int
+) -> BatchSource:
+    """Batches of ``size`` out of ``count`` real images of random prompts, encoded by the model's autoencoder.
+
+    Raises:
+        UserError: no such image source, or a prompt that it has no image of.
+    """
+    images_of = image_sources.get(source_name)()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [prompts[i] for i in torch.randint(len(prompts), (count,), generator=generator).tolist()]
+    for prompt in chosen:
+        if not images_of.knows(prompt):
+            raise UserError(
+                f"method.real_source={source_name}: it has no image of {prompt!r}; set method.real_source=teacher"
+            )
+    images = images_of.render(chosen, generator, model.generation_config.height)
+    latents = torch.cat([model.encode_images(part.to(model.device)) for part in images.split(128)]).cpu()
+    encoded = model.encode(chosen)
+
+    def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        drawn = torch.randint(count, (size,), generator=generator)
+        noise = torch.randn(size, *latents.shape[1:], generator=generator)
+        rows = shard.rows(size)
+        own = drawn[rows]
+        return DistillBatch(noise[rows].to(model.device), encoded[own], latents[own, None].to(model.device))
+
+    return source

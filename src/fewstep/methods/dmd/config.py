@@ -1,0 +1,132 @@
+"""The config section of method dmd: its loss terms by name, the renoise schedule, the fake score."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, create_model
+
+from fewstep.config.base import Fraction, Settings
+from fewstep.config.method import MethodConfig
+from fewstep.config.schedule import Step, resolve_step
+from fewstep.core.registry import loss_terms
+from fewstep.core.schedules import Schedule
+from fewstep.methods.dmd.terms.base import LossTerm, TermSettings
+
+if TYPE_CHECKING:
+    from fewstep.config.recipe import Stage
+
+
+class RenoiseSettings(Settings):
+    schedule: Literal["shared", "full", "constrained", "hybrid"] = Field(
+        default="hybrid", description="Where the noise levels of CA and DM are drawn (arXiv 2511.22677)."
+    )
+    sigma_min: Fraction = Field(default=0.02, description="Lowest sigma drawn.")
+    sigma_max: Fraction = Field(default=0.98, description="Highest sigma drawn.")
+
+
+class TermsSection(Settings):
+    """The terms by name; one that is left out, null or of constant weight 0 is off."""
+
+    def active(self, total_steps: int) -> dict[str, tuple[TermSettings, Schedule]]:
+        """Settings and weight schedule of each term whose weight is positive at some step, in registry order."""
+        found = {}
+        for name in type(self).model_fields:
+            settings: TermSettings | None = getattr(self, name)
+            if settings is not None:
+                weight = settings.weight.resolve(total_steps)
+                if any(weight(step) > 0 for step in weight.breakpoints):
+                    found[name] = settings, weight
+        return found
+
+
+class DMDConfig(MethodConfig):
+    """DMD, DMD2, CDM and Decoupled-DMD are settings of this section."""
+
+    name: Literal["dmd"]
+    terms: TermsSection = Field(description="Loss terms of the student's objective, by name.")
+    renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
+    fake_score_updates: int = Field(default=5, ge=1, description="Updates of the fake score for each of the student.")
+    fake_score_start: Step = Field(
+        default=0, description="Step at which the fake score (and a discriminator) start training: before DM does."
+    )
+    fake_score_ema_to_student: Fraction = Field(
+        default=0.0, description="Share by which the fake score's weights move to the student's after each step."
+    )
+    dmd_norm_eps: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="Lower bound of the per-sample normalizers."
+    )
+    real_source: str = Field(
+        default="teacher",
+        description="Real latents of the terms that need them: teacher, or an image source such as emoji.",
+    )
+    num_real_images: int = Field(
+        default=1024, ge=2, description="Images from an image source; of the teacher: trajectory.num_trajectories."
+    )
+
+    def _terms(self) -> dict[str, type[LossTerm]]:
+        """Classes of the terms that are on at some step; 100 stands for the number of steps, which does not matter."""
+        return {name: loss_terms.get(name) for name in self.terms.active(100)}
+
+    def trainable_parts(self) -> list[str]:
+        return ["student", *(part for term in self._terms().values() for part in term.trainable_names)]
+
+    def extra_models(self) -> list[str]:
+        return [name for term in self._terms().values() for name in term.model_names]
+
+    @property
+    def requires_real(self) -> bool:
+        """Whether training batches must bring real latents."""
+        return any(term.requires_real for term in self._terms().values())
+
+    @property
+    def measures_real(self) -> bool:
+        """Whether real latents are needed at all."""
+        return any(term.requires_real or term.measures_real for term in self._terms().values())
+
+    def fake_score_start_step(self, total_steps: int) -> int:
+        return resolve_step(self.fake_score_start, total_steps)
+
+    def check(self, stage: Stage) -> None:
+        steps = stage.train.steps
+        active = self.terms.active(steps)
+        if not active:
+            raise ValueError("method.terms: no term has a weight, the student would not be trained")
+        for settings, _ in active.values():
+            settings.check(stage, self)
+        idle = first_gap([weight for _, weight in active.values()], steps)
+        if idle is not None:
+            raise ValueError(f"method.terms: no term has a weight at step {idle}, after the student's training began")
+        for name, (_, weight) in active.items():
+            if "fake_score" in loss_terms.get(name).trainable_names:
+                start, first = self.fake_score_start_step(steps), first_step(weight, steps)
+                if start > first:
+                    raise ValueError(
+                        f"method.fake_score_start: the fake score starts at step {start}, after {name} at step {first}"
+                    )
+
+
+def first_step(weight: Schedule, steps: int) -> int:
+    """The first step with a positive weight; ``steps`` if there is none."""
+    return next((step for step in range(steps) if weight(step) > 0), steps)
+
+
+def first_gap(weights: list[Schedule], steps: int) -> int | None:
+    """The first step after the student's start at which all weights are 0."""
+    start = min(first_step(weight, steps) for weight in weights)
+    return next((step for step in range(start, steps) if not any(weight(step) > 0 for weight in weights)), None)
+
+
+@cache
+def dmd_config_model() -> type[DMDConfig]:
+    """``DMDConfig`` with a field for each registered term."""
+    fields: dict[str, Any] = {}
+    for name in loss_terms.names():
+        term: type[LossTerm] = loss_terms.get(name)
+        summary = (sys.modules[term.__module__].__doc__ or "").split("\n")[0]
+        fields[name] = (term.Settings | None, Field(None, description=summary))
+    terms = create_model("TermsSection", __base__=TermsSection, __module__=__name__, **fields)
+    described = Field(description=DMDConfig.model_fields["terms"].description)
+    return create_model("DMDConfig", __base__=DMDConfig, __module__=__name__, terms=(terms, described))

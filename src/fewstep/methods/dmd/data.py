@@ -1,0 +1,60 @@
+"""Batch sources of DMD, and statistics of the teacher's samples."""
+
+from __future__ import annotations
+
+import torch
+
+from fewstep.core import flow
+from fewstep.core.guidance import ClassifierFreeGuidance
+from fewstep.core.method import BatchSource, Shard
+from fewstep.core.samplers import sample_euler
+from fewstep.data.image_batches import rendered_image_batches
+from fewstep.data.prompt_batches import prompt_batches
+from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
+from fewstep.inference.generate import batched, max_batch_size
+from fewstep.methods.base import DataSetup, MethodSetup
+from fewstep.methods.dmd import monitor
+from fewstep.methods.dmd.config import DMDConfig
+from fewstep.models.noise import initial_noise
+
+REFERENCE_STEPS = 16  # of the teacher's samples that the student's latents are compared with
+
+
+def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
+    """ "train": prompts alone, or real batches where a term needs them; "real": latents of images with their prompts,
+    the teacher's or an image source's, where any term uses them."""
+    recipe, config, train = setup.recipe, setup.recipe.method, setup.recipe.train
+    assert isinstance(config, DMDConfig)
+    sources: dict[str, BatchSource] = {}
+    if config.measures_real and config.real_source == "teacher":
+        cache = open_trajectory_cache(recipe, setup.teacher, setup.cache)
+        sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)
+    elif config.measures_real:
+        sources["real"] = rendered_image_batches(
+            *(config.real_source, setup.teacher, setup.prompts),
+            *(config.num_real_images, train.batch_size, train.seed),
+        )
+    if config.requires_real:
+        return sources | {"train": sources["real"]}
+    return sources | {"train": prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed)}
+
+
+def teacher_latent_stats(setup: MethodSetup) -> dict[str, float]:
+    """``monitor.latent_stats`` of the guided teacher's samples: of cached ones where there are some, else of a few
+    sampled here."""
+    config, teacher = setup.recipe.method, setup.models.teacher
+    assert isinstance(config, DMDConfig)
+    if "real" in setup.sources and config.real_source == "teacher":
+        latents = setup.sources["real"](0, Shard()).real
+        return {name: float(value) for name, value in monitor.latent_stats(latents).items()}
+    height, width = teacher.generation_config.height, teacher.generation_config.width
+    count = 16 if height * width <= 256**2 else 4  # large images have enough latents
+    prompts = teacher.encode([setup.prompts[i * len(setup.prompts) // count] for i in range(count)])
+    noise = initial_noise(teacher, range(count), height, width)
+    guidance_scale = teacher.generation_config.guidance_scale
+    denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance_scale)
+    sigmas = flow.get_sigmas(REFERENCE_STEPS, teacher.shift)
+    with torch.no_grad():
+        parts = batched(count, max_batch_size(height, width))
+        latents = torch.cat([sample_euler(denoiser, noise[part], sigmas, prompts[part]) for part in parts])
+    return {name: float(value) for name, value in monitor.latent_stats(latents).items()}

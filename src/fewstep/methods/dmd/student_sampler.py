@@ -1,0 +1,55 @@
+"""Student samples at random anchors, reached by backward simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core import flow
+from fewstep.core.denoiser import predict_x0
+from fewstep.data.batch import DistillBatch
+from fewstep.methods.dmd.rollout import AnchorSchedule, Sampler, backward_simulation, sample_rollout_timesteps
+from fewstep.methods.dmd.terms.base import StudentSample
+
+
+class StudentSampler:
+    """Draws an anchor for the whole batch, simulates the student down to it, and predicts x0 there.
+
+    Args:
+        levels: the student's pre-shift noise levels, from 1 down, without the 0.
+        timestep_sampling: "fixed", or "continuous": levels drawn anew each time (CDM, arXiv 2605.06376).
+        sampler, eta: how the student is run at inference.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        levels: Sequence[float],
+        shift: float,
+        timestep_sampling: AnchorSchedule = "fixed",
+        sampler: Sampler = "euler",
+        eta: float = 1.0,
+    ) -> None:
+        self.student, self.levels, self.shift = student, list(levels), shift
+        self.timestep_sampling, self.sampler, self.eta = timestep_sampling, sampler, eta
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The student's noise levels after the shift, with the terminal 0."""
+        return [*(flow.shift_sigma(u, self.shift) for u in self.levels), 0.0]
+
+    def __call__(self, batch: DistillBatch) -> StudentSample:
+        """Samples with gradient through the last prediction alone."""
+        anchors = sample_rollout_timesteps(self.levels, self.timestep_sampling)
+        sigmas = [flow.shift_sigma(u, self.shift) for u in anchors]
+        z = backward_simulation(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
+        sigma = torch.full((len(z),), sigmas[-1], device=z.device)
+        x0 = predict_x0(self.student, z, sigma, batch.prompts)
+        return StudentSample(x0, z, sigma, torch.full_like(sigma, anchors[-1]), batch.prompts)
+
+    @torch.no_grad()
+    def fresh(self, batch: DistillBatch) -> Tensor:
+        """Samples x0 [B, C, ..., H, W] without gradient."""
+        return self(batch).x0

@@ -1,0 +1,55 @@
+"""Trajectory MSE: DMD's regression (arXiv 2311.18828, eq. 9) for all states of the student's rollout.
+
+The student's states are held to the teacher's from the same noise; see ``methods/trajectory.py``. Training on this term
+alone before CFG augmentation and distribution matching start is a matter of weight schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.registry import loss_terms
+from fewstep.data.batch import DistillBatch
+from fewstep.methods.dmd.terms.base import RegularizerTerm, StudentSample, TermSettings, TermSetup
+from fewstep.methods.trajectory import trajectory_mse
+
+if TYPE_CHECKING:
+    from fewstep.config.recipe import Stage
+    from fewstep.methods.dmd.config import DMDConfig
+
+
+class TrajectoryMSESettings(TermSettings):
+    def check(self, stage: Stage, method: DMDConfig) -> None:
+        if method.real_source != "teacher":
+            raise ValueError("method.terms.trajectory_mse needs method.real_source: teacher")
+        if not stage.student.follows_teacher_trajectory:
+            raise ValueError(
+                "method.terms.trajectory_mse needs evenly spaced timesteps and the euler sampler: leave "
+                "student.timesteps and student.sampler out, or leave the term out"
+            )
+
+
+@loss_terms.register("trajectory_mse")
+class TrajectoryMSE(RegularizerTerm):
+    """
+    sigmas: the student's noise levels from 1 down, with the terminal 0.
+    """
+
+    Settings = TrajectoryMSESettings
+    requires_real = True
+    uses_sample = False
+
+    def __init__(self, student: Denoiser, sigmas: Sequence[float]) -> None:
+        self.student, self.sigmas = student, sigmas
+
+    @classmethod
+    def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
+        return cls(setup.student, setup.sigmas)
+
+    def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
+        return torch.stack(trajectory_mse(self.student, batch, self.sigmas)).sum()
