@@ -32,7 +32,7 @@ class Gaussian(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         self.calls.append((len(x), sigma.detach().clone()))
-        mean = prompts.features[:, 0, 0].reshape(-1, 1, 1, 1) + self.offset
+        mean = prompts.features[:, 0, 0].reshape(-1, *[1] * (x.ndim - 1)) + self.offset
         level = flow.append_dims(sigma, x)
         x0 = mean + self.shrink(level) * (x - (1 - level) * mean)
         return flow.velocity_from_x0(x, sigma, x0)

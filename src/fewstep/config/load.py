@@ -93,7 +93,7 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in recipe_kinds:
         given = f"kind is {kind!r}" if "kind" in tree else "it has no kind"
-        if kind in RENAMED_KINDS:
+        if isinstance(kind, str) and kind in RENAMED_KINDS:
             raise UserError(f"{source}: {given}, which is now {RENAMED_KINDS[kind]}")
         raise UserError(f"{source}: {given}; a recipe's kind is one of {', '.join(recipe_kinds.names())}")
     model = recipe_model(kind)
