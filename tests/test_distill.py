@@ -12,7 +12,7 @@ from fewstep import api
 from fewstep.config.load import load_recipe
 from fewstep.config.student_schedule import student_timesteps
 from fewstep.data.batch import DistillBatch
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.data.teacher_trajectories import make_cache
 from fewstep.emoji.classifier import EmojiClassifier
 from fewstep.errors import UserError
@@ -164,7 +164,7 @@ def test_anchors():
 
 
 def test_batches_depend_on_their_number_alone(tiny):
-    prompts = training_prompts(load_recipe("micro-turbo", []).prompts)[:50]
+    prompts = open_prompts(load_recipe("micro-turbo", []).prompts).texts("train")[:50]
     data, again = (prompt_batches(tiny, prompts, size=4, seed=1) for _ in range(2))
     for position in (3, 0, 3):
         once, twice = data(position), again(position)
@@ -174,7 +174,7 @@ def test_batches_depend_on_their_number_alone(tiny):
 
 
 def test_heldout_prompts_are_not_trained_on():
-    trained = set(training_prompts(load_recipe("micro-turbo", []).prompts))
+    trained = set(open_prompts(load_recipe("micro-turbo", []).prompts).texts("train"))
     assert len(trained) > 5000
     assert not trained & set(emoji_prompts(500))
 

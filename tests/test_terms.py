@@ -160,7 +160,7 @@ RUN = [
 ]
 
 
-@pytest.mark.parametrize("real", ["teacher", "data"])
+@pytest.mark.parametrize("real", ["teacher", "emoji"])
 def test_a_run_with_every_shield_resumes_exactly(tiny_folder, tmp_path, real):
     more = [
         f"teacher={tiny_folder}",
@@ -181,7 +181,7 @@ def test_a_run_with_every_shield_resumes_exactly(tiny_folder, tmp_path, real):
 
 def test_real_images_of_strange_prompts_are_refused(tiny_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photograph of a harbour\n")
-    more = [f"teacher={tiny_folder}", "shield.real=data", "shield.mmd=1", f"prompts.source={tmp_path / 'prompts.txt'}"]
+    more = [f"teacher={tiny_folder}", "shield.real=emoji", "shield.mmd=1", f"prompts.source={tmp_path / 'prompts.txt'}"]
     with pytest.raises(UserError, match="harbour"):
         api.distill("micro-turbo", tmp_path / "run", overrides=[*RUN, *more])
 
@@ -229,7 +229,7 @@ def test_regression_of_a_student_with_a_way_of_its_own_is_refused(tiny_folder, t
 
 def test_regression_on_data_is_refused():
     with pytest.raises(UserError, match=r"set shield\.real to teacher"):
-        load_recipe("micro-turbo", ["shield.regression=1", "shield.real=data"])
+        load_recipe("micro-turbo", ["shield.regression=1", "shield.real=emoji"])
 
 
 def test_a_gan_without_its_optimizer_is_refused():

@@ -59,7 +59,7 @@ def distill(
     """
     resolved = recipe if isinstance(recipe, DistillRecipe | StagesRecipe) else load_recipe(recipe, list(overrides))
     if not isinstance(resolved, DistillRecipe | StagesRecipe):
-        command = "cache" if resolved.kind == "cache_trajectories" else "train"
+        command = "cache" if resolved.kind == "cache_trajectories" else "emoji train"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     directory = out or Path("runs") / resolved.name
     with init_distributed() as dist, open_run(dist, directory, resolved, fresh=fresh) as run:

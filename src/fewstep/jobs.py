@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from fewstep.config.recipe import DistillRecipe
-from fewstep.config.sections import PromptSettings
 from fewstep.config.student_schedule import student_timesteps
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
@@ -20,9 +19,8 @@ from fewstep.core.samplers import sample_euler
 from fewstep.data.batch import Batches, DistillBatch
 from fewstep.data.images import grid
 from fewstep.data.prompt_shards import PromptShards
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.data.trajectories import text_fingerprint
-from fewstep.emoji.dataset import EmojiDataset
 from fewstep.errors import UserError
 from fewstep.inference.generate import batched, generate, max_batch_size
 from fewstep.methods.dmd import monitor
@@ -73,7 +71,8 @@ def distill(
     """
     dist = dist or DistContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.train.seed)
-    prompts = training_prompts(recipe.prompts)  # first: a mistake there should not wait for the teacher
+    source = open_prompts(recipe.prompts)  # first: a mistake there should not wait for the teacher
+    prompts = source.texts("train")
     dtype = torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16
     teacher = load(recipe.teacher, dist.device, dtype, offload="parts")
     teacher.set_resolution(recipe.size)
@@ -91,7 +90,7 @@ def distill(
         job = dmd_job(recipe, roles, prompts, real, dist)
     roles.student.enable_model_cpu_offload()
     optim = {name: settings for name, settings in recipe.optim if settings is not None}
-    preview = make_preview(roles.student, preview_prompts(recipe.prompts, prompts))
+    preview = make_preview(roles.student, (source.texts("validation") or prompts)[:PREVIEW_IMAGES])
     watched, every = (watch(roles.student), recipe.evaluate.every) if watch and recipe.evaluate.every else (None, 0)
     trainer = Trainer(
         job.method,
@@ -203,14 +202,6 @@ def prompt_batches(model: TextToImagePipeline, prompts: Sequence[str], size: int
         return DistillBatch(noise.to(model.device), rows.to(model.device))
 
     return data
-
-
-def preview_prompts(settings: PromptSettings, prompts: Sequence[str]) -> list[str]:
-    """What previews show: held-out prompts of the emoji world, or the first of the user's own."""
-    if settings.source != "emoji":
-        return list(prompts[:PREVIEW_IMAGES])
-    world = EmojiDataset.load()
-    return [world.prompt(concept, i % 3) for i, concept in enumerate(world.sample(PREVIEW_IMAGES, "heldout", seed=0))]
 
 
 def make_preview(student: TextToImagePipeline, prompts: Sequence[str]) -> Callable[[int], Image.Image]:

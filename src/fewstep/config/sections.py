@@ -102,9 +102,21 @@ class OptimSettings(Settings):
 class PromptSettings(Settings):
     source: str = Field(
         default="emoji",
-        description='"emoji" for the emoji world\'s, a text file with one a line, or a folder of fewstep prompts.',
+        description="A prompt source (emoji), a text file with one prompt per line, or a folder written by "
+        "fewstep encode-prompts.",
     )
-    split: Literal["train", "heldout"] = Field(default="train", description="Which of the emoji world's prompts.")
+    validation_source: str | None = Field(
+        None, description="File or folder of the validation prompts; null holds them out of the source."
+    )
+    test_source: str | None = Field(
+        None, description="File or folder of the test prompts; null holds them out of the source."
+    )
+    heldout_fraction: float = Field(
+        default=0.05,
+        ge=0,
+        lt=0.5,
+        description="Fraction of a file's or folder's prompts held out for validation, and again for test.",
+    )
 
 
 class StudentSettings(Settings):
@@ -144,12 +156,14 @@ class ShieldSettings(Settings):
     regression: Weight = Field(default=0.0, description="Weight of DMD's regression on the teacher's way from a noise.")
     gan: Weight = Field(default=0.0, description="Weight of the GAN on the teacher's features.")
     gan_penalty: Weight = Field(default=100.0, description="Weight of the GAN's approximate R1 penalty.")
-    real: Literal["teacher", "data"] = Field(
+    real: str = Field(
         default="teacher",
-        description="What GAN and MMD hold the student to: images of the teacher, or the emoji world's.",
+        description="What GAN and MMD hold the student to: images of the teacher, or those of an image source (emoji).",
     )
     real_samples: int = Field(
-        default=1024, ge=2, description="How many of the emoji world's; of the teacher's it is trajectory.samples."
+        default=1024,
+        ge=2,
+        description="How many images of the image source; of the teacher's it is trajectory.samples.",
     )
 
     @property

@@ -17,7 +17,7 @@ from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.precision import uses_bf16
 from fewstep.core.samplers import euler_step
 from fewstep.data.batch import Batches, DistillBatch
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.data.trajectories import Index, TrajectoryCache, fingerprint, shard_file, write_index, write_shard
 from fewstep.errors import UserError
 from fewstep.models.noise import initial_noise
@@ -89,7 +89,7 @@ def make_cache(
     index = Index(made_by, recipe.samples, recipe.shard_size, recipe.first_seed)
     write_index(out, index)
 
-    texts = training_prompts(recipe.prompts)
+    texts = open_prompts(recipe.prompts).texts("train")
     denoiser: Denoiser = teacher.denoiser
     if guidance > 0:
         denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance)

@@ -9,9 +9,9 @@ import torch
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.registry import image_sources
 from fewstep.data.batch import Batches, DistillBatch
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
-from fewstep.emoji.dataset import EmojiDataset
 from fewstep.errors import UserError
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.gan import GANTerm
@@ -24,29 +24,28 @@ _MEASURED = 512  # real latents that mean-variance takes its targets from, at le
 
 def real_batches(recipe: DistillRecipe, teacher: TextToImagePipeline, prompts: Sequence[str], folder: Path) -> Batches:
     """Batches with what the recipe holds its student to: the guided teacher's own way from the batch's noise, kept in
-    ``folder``, or the emoji world's images."""
+    ``folder``, or the real images of an image source."""
     size, seed = recipe.train.batch_size, recipe.train.seed
-    if recipe.method == "dmd" and recipe.shield.real == "data":
-        return drawn(teacher, prompts, recipe.shield.real_samples, size, seed)
+    if recipe.method == "dmd" and recipe.shield.real != "teacher":
+        return rendered_image_batches(recipe.shield.real, teacher, prompts, recipe.shield.real_samples, size, seed)
     return teacher_batches(open_trajectory_cache(recipe, teacher, folder), teacher, size, seed)
 
 
-def drawn(teacher: TextToImagePipeline, prompts: Sequence[str], count: int, size: int, seed: int) -> Batches:
-    """Batches of ``size`` out of ``count`` of the emoji world's own images, through the teacher's autoencoder.
+def rendered_image_batches(
+    source: str, teacher: TextToImagePipeline, prompts: Sequence[str], count: int, size: int, seed: int
+) -> Batches:
+    """Batches of ``size`` out of ``count`` real images of the image source, encoded by the teacher's autoencoder.
 
     Raises:
-        UserError: a prompt that the emoji world does not know.
+        UserError: there is no such source, or it has no image of a prompt.
     """
-    world = EmojiDataset.load()
+    images_of = image_sources.get(source)()
     generator = torch.Generator().manual_seed(seed)
     chosen = [prompts[i] for i in torch.randint(len(prompts), (count,), generator=generator).tolist()]
-    concepts = []
-    for prompt in chosen:
-        concept = world.parse(prompt)
-        if concept is None:
-            raise UserError(f"shield.real=data: the emoji world has no image of {prompt!r}; set shield.real=teacher")
-        concepts.append(concept)
-    images = world.render(concepts, generator, teacher.generation_config.height)
+    unknown = next((prompt for prompt in chosen if not images_of.knows(prompt)), None)
+    if unknown is not None:
+        raise UserError(f"shield.real={source}: there is no image of {unknown!r}; set shield.real=teacher")
+    images = images_of.render(chosen, generator, teacher.generation_config.height)
     latents = torch.cat([teacher.encode_images(part.to(teacher.device)) for part in images.split(128)]).cpu()
     encoded = teacher.encode(chosen)
 
