@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fewstep.config.sections import PromptSettings
 from fewstep.core.registry import image_sources, load_plugins, scorers
 from fewstep.data.prompts import open_prompts
 from fewstep.emoji import build as emoji_build
+from fewstep.emoji import publish
 from fewstep.emoji.dataset import (
     ASSETS,
     BACKGROUNDS,
@@ -29,6 +31,7 @@ from fewstep.emoji.dataset import (
 from fewstep.emoji.scorer import EmojiScorer
 from fewstep.errors import UserError
 from fewstep.evaluation.images import as_uint8
+from fewstep.models.pipeline import load
 
 PROMPT = "a noto emoji of a red apple on a blue background"
 
@@ -194,6 +197,30 @@ def test_scorer_gives_nan_for_other_prompts():
     assert [score.isnan().tolist() for score in scores.values()] == [[True, False, True]] * 3
     none = EmojiScorer().score(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), ["a cat"])
     assert none["object_acc"].isnan().all()
+
+
+def test_publish_writes_weights_card_and_quality(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "STEPS", 2)
+    stages = [tmp_path / "first", tmp_path / "second"]
+    for stage in stages:
+        stage.mkdir()
+        lines = [{"step": step, "seconds": 60.0 * step, "teacher/loss": 1.0} for step in (1, 2)]
+        (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny.save(stages[1] / "model")
+    (stages[1] / "recipe.yaml").write_text("name: second\ntrain: {batch_size: 4}\n")
+    section = publish.publish(stages, tmp_path / "out", prompts=2)
+    quality = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert list(quality["quality"]) == ["train, en", "train, zh", "test, en", "test, zh"]
+    assert [row["guidance_scale"] for row in quality["guidance"]] == [2.0, 3.0, 4.0]
+    best = max(quality["guidance"], key=lambda row: row["object_acc"])["guidance_scale"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert section in card
+    assert f"2 steps, guidance_scale {best:g}, 2 prompts per row" in card
+    assert "4 steps, batch size 4, 4 minutes" in card
+    assert "2 stages" in card
+    assert load(tmp_path / "out").generation_config.guidance_scale == best
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
 # --- the build command, on small packages ------------------------------------------------------------------------

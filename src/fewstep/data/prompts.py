@@ -1,4 +1,4 @@
-"""Prompts by split: training, validation, test. A recipe names where they come from."""
+"""Training, validation and test prompts, from the source that a recipe names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class FilePrompts:
     prompts are added to a long list. In a short list, each of the two parts has at least one prompt and less than half.
     A source of fewer than three different prompts, or a fraction of 0, holds nothing out: the part is empty.
 
-    A text that is in several splits stays in one of them: first test, then validation, then training.
+    A text found in several of the splits is kept in one: test before validation before training. Opening a folder reads
+    its texts once, to hash them; encoded features are only read when used.
 
     Raises:
         UserError: a file or folder cannot be read, or no prompt is left for training.
@@ -76,19 +77,20 @@ class FilePrompts:
         source = _open_texts(settings.source)
         hashes = _hash_texts(source)
         held_out = _held_out(hashes, settings.heldout_fraction)
-        files = {"validation": settings.validation_source, "test": settings.test_source}
-        taken = np.empty(0, np.uint64)
+        files = {"test": settings.test_source, "validation": settings.validation_source}
+        used = np.empty(0, np.uint64)  # hashes of the prompts of the splits so far
         self._texts: dict[str, Sequence[str]] = {}
-        for split in ("test", "validation"):
-            path = files[split]
-            texts = source if path is None else _open_texts(path)
-            own = hashes if path is None else _hash_texts(texts)
-            wanted = ~np.isin(own, taken)
+        for split, path in files.items():
             if path is None:
-                wanted &= np.isin(own, held_out[split])
-            self._texts[split] = _select(texts, wanted)
-            taken = np.concatenate([taken, own[wanted]])
-        self._texts["train"] = _select(source, ~np.isin(hashes, taken))
+                texts, own = source, hashes
+                chosen = np.isin(own, held_out[split]) & ~np.isin(own, used)
+            else:
+                texts = _open_texts(path)
+                own = _hash_texts(texts)
+                chosen = ~np.isin(own, used)
+            self._texts[split] = _select(texts, chosen)
+            used = np.concatenate([used, own[chosen]])
+        self._texts["train"] = _select(source, ~np.isin(hashes, used))
         if not self._texts["train"]:
             raise UserError(
                 f"{settings.source}: every prompt is a validation or test prompt; none is left for training"
@@ -109,7 +111,8 @@ def _hash_texts(texts: Iterable[str]) -> np.ndarray:
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> dict[str, np.ndarray]:
-    """The hashes held out for validation and for test: the lowest ``fraction`` of the hashes' range, and the next."""
+    """The hashes held out for validation, in the lowest ``fraction`` of their range, and for test, in the next; at least
+    one and less than half of the different prompts for each."""
     distinct = np.unique(hashes)
     most = (len(distinct) - 1) // 2
     if fraction == 0 or most < 1:
@@ -121,9 +124,9 @@ def _held_out(hashes: np.ndarray, fraction: float) -> dict[str, np.ndarray]:
     return {"validation": distinct[:validation], "test": distinct[validation : validation + test]}
 
 
-def _select(texts: Sequence[str], wanted: np.ndarray) -> Sequence[str]:
-    """Those of ``texts`` where ``wanted`` is true; encoded prompts stay on disk."""
-    if wanted.all():
+def _select(texts: Sequence[str], chosen: np.ndarray) -> Sequence[str]:
+    """The texts where ``chosen`` (bool [N]) is true; encoded prompts stay on disk."""
+    if chosen.all():
         return texts
-    rows = np.flatnonzero(wanted)
+    rows = np.flatnonzero(chosen)
     return texts.select(rows) if isinstance(texts, PromptShards) else [texts[row] for row in rows.tolist()]

@@ -52,9 +52,9 @@ def core_names() -> list[str]:
 def download(packages: Path) -> None:
     """Fetch the pinned packages with ``npm pack`` into ``packages``."""
     packages.mkdir(parents=True, exist_ok=True)
-    wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
+    specifiers = [f"{name}@{version}" for name, version in PACKAGES.items()]
     try:
-        subprocess.run(["npm", "pack", "--silent", *wanted], cwd=packages, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["npm", "pack", "--silent", *specifiers], cwd=packages, check=True, stdout=subprocess.DEVNULL)
     except FileNotFoundError as error:
         raise UserError(
             "npm was not found: install Node.js, or pass --packages, a folder with the .tgz files"
@@ -155,10 +155,10 @@ def _build(out: Path, packages: Path) -> dict[str, int]:
         raise UserError(f"the packages lack these objects of CORE: {', '.join(sorted(missing))}")
 
     out.mkdir(parents=True, exist_ok=True)
-    for style, drawings in tiles.items():
-        rows = -(-len(drawings) // COLUMNS)
+    for style, sheet_tiles in tiles.items():
+        rows = -(-len(sheet_tiles) // COLUMNS)
         sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
-        for index, image in enumerate(drawings):
+        for index, image in enumerate(sheet_tiles):
             sheet.paste(image, (index % COLUMNS * TILE, index // COLUMNS * TILE))
         sheet.save(out / f"{style}.webp", lossless=True, quality=100, method=6)
     lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in objects)

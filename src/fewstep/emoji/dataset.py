@@ -26,7 +26,7 @@ from fewstep.emoji.build import COLUMNS, TILE
 ASSETS = Path(__file__).parent.parent / "assets" / "emoji"
 
 STYLES = ("noto", "twemoji", "fluent")
-#: The styles the teacher is trained on. It never sees Fluent 3D, so that LoRA can be trained on an unseen style.
+#: The styles the teacher is trained on. Fluent 3D is reserved for LoRA training, as a style new to the teacher.
 TEACHER_STYLES = ("noto", "twemoji")
 LANGUAGES = ("en", "zh")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {

@@ -1,4 +1,4 @@
-"""What a scorer is."""
+"""Protocols of scorers."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch import Tensor
 
 
 class Scorer(Protocol):
-    """Scores each image for its prompt. Registered in ``core.registry.scorers``, by its name."""
+    """Scores images for their prompts. ``core.registry.scorers`` holds scorers by name."""
 
     name: str
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Scores by their key, each float [N]; NaN where a score does not apply to a prompt.
+        """One or several scores of each image: key -> float [N], NaN where the score does not apply to the prompt.
 
         Args:
             images: uint8 [N, H, W, 3].
-            prompts: N of them.
+            prompts: N prompts.
         """
         ...
 
 
 class Classifier(Scorer, Protocol):
-    """A scorer that names what an image shows, and whose own accuracy on real images was measured."""
+    """A scorer that names the content of an image and has a measured accuracy."""
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Of each of its scores, the mean on real images."""
+        """The mean of each of its scores on real images."""
         ...
 
     def predictions(self, images: Tensor) -> list[str]:
-        """What each image shows. images: uint8 [N, H, W, 3]."""
+        """The name of each image's content. images: uint8 [N, H, W, 3]."""
         ...
