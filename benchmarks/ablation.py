@@ -71,8 +71,8 @@ FURTHER: dict[str, tuple[str, tuple[str, ...]]] = {
 
 #: Figure -> its title, its factor, and how it is written.
 FIGURES = {
-    "name_top1": ("name right, %", 100, ".1f"),
-    "style_top1": ("style right, %", 100, ".1f"),
+    "object_acc": ("object right, %", 100, ".1f"),
+    "style_acc": ("style right, %", 100, ".1f"),
     "fd_teacher": ("FD to the teacher", 1, ".1f"),
     "diversity": ("diversity, ×1000", 1000, ".1f"),
     "saturation": ("saturation", 1, ".3f"),

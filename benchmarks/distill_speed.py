@@ -25,7 +25,7 @@ from fewstep.config.load import load_recipe
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import predict_x0
 from fewstep.data.batch import DistillBatch
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.jobs import dmd_config
 from fewstep.methods.dmd.method import DecoupledDMD, Question
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
     model = load(arguments.model)
-    texts = training_prompts(load_recipe("micro-turbo", []).prompts)[::16]
+    texts = open_prompts(load_recipe("micro-turbo", []).prompts).texts("train")[::16]
     arms = {
         "plain: all below": (PlainDenoiser, PlainDmd, True, False),
         "prompts encoded once": (PlainDenoiser, PlainDmd, False, False),

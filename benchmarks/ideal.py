@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128, help="that the denoiser knows of each prompt")
     arguments = parser.parse_args()
     model, world, judge, net = load(arguments.teacher), EmojiDataset.load(), EmojiClassifier.load(), FeatureNet()
-    concepts = world.sample(arguments.prompts, "heldout", seed=3)
+    concepts = world.sample(arguments.prompts, "test", seed=3)
     known = images_of(model, world, concepts, arguments.images)
     shape = model.latent_shape(64, 64)
     noise = torch.randn(len(concepts), known.shape[-1], generator=torch.Generator().manual_seed(5))

@@ -24,7 +24,7 @@ from fewstep.config.load import load_recipe
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.precision import uses_bf16
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.jobs import dmd_job
 from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
@@ -106,7 +106,7 @@ def main() -> None:
     changes = (f"teacher={arguments.model}", f"train.batch_size={arguments.batch}", f"train.steps={steps}")
     recipe = load_recipe("micro-turbo", [*PLAIN, *changes])
     assert isinstance(recipe, DistillRecipe)
-    teacher, texts = load(recipe.teacher), training_prompts(recipe.prompts)
+    teacher, texts = load(recipe.teacher), open_prompts(recipe.prompts).texts("train")
     roles = build_models(recipe, teacher)
     job = dmd_job(recipe, roles, texts, None, DistContext())
     optim = {name: settings for name, settings in recipe.optim if settings is not None}

@@ -1,4 +1,4 @@
-"""Models small enough to build in a test."""
+"""Seeds every test, and builds a model small enough for tests."""
 
 from __future__ import annotations
 
@@ -8,37 +8,45 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fewstep.emoji.recipes import TextSettings, TransformerSettings
-from fewstep.emoji.train_teacher import build_transformer
+from fewstep.emoji.recipes import TextEncoderSettings, TransformerSettings
+from fewstep.emoji.train_flow_matching import build_transformer
 from fewstep.emoji.train_text_encoder import build_text_encoder
 from fewstep.emoji.train_vae import build_vae
 from fewstep.models.components import BUNDLED_MODELS
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline
 
-torch.set_num_threads(1)  # tests run side by side
+torch.set_num_threads(1)  # tests run in parallel
+
+
+@pytest.fixture(autouse=True)
+def seed_torch() -> None:
+    """A test's random numbers do not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> TextToImagePipeline:
-    """All of Z-Image's parts with random weights, 64 px; the tokenizer is the shipped model's."""
+    """All components of Z-Image with random weights, 64 px; the tokenizer is the bundled model's."""
     from transformers import Qwen2Tokenizer
 
     torch.manual_seed(0)
     tokenizer = Qwen2Tokenizer.from_pretrained(BUNDLED_MODELS["micro"] / "tokenizer")
-    text = TextSettings(vocab_size=len(tokenizer), hidden_size=32, layers=3, heads=2, head_dim=16, intermediate_size=48)
+    text = TextEncoderSettings(
+        vocab_size=len(tokenizer), hidden_size=32, layers=3, heads=2, head_dim=16, intermediate_size=48
+    )
     transformer = build_transformer(
         TransformerSettings(dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, axes_dims=(8, 8, 8)), 32, 16
     )
-    for parameter in transformer.parameters():  # its last layer starts at 0; here it must say something
+    for parameter in transformer.parameters():  # its output layer is initialized to 0, which would hide differences
         torch.nn.init.normal_(parameter, std=0.1)
     vae = build_vae([8, 8, 16, 16], 1, 16, 4)
     encoder = build_text_encoder(text, tokenizer)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    card = GenerationConfig(steps=6, guidance_scale=2.0, height=64, width=64)
+    config = GenerationConfig(steps=6, guidance_scale=2.0, height=64, width=64)
     for module in (transformer, vae, encoder):
         module.eval().requires_grad_(False)
-    return TextToImagePipeline(transformer, vae, encoder, tokenizer, scheduler, card)
+    return TextToImagePipeline(transformer, vae, encoder, tokenizer, scheduler, config)
 
 
 @pytest.fixture(scope="session")

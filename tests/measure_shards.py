@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.config.load import load_recipe
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.jobs import dmd_job
 from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
@@ -47,7 +47,7 @@ def main(folder: str, precision: str, out: str) -> None:
         torch.manual_seed(0)
         teacher = load(folder, dist.device)
         roles = build_models(recipe, teacher, dist)
-        job = dmd_job(recipe, roles, training_prompts(recipe.prompts)[:64], None, dist)
+        job = dmd_job(recipe, roles, open_prompts(recipe.prompts).texts("train")[:64], None, dist)
         learners = [TrainState(p, getattr(recipe.optim, p.name), recipe.train, dist) for p in job.method.trainables]
         with Received() as received:
             for learner in learners:

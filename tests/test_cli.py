@@ -1,5 +1,6 @@
 """The program as its user meets it: one clear line for a mistake, exit codes, and how to go on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import TinyMethod, tiny_data
 from typer.testing import CliRunner, Result
 
@@ -87,8 +89,8 @@ def test_other_recipe_is_refused_until_fresh(recipe: Path) -> None:
     [
         (["distill", "nothing.yaml"], "error: nothing.yaml: no such recipe file"),
         (["distill", "tiny.yaml", "-s", "train.step=4"], "unknown key train.step; did you mean train.steps?"),
-        (["train", "tiny.yaml"], "its kind is distill; use: fewstep distill tiny.yaml"),
-        (["distill", "classifier"], "its kind is classifier; use: fewstep train classifier"),
+        (["emoji", "train", "tiny.yaml"], "its kind is distill; use: fewstep distill tiny.yaml"),
+        (["distill", "classifier"], "its kind is classifier; use: fewstep emoji train classifier"),
         (["distill", "tiny.yaml", "--out", "tiny.yaml"], "error: tiny.yaml: cannot write here"),
         (["distill", "tiny.yaml", "-s", "teacher=full"], "x: No space left on device"),
         (["generate", "nowhere", "a cat"], "error: nowhere: "),
@@ -121,34 +123,50 @@ def test_wrong_usage_is_status_2() -> None:
     assert fewstep("conjure").exit_code == 2
 
 
-@pytest.mark.parametrize("kind", ["vae", "text", "flow", "judge"])
-def test_train_calls_what_the_kind_says(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = {
-        "vae": "emoji.train_vae",
-        "text": "emoji.train_text_encoder",
-        "flow": "emoji.train_teacher",
-        "judge": "emoji.train_classifier",
-    }[kind]
-    recipe = {"vae": "micro-vae", "text": "micro-text-encoder", "flow": "micro-teacher", "judge": "classifier"}[kind]
-    called: list[str] = []
+@pytest.mark.parametrize(
+    ("recipe", "module", "kind"),
+    [
+        ("micro-vae", "train_vae", "VAERecipe"),
+        ("micro-text-encoder", "train_text_encoder", "TextEncoderRecipe"),
+        ("micro-teacher", "train_flow_matching", "FlowMatchingRecipe"),
+        ("classifier", "train_classifier", "ClassifierRecipe"),
+    ],
+)
+def test_emoji_train_dispatches_by_kind(
+    recipe: str, module: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
 
     def train(recipe: object, run: RunDir) -> Path:
-        called.append(type(recipe).__name__)
+        trained.append(type(recipe).__name__)
         return run.directory / "model"
 
-    module = types.ModuleType(owner)
-    module.train = train  # type: ignore[attr-defined]
-    package, name = f"fewstep.{owner}".rsplit(".", 1)
-    monkeypatch.setitem(sys.modules, f"fewstep.{owner}", module)
-    monkeypatch.setattr(f"{package}.{name}", module, raising=False)
-    done = fewstep("train", recipe, "--out", tmp_path / "run")
+    monkeypatch.setattr(f"fewstep.emoji.{module}.train", train)
+    done = fewstep("emoji", "train", recipe, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    assert called == [
-        {"vae": "VaeRecipe", "text": "TextEncoderRecipe", "flow": "FlowMatchingRecipe", "judge": "ClassifierRecipe"}[
-            kind
-        ]
-    ]
+    assert trained == [kind]
     assert done.stdout == f"{tmp_path / 'run' / 'model'}\n"
+
+
+def test_emoji_train_resumes_and_overwrites(tmp_path: Path) -> None:
+    words = ["emoji", "train", "classifier", "--out", tmp_path / "run"]
+    small = ["train.batch_size=4", "train.log_every=1", "base_channels=8", "data.num_objects=2"]
+    for override in small:
+        words += ["-s", override]
+    assert fewstep(*words, "-s", "train.steps=2").exit_code == 0
+    resumed = fewstep(*words, "-s", "train.steps=3")
+    assert resumed.stdout == f"{tmp_path / 'run' / 'model'}\n"
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()] == [1, 2, 3]
+    assert fewstep(*words, "-s", "train.steps=1").exit_code == 1
+    assert fewstep(*words, "-s", "train.steps=1", "--overwrite").exit_code == 0
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()] == [1]
+
+
+def test_emoji_sheet_shows_every_object_in_every_style(tmp_path: Path) -> None:
+    done = fewstep("emoji", "sheet", "--out", tmp_path / "sheet.png")
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (26 * 66 - 2, 15 * 66 - 2)  # 3 styles of 130 objects, 64 px with gaps of 2
 
 
 def test_help_is_quick_and_complete() -> None:
@@ -159,13 +177,13 @@ def test_help_is_quick_and_complete() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("distill", "generate", "evaluate", "train", "data"):
+    for command in ("distill", "generate", "evaluate", "plan", "emoji"):
         assert command in done.stdout
 
 
 def test_module_is_the_same_program() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fewstep", "train", "nothing.yaml"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "fewstep", "emoji", "train", "nothing.yaml"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: nothing.yaml: no such recipe file")

@@ -14,7 +14,7 @@ from fewstep.core.method import Shard
 from fewstep.core.schedules import Constant
 from fewstep.data.batch import DistillBatch
 from fewstep.data.prompt_batches import prompt_batches
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.data.teacher_trajectories import make_cache
 from fewstep.emoji.classifier import EmojiClassifier
 from fewstep.errors import UserError
@@ -167,7 +167,7 @@ def test_student_levels():
 
 
 def test_batches_are_a_pure_function_of_their_position(tiny):
-    prompts = training_prompts(load_recipe("micro-turbo", []).prompts)[:50]
+    prompts = open_prompts(load_recipe("micro-turbo", []).prompts).texts("train")[:50]
     data, again = (prompt_batches(tiny, prompts, size=4, seed=1) for _ in range(2))
     for position in (3, 0, 3):
         once, twice = data(position, Shard()), again(position, Shard())
@@ -179,7 +179,7 @@ def test_batches_are_a_pure_function_of_their_position(tiny):
 
 
 def test_heldout_prompts_are_not_in_the_training_prompts():
-    trained = set(training_prompts(load_recipe("micro-turbo", []).prompts))
+    trained = set(open_prompts(load_recipe("micro-turbo", []).prompts).texts("train"))
     assert len(trained) > 5000
     assert not trained & set(emoji_prompts(500))
 

@@ -1,18 +1,26 @@
-"""The emoji world: names, prompts, splits, images, and the script that builds it."""
+"""The emoji dataset: names, prompts, splits, images, and the plug-in's prompt source, image source and scorer."""
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from fewstep.config.sections import PromptSettings
+from fewstep.core.registry import image_sources, load_plugins, scorers
+from fewstep.data.prompts import open_prompts
 from fewstep.emoji import build as emoji_build
+from fewstep.emoji import publish
 from fewstep.emoji.dataset import (
     ASSETS,
-    COLORS,
+    BACKGROUNDS,
+    NUM_TEMPLATES,
     STYLES,
     TEACHER_STYLES,
     TEMPLATES,
@@ -20,40 +28,47 @@ from fewstep.emoji.dataset import (
     EmojiSpec,
     with_article,
 )
+from fewstep.emoji.scorer import EmojiScorer
 from fewstep.errors import UserError
+from fewstep.evaluation.images import as_uint8
+from fewstep.models.pipeline import load
+
+PROMPT = "a noto emoji of a red apple on a blue background"
 
 
 @pytest.fixture(scope="module")
-def world() -> EmojiDataset:
+def dataset() -> EmojiDataset:
     return EmojiDataset.load()
 
 
-def test_size_and_names(world):
-    assert len(world.things) == len(emoji_build.core_names()) >= 100
-    assert len(EmojiDataset.everything().things) > 1000
-    assert len({thing.en for thing in world.things}) == len({thing.zh for thing in world.things}) == len(world.things)
+def test_size_and_names(dataset):
+    objects = dataset.objects
+    assert len(objects) == len(emoji_build.core_names()) >= 100
+    assert len(EmojiDataset.load_all().objects) > 1000
+    assert len({item.en for item in objects}) == len({item.zh for item in objects}) == len(objects)
     assert sum(file.stat().st_size for file in ASSETS.iterdir()) < 25e6
-    apple = next(thing for thing in world.things if thing.en == "red apple")
+    apple = next(item for item in objects if item.en == "red apple")
     assert (apple.code, apple.zh) == ("1f34e", "红苹果")
 
 
-def test_prompts_of_the_design(world):
-    apple = next(thing.index for thing in world.things if thing.en == "red apple")
-    assert world.prompt(EmojiSpec(apple, "noto", "blue", "en")) == "a noto emoji of a red apple on a blue background"
-    assert world.prompt(EmojiSpec(apple, "twemoji", "blue", "zh")) == "蓝色背景上的红苹果，twemoji 风格"
+def test_prompts_name_object_style_and_background(dataset):
+    apple = next(item.index for item in dataset.objects if item.en == "red apple")
+    assert dataset.prompt(EmojiSpec(apple, "noto", "blue", "en")) == PROMPT
+    assert dataset.prompt(EmojiSpec(apple, "twemoji", "blue", "zh")) == "蓝色背景上的红苹果，twemoji 风格"
+    assert all(len(templates) == NUM_TEMPLATES for templates in TEMPLATES.values())
 
 
-def test_parse_is_the_inverse_of_prompt(world):
-    for concept in world.concepts("all", STYLES)[::7]:
-        for wording in range(len(TEMPLATES[concept.language])):
-            assert world.parse(world.prompt(concept, wording)) == concept
+def test_parse_is_the_inverse_of_prompt(dataset):
+    for spec in dataset.specs(styles=STYLES)[::7]:
+        for template in range(NUM_TEMPLATES):
+            assert dataset.parse(dataset.prompt(spec, template)) == spec
     for other in (
         "a cat",
         "",
         "a noto emoji of a red sofa on a blue background",
         "a noto emoji of a fox on a beige background",
     ):
-        assert world.parse(other) is None
+        assert dataset.parse(other) is None
 
 
 @pytest.mark.parametrize(
@@ -70,46 +85,145 @@ def test_articles(name, expected):
     assert with_article(name) == expected
 
 
-def test_splits(world):
-    train, heldout = set(world.concepts("train")), set(world.concepts("heldout"))
-    assert not train & heldout
-    assert train | heldout == set(world.concepts("all"))
-    assert len(heldout) >= 500
-    # every thing, style, color and language is seen in training, so that what is held out are combinations alone
-    assert {c.thing for c in train} == {thing.index for thing in world.things}
-    assert {(c.thing, c.style) for c in train} == {(c.thing, c.style) for c in world.concepts("all")}
-    assert {c.color for c in train} == set(COLORS)
-    # most held-out drawings are unseen in both languages
-    seen = {(c.thing, c.style, c.color) for c in train}
-    unseen = [c for c in heldout if (c.thing, c.style, c.color) not in seen]
-    assert len(unseen) > 0.6 * len(heldout)
-    assert all(c.style in TEACHER_STYLES for c in train | heldout)
+def test_training_split_covers_every_object_style_and_background(dataset):
+    train = dataset.specs("train")
+    assert {s.object for s in train} == {item.index for item in dataset.objects}
+    assert {(s.object, s.style) for s in train} == {(s.object, s.style) for s in dataset.specs()}
+    assert {s.background for s in train} == set(BACKGROUNDS)
+    assert all(s.style in TEACHER_STYLES for s in dataset.specs())
 
 
-def test_sample_is_fixed_by_its_seed(world):
-    assert world.sample(20, "heldout", seed=1) == world.sample(20, "heldout", seed=1)
-    assert world.sample(20, "heldout", seed=1) != world.sample(20, "heldout", seed=2)
-    assert world.sample(20, "heldout", seed=1) == world.sample(40, "heldout", seed=1)[:20]
+def test_splits_are_disjoint_and_complete(dataset):
+    train, validation, test = (set(dataset.specs(split)) for split in ("train", "validation", "test"))
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    assert train | validation | test == set(dataset.specs())
+    assert min(len(validation), len(test)) > 300
+    # validation and test share no image either, in whatever language
+    images = [{(s.object, s.style, s.background) for s in specs} for specs in (validation, test)]
+    assert not images[0] & images[1]
+    # most held-out images are in no training prompt of either language
+    seen = {(s.object, s.style, s.background) for s in train}
+    held_out = validation | test
+    assert len([s for s in held_out if (s.object, s.style, s.background) not in seen]) > 0.6 * len(held_out)
 
 
-def test_render(world):
-    concept = EmojiSpec(0, "noto", "green", "en")
-    plain = world.render([concept], jitter=False)
+def test_sample_is_determined_by_its_seed(dataset):
+    assert dataset.sample(20, "test", seed=1) == dataset.sample(20, "test", seed=1)
+    assert dataset.sample(20, "test", seed=1) != dataset.sample(20, "test", seed=2)
+    assert dataset.sample(20, "test", seed=1) == dataset.sample(40, "test", seed=1)[:20]
+
+
+def test_render(dataset):
+    spec = EmojiSpec(0, "noto", "green", "en")
+    plain = dataset.render([spec], jitter=False)
     assert plain.shape == (1, 3, 64, 64)
     assert 0 <= plain.min() <= plain.max() <= 1
-    green = torch.tensor(COLORS["green"]) / 255
+    green = torch.tensor(BACKGROUNDS["green"]) / 255
     torch.testing.assert_close(plain[0, :, 0, 0], green)
-    assert (plain[0, :, 32, 32] - green).abs().max() > 0.1  # something is drawn there
+    assert (plain[0, :, 32, 32] - green).abs().max() > 0.1  # the emoji covers the center
     generator = torch.Generator().manual_seed(0)
-    jittered = world.render([concept] * 2, generator)
+    jittered = dataset.render([spec] * 2, generator)
     assert not torch.equal(jittered[0], jittered[1])
-    assert torch.equal(jittered, world.render([concept] * 2, torch.Generator().manual_seed(0)))
-    others = world.render([EmojiSpec(0, style, "green", "en") for style in STYLES], jitter=False)
+    assert torch.equal(jittered, dataset.render([spec] * 2, torch.Generator().manual_seed(0)))
+    others = dataset.render([EmojiSpec(0, style, "green", "en") for style in STYLES], jitter=False)
     assert (others[0] - others[1]).abs().mean() > 0.01
     assert (others[1] - others[2]).abs().mean() > 0.01
 
 
-# --- the build script, on packages made here ---------------------------------------------------------------------
+# --- the plug-in -------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_plugin_imports_neither_torch_nor_pydantic():
+    program = "import sys, fewstep.emoji; assert not {'torch', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_prompt_source_has_disjoint_splits(dataset):
+    source = open_prompts(PromptSettings(source="emoji"))
+    texts = {split: list(source.texts(split)) for split in ("train", "validation", "test")}
+    assert all(len(set(part)) == len(part) for part in texts.values())
+    assert len(set().union(*texts.values())) == sum(len(part) for part in texts.values())
+    assert texts["train"][:2] == [dataset.prompt(dataset.specs("train")[0], template) for template in (0, 1)]
+    assert len(texts["train"]) == NUM_TEMPLATES * len(dataset.specs("train"))
+    for split in ("validation", "test"):
+        count = len(dataset.specs(split))
+        assert {dataset.parse(text) for text in texts[split][:count]} == set(dataset.specs(split))
+        assert len(texts[split]) == NUM_TEMPLATES * count
+
+
+def test_prompt_source_refuses_files_of_held_out_prompts():
+    with pytest.raises(UserError, match=r"prompts\.test_source: .*leave test_source null"):
+        open_prompts(PromptSettings(source="emoji", test_source="prompts.txt"))
+
+
+def test_image_source_renders_the_prompts(dataset):
+    load_plugins()
+    images = image_sources.get("emoji")()
+    assert images.knows(PROMPT)
+    assert not images.knows("a photo of a cat")
+    prompts = [PROMPT, "蓝色背景上的红苹果，twemoji 风格"]
+    rendered = images.render(prompts, torch.Generator().manual_seed(5), 32)
+    specs = [dataset.parse(prompt) for prompt in prompts]
+    assert torch.equal(rendered, dataset.render(specs, torch.Generator().manual_seed(5), 32))
+    with pytest.raises(UserError, match="no image of 'a photo of a cat'"):
+        images.render(["a photo of a cat"], None, 32)
+
+
+def test_scorer_scores_real_images_of_its_prompts(dataset):
+    load_plugins()
+    scorer = scorers.get("emoji")()
+    assert scorer.name == "emoji"
+    specs = dataset.sample(24, "test")
+    images = as_uint8(dataset.render(specs, torch.Generator().manual_seed(0)))
+    prompts = [dataset.prompt(spec) for spec in specs]
+    scores = scorer.score(images, prompts)
+    assert list(scores) == ["object_acc", "style_acc", "background_acc"]
+    assert all(score.shape == (24,) and score.mean() > 0.9 for score in scores.values())
+    wrong = scorer.score(images.roll(1, 0), prompts)
+    assert wrong["object_acc"].mean() < 0.2
+    names = [dataset.objects[spec.object].en for spec in specs]
+    predicted = scorer.predictions(images)
+    assert [name == expected for name, expected in zip(predicted, names, strict=True)] == scores[
+        "object_acc"
+    ].bool().tolist()
+    assert scorer.accuracy["object_acc"] > 0.98
+    assert [scorer.language(prompt) for prompt in prompts] == [spec.language for spec in specs]
+
+
+def test_scorer_gives_nan_for_other_prompts():
+    scores = EmojiScorer().score(torch.zeros(3, 64, 64, 3, dtype=torch.uint8), ["a cat", PROMPT, "a dog"])
+    assert [score.isnan().tolist() for score in scores.values()] == [[True, False, True]] * 3
+    none = EmojiScorer().score(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), ["a cat"])
+    assert none["object_acc"].isnan().all()
+
+
+def test_publish_writes_weights_card_and_quality(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "STEPS", 2)
+    stages = [tmp_path / "first", tmp_path / "second"]
+    for stage in stages:
+        stage.mkdir()
+        lines = [{"step": step, "seconds": 60.0 * step, "teacher/loss": 1.0} for step in (1, 2)]
+        (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny.save(stages[1] / "model")
+    (stages[1] / "recipe.yaml").write_text("name: second\ntrain: {batch_size: 4}\n")
+    section = publish.publish(stages, tmp_path / "out", prompts=2)
+    quality = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert list(quality["quality"]) == ["train, en", "train, zh", "test, en", "test, zh"]
+    assert [row["guidance_scale"] for row in quality["guidance"]] == [2.0, 3.0, 4.0]
+    best = max(quality["guidance"], key=lambda row: row["object_acc"])["guidance_scale"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert section in card
+    assert f"2 steps, guidance_scale {best:g}, 2 prompts per row" in card
+    assert "4 steps, batch size 4, 4 minutes" in card
+    assert "2 stages" in card
+    assert load(tmp_path / "out").generation_config.guidance_scale == best
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+
+
+# --- the build command, on small packages ------------------------------------------------------------------------
 
 
 def write_package(folder: Path, name: str, files: dict[str, bytes]) -> None:
@@ -144,9 +258,9 @@ def packages(tmp_path, monkeypatch) -> Path:
         {"emoji.json": json.dumps(listing).encode()}
         | {f"img/google/64/{code}.png": picture((200, 0, 0)) for code, _ in entries},
     )
-    drawn = [code for code, _ in entries if code != "1f98a"]  # one set lacks the fox
+    codes = [code for code, _ in entries if code != "1f98a"]  # this set lacks the fox
     write_package(
-        tmp_path, "emoji-datasource-twitter", {f"img/twitter/64/{code}.png": picture((0, 200, 0)) for code in drawn}
+        tmp_path, "emoji-datasource-twitter", {f"img/twitter/64/{code}.png": picture((0, 200, 0)) for code in codes}
     )
     write_package(
         tmp_path,
@@ -165,9 +279,9 @@ def packages(tmp_path, monkeypatch) -> Path:
 
 def test_build(packages, tmp_path):
     counts = emoji_build.build(tmp_path / "out", packages)
-    assert (counts["things"], counts["core"]) == (2, 1)  # no flag, and no fox, which one set lacks
-    things = json.loads((tmp_path / "out" / "things.json").read_text())
-    assert [(t["en"], t["zh"], t["core"]) for t in things] == [
+    assert (counts["objects"], counts["core"]) == (2, 1)  # no flag, and no fox, which one set lacks
+    objects = json.loads((tmp_path / "out" / "objects.json").read_text())
+    assert [(item["en"], item["zh"], item["core"]) for item in objects] == [
         ("red apple", "红苹果", True),
         ("volcano", "火山", False),
     ]

@@ -11,7 +11,7 @@ from PIL import Image
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core.registry import methods
 from fewstep.data.images import grid
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.inference.generate import generate
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.models_setup import build_models
@@ -46,7 +46,8 @@ def distill(
     dist = dist or DistContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     method_class: type[DistillMethod] = methods.get(recipe.method.name)
     torch.manual_seed(recipe.train.seed)
-    prompts = training_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
+    source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
+    prompts = source.texts("train")
     dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
     teacher = load(recipe.teacher, dist.device, dtype, offload="parts")
     teacher.set_resolution(recipe.resolution)
@@ -64,7 +65,7 @@ def distill(
         run,
         train=recipe.train,
         optim=recipe.optim,
-        preview=make_preview(models.student, preview_prompts(recipe, prompts)),
+        preview=make_preview(models.student, (source.texts("validation") or prompts)[:PREVIEW_IMAGES]),
         watch=validator(models.student) if validator is not None and every else None,
         watch_every=every,
         alarms=method_class.alert_rules,
@@ -77,11 +78,6 @@ def distill(
         with trainer.ema_weights():
             models.save(run.directory / "student-best", dist)
     return student
-
-
-def preview_prompts(recipe: DistillRecipe, prompts: Sequence[str]) -> list[str]:
-    """Prompts of the preview images."""
-    return list(prompts[:PREVIEW_IMAGES])
 
 
 def make_preview(student: TextToImagePipeline, prompts: Sequence[str]) -> Callable[[int], Image.Image]:

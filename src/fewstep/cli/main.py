@@ -10,13 +10,12 @@ from typer.core import TyperGroup
 
 from fewstep.cli.cache_trajectories import cache
 from fewstep.cli.convert import convert
-from fewstep.cli.data import app as data
 from fewstep.cli.distill import distill
 from fewstep.cli.encode_prompts import prompts
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
 from fewstep.cli.plan import plan
-from fewstep.cli.train import train
+from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
 
 # What the machine, not the program, is to blame for.
@@ -76,12 +75,13 @@ def program(
 app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
-app.command()(train)
 app.command()(plan)
 app.command()(cache)
 app.command()(prompts)
 app.command()(convert)
-app.add_typer(data, name="data")
+load_plugins()
+for name in commands.names():
+    app.add_typer(commands.get(name), name=name)
 
 
 def main() -> None:

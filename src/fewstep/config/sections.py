@@ -97,9 +97,21 @@ class OptimSettings(Settings):
 class PromptSettings(Settings):
     source: str = Field(
         default="emoji",
-        description='"emoji" for the emoji world\'s, a text file with one a line, or a folder of fewstep prompts.',
+        description="A prompt source (emoji), a text file with one prompt per line, or a folder written by "
+        "fewstep encode-prompts.",
     )
-    split: Literal["train", "heldout"] = Field(default="train", description="Which of the emoji world's prompts.")
+    validation_source: str | None = Field(
+        None, description="File or folder of the validation prompts; null holds them out of the source."
+    )
+    test_source: str | None = Field(
+        None, description="File or folder of the test prompts; null holds them out of the source."
+    )
+    heldout_fraction: float = Field(
+        default=0.05,
+        ge=0,
+        lt=0.5,
+        description="Fraction of a file's or folder's prompts held out for validation, and again for test.",
+    )
 
 
 class StudentSettings(Settings):

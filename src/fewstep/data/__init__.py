@@ -1,1 +1,1 @@
-"""Data: the emoji world, prompts, pictures."""
+"""Prompts, images and teacher trajectories, and the batches made of them."""

@@ -1,4 +1,4 @@
-"""Tensors and pictures: grids, PNG files."""
+"""Images as tensors and as PIL images, one by one and in grids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Lay images out in rows of ``columns``.
+    """Arrange images in rows of ``columns``, ``gap`` white pixels apart.
 
     Args:
         images: [B, 3, H, W] in [0, 1], or uint8 [B, H, W, 3].

@@ -9,6 +9,7 @@ Prompts that another text encoder or prompt template encoded are refused, never 
 from __future__ import annotations
 
 import bisect
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -64,6 +66,7 @@ class PromptShards(Sequence[str]):
             if index["format"] != FORMAT or index["kind"] != KIND:
                 raise ValueError("it is of another kind or format")
             self.fingerprint, self._ends = index["fingerprint"], list(accumulate(index["counts"]))
+            self._rows: Sequence[int] | np.ndarray = range(self._ends[-1] if self._ends else 0)
         except FileNotFoundError:
             raise UserError(f"{folder}: no encoded prompts there; fewstep prompts makes them, or goes on") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -72,7 +75,13 @@ class PromptShards(Sequence[str]):
         self._texts = lru_cache(maxsize=16)(self._read_texts)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._rows)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> PromptShards:
+        """The prompts with these numbers, as another sequence over the same files."""
+        selected = copy.copy(self)
+        selected._rows = np.asarray(self._rows)[rows]
+        return selected
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -101,9 +110,7 @@ class PromptShards(Sequence[str]):
 
     def _place(self, index: int) -> tuple[int, int]:
         """Shard and row of a prompt."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+        index = int(self._rows[index])
         shard = bisect.bisect_right(self._ends, index)
         return shard, index - (self._ends[shard - 1] if shard else 0)
 

@@ -17,7 +17,7 @@ from fewstep.core.method import BatchSource, Shard
 from fewstep.core.precision import uses_bf16
 from fewstep.core.samplers import euler_step
 from fewstep.data.batch import DistillBatch
-from fewstep.data.prompts import training_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.data.trajectories import Index, TrajectoryCache, fingerprint, shard_file, write_index, write_shard
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -88,7 +88,7 @@ def make_cache(
     index = Index(made_by, recipe.num_trajectories, recipe.shard_size, recipe.first_seed)
     write_index(out, index)
 
-    texts = training_prompts(recipe.prompts)
+    texts = open_prompts(recipe.prompts).texts("train")
     denoiser: Denoiser = teacher.denoiser
     if guidance > 0:
         denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance)

@@ -1,3 +1,18 @@
-"""The emoji dataset and the micro model family: a plug-in of recipe kinds, prompts, images, scorers and commands."""
+"""The emoji dataset and the models trained on it: a plug-in of prompts, images, a scorer, recipes and commands.
 
-from fewstep.emoji import recipes as _recipes  # noqa: F401  # registers the recipe kinds
+Importing this module registers all of them by name and imports none of them: each is imported when it is first used.
+"""
+
+from pathlib import Path
+
+from fewstep.core.registry import commands, image_sources, prompt_sources, recipe_folders, recipe_kinds, scorers
+
+prompt_sources.register("emoji", "fewstep.emoji.prompts:EmojiPrompts")
+image_sources.register("emoji", "fewstep.emoji.images:EmojiImages")
+scorers.register("emoji", "fewstep.emoji.scorer:EmojiScorer")
+recipe_kinds.register("vae", "fewstep.emoji.recipes:VAERecipe")
+recipe_kinds.register("text_encoder", "fewstep.emoji.recipes:TextEncoderRecipe")
+recipe_kinds.register("flow_matching", "fewstep.emoji.recipes:FlowMatchingRecipe")
+recipe_kinds.register("classifier", "fewstep.emoji.recipes:ClassifierRecipe")
+recipe_folders.register("emoji", Path(__file__).parent / "recipes")
+commands.register("emoji", "fewstep.emoji.commands:app")

@@ -1,7 +1,7 @@
-"""Builds the emoji world's files from public npm packages (``fewstep data emoji``).
+"""Builds the files of the emoji dataset from public npm packages (``fewstep emoji build``).
 
-Five packages go in: the images of three emoji sets and the English and Chinese names of the Unicode CLDR. Out come one
-lossless WebP sheet a set (64 px tiles, alpha kept) and ``things.json``. The same packages give the same bytes.
+Input: four packages with the images of three emoji sets and the English and Chinese names of the Unicode CLDR. Output:
+one lossless WebP sheet per set (64 px RGBA tiles) and ``objects.json``. The same packages give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PACKAGES = {
 }
 TILE = 64
 COLUMNS = 40
-LEFT_OUT = {"Flags", "Component", "People & Body"}
+EXCLUDED_CATEGORIES = {"Flags", "Component", "People & Body"}
 
-#: Things that look unlike each other at 64 px, in both drawn sets: what the micro teacher and the judge are trained on.
+#: Objects that are easy to tell apart at 64 px in all sets. The micro teacher and the classifier are trained on these.
 CORE = """
 red apple, banana, watermelon, grapes, lemon, pineapple, strawberry, cherries, peach, pear, tomato, eggplant, carrot,
 ear of corn, broccoli, mushroom, avocado, croissant, pretzel, cheese wedge, hamburger, french fries, pizza, hot dog,
@@ -52,17 +52,19 @@ def core_names() -> list[str]:
 def download(packages: Path) -> None:
     """Fetch the pinned packages with ``npm pack`` into ``packages``."""
     packages.mkdir(parents=True, exist_ok=True)
-    wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
+    specifiers = [f"{name}@{version}" for name, version in PACKAGES.items()]
     try:
-        subprocess.run(["npm", "pack", "--silent", *wanted], cwd=packages, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["npm", "pack", "--silent", *specifiers], cwd=packages, check=True, stdout=subprocess.DEVNULL)
     except FileNotFoundError as error:
-        raise UserError("npm was not found: install Node.js, or give --packages a folder with the five .tgz") from error
+        raise UserError(
+            "npm was not found: install Node.js, or pass --packages, a folder with the .tgz files"
+        ) from error
     except subprocess.CalledProcessError as error:
-        raise UserError(f"npm pack failed with status {error.returncode}: is there a network?") from error
+        raise UserError(f"npm pack failed with status {error.returncode}; check the network connection") from error
 
 
 def read_package(packages: Path, name: str, *folders: str) -> dict[str, bytes]:
-    """The files of a package below some of its folders, by path; read in one go, since a .tgz cannot be jumped in."""
+    """The files of a package in some of its folders, by path. Read in one pass: a .tgz has no random access."""
     archive = packages / f"{name.lstrip('@').replace('/', '-')}-{PACKAGES[name]}.tgz"
     if not archive.exists():
         raise UserError(f"{archive} is missing: run without --packages to download it")
@@ -78,7 +80,7 @@ def read_package(packages: Path, name: str, *folders: str) -> dict[str, bytes]:
 
 
 def read_tile(files: dict[str, bytes], path: str) -> Image.Image | None:
-    """The image at ``path`` as a 64 px RGBA tile, or None where the package lacks it."""
+    """The image at ``path`` as a 64 px RGBA tile, or None if the package lacks it."""
     if path not in files:
         return None
     image = Image.open(io.BytesIO(files[path])).convert("RGBA")
@@ -86,10 +88,19 @@ def read_tile(files: dict[str, bytes], path: str) -> Image.Image | None:
 
 
 def build(out: Path, packages: Path | None = None) -> dict[str, int]:
-    """Write ``noto.webp``, ``twemoji.webp``, ``fluent.webp`` and ``things.json`` into ``out``; returns counts.
+    """Write ``noto.webp``, ``twemoji.webp``, ``fluent.webp`` and ``objects.json`` into ``out``.
 
-    A thing is taken when all three sets draw it and CLDR names it in both languages; flags, people and skin tones are
-    left out.
+    An emoji is included if all three sets have it and CLDR names it in both languages. Flags, people and skin tones are
+    excluded.
+
+    Args:
+        packages: folder with the packages as .tgz; None downloads them with npm.
+
+    Returns:
+        The numbers of objects, of core objects, and of bytes.
+
+    Raises:
+        UserError: npm or a package is missing, or a package lacks a core object.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if packages is None:
@@ -108,13 +119,13 @@ def _build(out: Path, packages: Path) -> dict[str, int]:
         for language in ("en", "zh")
     )
 
-    things: list[dict[str, object]] = []
+    objects: list[dict[str, object]] = []
     tiles: dict[str, list[Image.Image]] = {"noto": [], "twemoji": [], "fluent": []}
     core = set(core_names())
-    taken: set[str] = set()
+    used_names: set[str] = set()
     listing = json.loads(google["emoji.json"])
     for entry in sorted(listing, key=lambda item: item["sort_order"]):
-        if entry["category"] in LEFT_OUT:
+        if entry["category"] in EXCLUDED_CATEGORIES:
             continue
         file = entry["image"]
         code = file.removesuffix(".png")
@@ -123,33 +134,33 @@ def _build(out: Path, packages: Path) -> dict[str, int]:
         if text not in english or text not in chinese:
             continue
         name_en, name_zh = english[text]["tts"][0], chinese[text]["tts"][0]
-        if name_en in taken or name_zh in taken:  # two things of one name could not be told apart by a prompt
+        if name_en in used_names or name_zh in used_names:  # a prompt must identify one object
             continue
-        drawn = {
+        images = {
             "noto": read_tile(google, f"img/google/64/{file}"),
             "twemoji": read_tile(twitter, f"img/twitter/64/{file}"),
             "fluent": read_tile(fluent, f"assets/{code}.webp") or read_tile(fluent, f"assets/{bare}.webp"),
         }
-        if any(tile is None for tile in drawn.values()):
+        if any(tile is None for tile in images.values()):
             continue
-        taken |= {name_en, name_zh}
-        for style, tile in drawn.items():
+        used_names |= {name_en, name_zh}
+        for style, tile in images.items():
             assert tile is not None
             tiles[style].append(tile)
         group = entry["category"]
-        things.append({"code": bare, "en": name_en, "zh": name_zh, "group": group, "core": name_en in core})
+        objects.append({"code": bare, "en": name_en, "zh": name_zh, "group": group, "core": name_en in core})
 
-    missing = core - {str(thing["en"]) for thing in things}
+    missing = core - {str(item["en"]) for item in objects}
     if missing:
-        raise UserError(f"things named in CORE that the packages lack: {', '.join(sorted(missing))}")
+        raise UserError(f"the packages lack these objects of CORE: {', '.join(sorted(missing))}")
 
     out.mkdir(parents=True, exist_ok=True)
-    for style, images in tiles.items():
-        rows = -(-len(images) // COLUMNS)
+    for style, sheet_tiles in tiles.items():
+        rows = -(-len(sheet_tiles) // COLUMNS)
         sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
-        for index, image in enumerate(images):
+        for index, image in enumerate(sheet_tiles):
             sheet.paste(image, (index % COLUMNS * TILE, index // COLUMNS * TILE))
         sheet.save(out / f"{style}.webp", lossless=True, quality=100, method=6)
-    lines = ",\n".join(json.dumps(thing, ensure_ascii=False) for thing in things)
-    (out / "things.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    return {"things": len(things), "core": len(core), "bytes": sum(file.stat().st_size for file in out.iterdir())}
+    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
+    (out / "objects.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return {"objects": len(objects), "core": len(core), "bytes": sum(file.stat().st_size for file in out.iterdir())}

@@ -1,7 +1,7 @@
-"""The judge: a small classifier of what an emoji image shows. It only evaluates; it is never a reward.
+"""A small classifier of emoji images: their object, style and background. It evaluates and is never a reward.
 
-Trained on real composed images of all three styles (train_judge.py), so that no model under evaluation has a say in it.
-Its own accuracy on real held-out images travels with its weights and stands in every report it signs.
+It is trained on real images of all three styles (train_classifier.py), never on generated ones. Its accuracy on real
+held-out images is stored with its weights and shown in every report that uses it.
 """
 
 from __future__ import annotations
@@ -18,64 +18,71 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fewstep.emoji.dataset import COLORS, STYLES, EmojiDataset, EmojiSpec
+from fewstep.emoji.dataset import BACKGROUNDS, STYLES, EmojiDataset, EmojiSpec
 from fewstep.errors import UserError
 from fewstep.evaluation.images import as_float
 
-BUNDLED_CLASSIFIER = Path(__file__).parent.parent / "assets" / "judge"
-SIZE = 64  # pixels a side; other sizes are resized to it
+BUNDLED_CLASSIFIER = Path(__file__).parent.parent / "assets" / "classifier"
+SIZE = 64  # pixels per side; other sizes are resized to it
+ACCURACIES = ("object_acc", "style_acc", "background_acc")
 
 
 @dataclass(frozen=True)
 class ClassifierOutput:
-    """What the judge sees in N images.
+    """Predictions for N images.
 
-    drawing_logits [N, things, styles], color_logits [N, colors], embedding [N, E] that both are read from.
+    Attributes:
+        object_style_logits: [N, objects, styles].
+        background_logits: [N, backgrounds].
+        embedding: [N, E], the input of both linear heads.
     """
 
-    drawing_logits: Tensor
-    color_logits: Tensor
+    object_style_logits: Tensor
+    background_logits: Tensor
     embedding: Tensor
 
     @property
-    def name_logits(self) -> Tensor:
-        """[N, things], whatever the style."""
-        return self.drawing_logits.logsumexp(2)
+    def object_logits(self) -> Tensor:
+        """[N, objects], marginalized over styles."""
+        return self.object_style_logits.logsumexp(2)
 
     @property
     def style_logits(self) -> Tensor:
-        """[N, styles], whatever the thing."""
-        return self.drawing_logits.logsumexp(1)
+        """[N, styles], marginalized over objects."""
+        return self.object_style_logits.logsumexp(1)
 
     def __getitem__(self, rows: list[int] | slice) -> ClassifierOutput:
-        return ClassifierOutput(self.drawing_logits[rows], self.color_logits[rows], self.embedding[rows])
+        return ClassifierOutput(self.object_style_logits[rows], self.background_logits[rows], self.embedding[rows])
 
 
 class ClassifierNet(nn.Module):
-    """A pre-activation residual network (He et al. 2016b) with group norm: about 35 MFLOP an image at width 16.
+    """A pre-activation residual network (He et al. 2016b) with group norm.
 
-    Group norm, not batch norm: an image is judged the same whoever shares its batch. The stem has none before it, the
-    residual path none on it, so that absolute color reaches the heads. Name and style are read off one softmax over
-    all drawings, things x styles: which style it is can be told only with which thing it is in mind.
+    About 35 MFLOP per image at 16 base channels.
+
+    Group norm, not batch norm: a prediction does not depend on the other images of the batch. The stem and the residual
+    path have no normalization, so that absolute color reaches the heads. Object and style share one softmax over all
+    their combinations, since the style is only recognizable given the object.
     """
 
-    def __init__(self, things: int, width: int = 16) -> None:
+    def __init__(self, num_objects: int, base_channels: int = 16) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1)]
+        channels = base_channels
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1)]
         for _ in range(3):
-            layers += [nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), _Residual(2 * width)]
-            width *= 2
+            layers += [nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1), _Residual(2 * channels)]
+            channels *= 2
         self.body = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(width)
-        self.drawing = nn.Linear(width, things * len(STYLES))
-        self.color = nn.Linear(width, len(COLORS))
+        self.norm = nn.LayerNorm(channels)
+        self.object_style = nn.Linear(channels, num_objects * len(STYLES))
+        self.background = nn.Linear(channels, len(BACKGROUNDS))
 
     def forward(self, images: Tensor) -> ClassifierOutput:
-        """images [N,3,64,64] in [0,1]."""
+        """images [N, 3, 64, 64] in [0, 1]."""
         activations = self.body((images * 2 - 1).contiguous(memory_format=torch.channels_last))
         embedding = self.norm(activations.mean((2, 3)))
-        drawing = self.drawing(embedding).unflatten(1, (-1, len(STYLES)))
-        return ClassifierOutput(drawing, self.color(embedding), embedding)
+        object_style = self.object_style(embedding).unflatten(1, (-1, len(STYLES)))
+        return ClassifierOutput(object_style, self.background(embedding), embedding)
 
 
 class _Residual(nn.Module):
@@ -92,24 +99,25 @@ class _Residual(nn.Module):
 
 
 class EmojiClassifier:
-    """A trained network with what it knows about itself.
+    """A trained network with its description.
 
-    card: `things` (Unicode codes, in label order), `styles`, `colors`, `width`, `accuracy` (its own, on real held-out
-    images) and how it was trained.
+    Attributes:
+        description: `objects` (Unicode codes, in label order), `styles`, `backgrounds`, `base_channels`, `accuracy` (on
+            real held-out images) and how it was trained.
     """
 
-    def __init__(self, net: ClassifierNet, card: dict[str, Any]) -> None:
+    def __init__(self, net: ClassifierNet, description: dict[str, Any]) -> None:
         self.net = net.eval().requires_grad_(False)
-        self.card = card
+        self.description = description
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Its own on real held-out images: name_top1, style_top1, color_top1, images."""
-        return self.card["accuracy"]
+        """On real held-out images: object_acc, style_acc, background_acc, and images, the number of these."""
+        return self.description["accuracy"]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int = 64) -> ClassifierOutput:
-        """uint8 [N,H,W,3] or float [N,3,H,W] in [0,1], of any size."""
+        """images: uint8 [N, H, W, 3] or float [N, 3, H, W] in [0, 1], of any size."""
         outputs = []
         for start in range(0, max(1, len(images)), batch_size):
             pixels = as_float(images[start : start + batch_size])
@@ -117,68 +125,69 @@ class EmojiClassifier:
                 pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
             outputs.append(self.net(pixels))
         return ClassifierOutput(
-            torch.cat([o.drawing_logits for o in outputs]),
-            torch.cat([o.color_logits for o in outputs]),
+            torch.cat([o.object_style_logits for o in outputs]),
+            torch.cat([o.background_logits for o in outputs]),
             torch.cat([o.embedding for o in outputs]),
         )
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> EmojiClassifier:
-        """From a folder with judge.safetensors and judge.json; the shipped judge by default.
+        """Load a folder with classifier.safetensors and classifier.json; the bundled classifier by default.
 
-        Raises: UserError if a file is missing or broken, naming it.
+        Raises:
+            UserError: a file is missing or damaged; the message names it.
         """
         folder = Path(path) if path is not None else BUNDLED_CLASSIFIER
-        weights, description = folder / "judge.safetensors", folder / "judge.json"
+        weights, description = folder / "classifier.safetensors", folder / "classifier.json"
         for file in (weights, description):
             if not file.is_file():
-                raise UserError(f"{file} is missing: train a judge with `fewstep train recipes/judge.yaml`")
+                raise UserError(f"{file} is missing: train a classifier with `fewstep emoji train classifier`")
         try:
-            card = json.loads(description.read_text(encoding="utf-8"))
-            net = ClassifierNet(len(card["things"]), card["width"])
+            fields = json.loads(description.read_text(encoding="utf-8"))
+            net = ClassifierNet(len(fields["objects"]), fields["base_channels"])
             net.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{description} is not a judge's description ({error})") from None
+            raise UserError(f"{description} does not describe a classifier ({error})") from None
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{weights} does not hold this judge's weights ({str(error).splitlines()[0]})") from None
-        return cls(net, card)
+            message = str(error).splitlines()[0]
+            raise UserError(f"{weights} does not hold the weights of this classifier ({message})") from None
+        return cls(net, fields)
 
     def save(self, folder: str | Path) -> None:
-        """Writes judge.safetensors (fp16) and judge.json into `folder`, replacing files only once they are whole."""
+        """Write classifier.safetensors (fp16) and classifier.json into `folder`; files are replaced atomically."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.half().contiguous() for name, tensor in self.net.state_dict().items()}
-        (folder / "judge.safetensors.partial").write_bytes(save(weights))
-        (folder / "judge.safetensors.partial").replace(folder / "judge.safetensors")
-        text = json.dumps(self.card, ensure_ascii=False, indent=1) + "\n"
-        (folder / "judge.json.partial").write_text(text, encoding="utf-8")
-        (folder / "judge.json.partial").replace(folder / "judge.json")
+        (folder / "classifier.safetensors.partial").write_bytes(save(weights))
+        (folder / "classifier.safetensors.partial").replace(folder / "classifier.safetensors")
+        text = json.dumps(self.description, ensure_ascii=False, indent=1) + "\n"
+        (folder / "classifier.json.partial").write_text(text, encoding="utf-8")
+        (folder / "classifier.json.partial").replace(folder / "classifier.json")
 
-    def check_world(self, world: EmojiDataset) -> None:
-        """Raises: UserError unless the labels are the world's things, in its order."""
-        codes = [thing.code for thing in world.things]
-        if codes != self.card["things"]:
+    def check_objects(self, dataset: EmojiDataset) -> None:
+        """Raises: UserError unless the labels are the objects of the dataset, in the same order."""
+        codes = [item.code for item in dataset.objects]
+        if codes != self.description["objects"]:
             raise UserError(
-                f"the judge knows {len(self.card['things'])} things, and not the {len(codes)} of this world in this "
-                "order: train one with `fewstep train recipes/judge.yaml`"
+                f"the classifier was trained on {len(self.description['objects'])} objects, and not on the "
+                f"{len(codes)} objects of this dataset in this order: train one with `fewstep emoji train classifier`"
             )
 
 
-def labels(concepts: Sequence[EmojiSpec]) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices [N] of name, style and color."""
-    colors = list(COLORS)
+def labels(specs: Sequence[EmojiSpec]) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices [N] of object, style and background."""
+    backgrounds = list(BACKGROUNDS)
     return (
-        torch.tensor([c.thing for c in concepts], dtype=torch.long),
-        torch.tensor([STYLES.index(c.style) for c in concepts], dtype=torch.long),
-        torch.tensor([colors.index(c.color) for c in concepts], dtype=torch.long),
+        torch.tensor([s.object for s in specs], dtype=torch.long),
+        torch.tensor([STYLES.index(s.style) for s in specs], dtype=torch.long),
+        torch.tensor([backgrounds.index(s.background) for s in specs], dtype=torch.long),
     )
 
 
-def correct(output: ClassifierOutput, concepts: Sequence[EmojiSpec]) -> dict[str, Tensor]:
-    """Bool [N] for each of name_top1 (among all names), style_top1, color_top1."""
-    name, style, color = labels(concepts)
+def correct(output: ClassifierOutput, specs: Sequence[EmojiSpec]) -> dict[str, Tensor]:
+    """Whether each top-1 prediction is right: bool [N] for object_acc, style_acc and background_acc."""
+    logits = (output.object_logits, output.style_logits, output.background_logits)
     return {
-        "name_top1": output.name_logits.argmax(1) == name,
-        "style_top1": output.style_logits.argmax(1) == style,
-        "color_top1": output.color_logits.argmax(1) == color,
+        key: prediction.argmax(1) == label
+        for key, prediction, label in zip(ACCURACIES, logits, labels(specs), strict=True)
     }

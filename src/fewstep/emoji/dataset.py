@@ -1,7 +1,7 @@
-"""The emoji world: real images with real bilingual names, small enough for a laptop.
+"""The emoji dataset: real images with bilingual names, small enough for a laptop.
 
-A *concept* is a thing, drawn in a style, on a background color, named in a language. Prompts and images are made from
-concepts; unseen combinations of the four are held out.
+An :class:`EmojiSpec` describes one image and its prompt: an object in a style on a background color, and the prompt's
+language. Prompts and images are made from specs; some combinations of the four are held out of training.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fewstep.emoji.build import COLUMNS, TILE
 ASSETS = Path(__file__).parent.parent / "assets" / "emoji"
 
 STYLES = ("noto", "twemoji", "fluent")
-#: The styles the teacher is trained on. Fluent 3D is kept from it: LoRA training is tried on a style never seen.
+#: The styles the teacher is trained on. Fluent 3D is reserved for LoRA training, as a style new to the teacher.
 TEACHER_STYLES = ("noto", "twemoji")
 LANGUAGES = ("en", "zh")
-COLORS: dict[str, tuple[int, int, int]] = {
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 56, 56),
     "yellow": (250, 214, 70),
     "green": (76, 168, 88),
@@ -39,7 +39,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "black": (24, 24, 28),
 }
-COLORS_ZH = {
+BACKGROUNDS_ZH = {
     "red": "红色",
     "yellow": "黄色",
     "green": "绿色",
@@ -51,25 +51,33 @@ COLORS_ZH = {
 }
 TEMPLATES = {
     "en": (
-        "a {style} emoji of {a_thing} on a {color} background",
-        "{thing}, {style} style, {color} background",
-        "{a_thing} on a {color} background, {style} emoji",
+        "a {style} emoji of {an_object} on a {background} background",
+        "{object}, {style} style, {background} background",
+        "{an_object} on a {background} background, {style} emoji",
     ),
     "zh": (
-        "{color}背景上的{thing}，{style} 风格",
-        "{style} 风格的{thing}，{color}背景",
-        "一个{thing}的 {style} 表情，背景是{color}",
+        "{background}背景上的{object}，{style} 风格",
+        "{style} 风格的{object}，{background}背景",
+        "一个{object}的 {style} 表情，背景是{background}",
     ),
 }
-HELD_OUT_TRIPLES = 0.15  # a thing in a style on a color: in neither language
-HELD_OUT_LANGUAGES = 0.10  # of the rest: seen in one language only
+NUM_TEMPLATES = 3  # of each language
+HELD_OUT_IMAGES = 0.15  # fraction of (object, style, background) combinations that are held out in both languages
+HELD_OUT_LANGUAGES = 0.10  # fraction of the remaining ones that are held out in one language
 
-Split = Literal["train", "heldout", "all"]
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class EmojiObject:
-    """One named thing; ``tile`` is its place in the sheets, ``index`` its place in ``EmojiWorld.things``."""
+    """A named object.
+
+    Attributes:
+        index: position in ``EmojiDataset.objects``.
+        tile: position in the image sheets.
+        code: Unicode code points in hexadecimal, joined by "-".
+        en, zh: CLDR names.
+    """
 
     index: int
     tile: int
@@ -80,20 +88,29 @@ class EmojiObject:
 
 @dataclass(frozen=True)
 class EmojiSpec:
-    thing: int
+    """One image and the language of its prompt.
+
+    Attributes:
+        object: index into ``EmojiDataset.objects``.
+        style: one of STYLES.
+        background: one of BACKGROUNDS.
+        language: one of LANGUAGES.
+    """
+
+    object: int
     style: str
-    color: str
+    background: str
     language: str
 
 
-def _fraction(*key: object) -> float:
+def _fraction(*key: str) -> float:
     """A number in [0, 1) that depends on the key alone, on every machine."""
-    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    digest = hashlib.sha256("|".join(key).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def with_article(name: str) -> str:
-    """``name`` with "a" or "an"; plurals go without."""
+    """``name`` with "a" or "an"; plural names stay without an article."""
     if name.endswith("s") and not name.endswith(("us", "ss")):
         return name
     return f"an {name}" if name[0].lower() in "aeio" else f"a {name}"
@@ -103,108 +120,119 @@ class EmojiDataset:
     """Images, names, prompts and splits.
 
     Args:
-        things: the things that take part, in order; prompts, labels and splits speak of their indices.
+        objects: the objects of the dataset in order; specs and labels refer to them by index.
     """
 
-    def __init__(self, things: Sequence[EmojiObject]) -> None:
-        self.things = list(things)
-        self._by_name = {"en": {t.en: t.index for t in things}, "zh": {t.zh: t.index for t in things}}
+    def __init__(self, objects: Sequence[EmojiObject]) -> None:
+        self.objects = list(objects)
+        self._by_name = {"en": {o.en: o.index for o in objects}, "zh": {o.zh: o.index for o in objects}}
 
     @classmethod
     def load(cls, count: int | None = None) -> EmojiDataset:
-        """The core things (see ``emoji_build.CORE``), or the first ``count`` of them."""
-        core = [thing for thing, is_core in _listing() if is_core][:count]
-        return cls([EmojiObject(index, t.tile, t.code, t.en, t.zh) for index, t in enumerate(core)])
+        """The core objects (``build.CORE``), or the first ``count`` of them."""
+        core = [item for item, is_core in _listing() if is_core][:count]
+        return cls([EmojiObject(index, o.tile, o.code, o.en, o.zh) for index, o in enumerate(core)])
 
     @classmethod
-    def everything(cls) -> EmojiDataset:
-        """Every thing that is shipped, core or not."""
-        return cls([EmojiObject(index, t.tile, t.code, t.en, t.zh) for index, (t, _) in enumerate(_listing())])
+    def load_all(cls) -> EmojiDataset:
+        """All bundled objects, core or not."""
+        return cls([item for item, _ in _listing()])
 
-    # -- concepts and prompts -------------------------------------------------------------------------------------
+    # -- specs and prompts ----------------------------------------------------------------------------------------
 
-    def split_of(self, concept: EmojiSpec) -> Literal["train", "heldout"]:
-        code = self.things[concept.thing].code
-        triple = (code, concept.style, concept.color)
-        if _fraction("triple", *triple) < HELD_OUT_TRIPLES:
-            return "heldout"
-        if _fraction("language", *triple) < HELD_OUT_LANGUAGES:
-            unseen = LANGUAGES[_fraction("which", *triple) < 0.5]
-            return "heldout" if concept.language == unseen else "train"
+    def split_of(self, spec: EmojiSpec) -> Split:
+        """The split of a spec, by a hash of its object's code, style, background and language.
+
+        All held-out specs of one (object, style, background) are in the same split, whatever their language: no image
+        is both a validation and a test image.
+        """
+        image = (self.objects[spec.object].code, spec.style, spec.background)
+        held_out: Split = "validation" if _fraction("half", *image) < 0.5 else "test"
+        if _fraction("triple", *image) < HELD_OUT_IMAGES:
+            return held_out
+        if _fraction("language", *image) < HELD_OUT_LANGUAGES:
+            unseen = LANGUAGES[_fraction("which", *image) < 0.5]
+            return held_out if spec.language == unseen else "train"
         return "train"
 
-    def concepts(self, split: Split = "all", styles: Sequence[str] = TEACHER_STYLES) -> list[EmojiSpec]:
-        """All concepts of a split, in a fixed order."""
+    def specs(self, split: Split | None = None, styles: Sequence[str] = TEACHER_STYLES) -> list[EmojiSpec]:
+        """All specs of a split, or of the whole dataset, in a fixed order."""
         every = (
-            EmojiSpec(thing.index, style, color, language)
-            for thing in self.things
+            EmojiSpec(item.index, style, background, language)
+            for item in self.objects
             for style in styles
-            for color in COLORS
+            for background in BACKGROUNDS
             for language in LANGUAGES
         )
-        return [concept for concept in every if split in ("all", self.split_of(concept))]
+        return [spec for spec in every if split is None or split == self.split_of(spec)]
 
     def sample(
-        self, count: int, split: Split, seed: int = 0, styles: Sequence[str] = TEACHER_STYLES
+        self, count: int, split: Split | None = None, seed: int = 0, styles: Sequence[str] = TEACHER_STYLES
     ) -> list[EmojiSpec]:
-        """``count`` concepts of a split in a shuffled order that ``seed`` fixes; cycles when there are too few."""
-        pool = self.concepts(split, styles)
+        """``count`` specs of a split in an order shuffled by ``seed``; repeats them if there are fewer."""
+        pool = self.specs(split, styles)
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
         return [pool[order[i % len(pool)]] for i in range(count)]
 
-    def prompt(self, concept: EmojiSpec, template: int = 0) -> str:
-        thing = self.things[concept.thing]
-        pattern = TEMPLATES[concept.language][template]
-        if concept.language == "zh":
-            return pattern.format(style=concept.style, thing=thing.zh, color=COLORS_ZH[concept.color])
-        return pattern.format(style=concept.style, thing=thing.en, a_thing=with_article(thing.en), color=concept.color)
+    def prompt(self, spec: EmojiSpec, template: int = 0) -> str:
+        """The prompt of a spec, worded by TEMPLATES[spec.language][template]."""
+        item = self.objects[spec.object]
+        pattern = TEMPLATES[spec.language][template]
+        if spec.language == "zh":
+            return pattern.format(style=spec.style, object=item.zh, background=BACKGROUNDS_ZH[spec.background])
+        return pattern.format(
+            style=spec.style, object=item.en, an_object=with_article(item.en), background=spec.background
+        )
 
     @cached_property
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
-        fields = {"style": "(?P<style>[a-z]+)", "color": "(?P<color>\\S+?)"}
+        fields = {"style": "(?P<style>[a-z]+)", "background": "(?P<background>\\S+?)"}
         patterns = []
         for language, templates in TEMPLATES.items():
             for template in templates:
                 text = re.escape(template).replace("\\{", "{").replace("\\}", "}")
-                thing = "(?P<thing>.+?)"
-                text = text.replace("{a_thing}", f"(?:an? )?{thing}").replace("{thing}", thing)
+                name = "(?P<object>.+?)"
+                text = text.replace("{an_object}", f"(?:an? )?{name}").replace("{object}", name)
                 for field, pattern in fields.items():
                     text = text.replace(f"{{{field}}}", pattern)
                 patterns.append((language, re.compile(text)))
         return patterns
 
     def parse(self, prompt: str) -> EmojiSpec | None:
-        """The concept a prompt speaks of, or None where it follows no template: the inverse of :meth:`prompt`."""
+        """The spec that a prompt describes, or None if it matches no template: the inverse of :meth:`prompt`."""
         for language, pattern in self._patterns:
             match = pattern.fullmatch(prompt.strip())
             if match is None:
                 continue
-            thing = self._by_name[language].get(match["thing"])
-            colors = {name: name for name in COLORS} if language == "en" else {z: c for c, z in COLORS_ZH.items()}
-            if thing is not None and match["style"] in STYLES and match["color"] in colors:
-                return EmojiSpec(thing, match["style"], colors[match["color"]], language)
+            index = self._by_name[language].get(match["object"])
+            backgrounds = (
+                {name: name for name in BACKGROUNDS} if language == "en" else {z: c for c, z in BACKGROUNDS_ZH.items()}
+            )
+            if index is not None and match["style"] in STYLES and match["background"] in backgrounds:
+                return EmojiSpec(index, match["style"], backgrounds[match["background"]], language)
         return None
 
     # -- images ---------------------------------------------------------------------------------------------------
 
     def render(
         self,
-        concepts: Sequence[EmojiSpec],
+        specs: Sequence[EmojiSpec],
         generator: torch.Generator | None = None,
         size: int = 64,
         jitter: bool = True,
     ) -> Tensor:
-        """Real images of concepts: the drawing on its background, alpha composed.
+        """Real images of specs: the emoji over its background, alpha composited.
 
-        With ``jitter`` each image gets a scale in [0.80, 0.95], a place that keeps it whole and a slightly different
-        shade, so that one prompt has many right images; without, a centred one of scale 0.875.
+        With ``jitter`` each image has a random scale in [0.80, 0.95], a random position that keeps the emoji inside,
+        and a slightly different shade of the background, so that a prompt has many correct images. Without it the
+        emoji is centered at scale 0.875.
 
         Returns:
             [B, 3, size, size] in [0, 1].
         """
-        count = len(concepts)
-        drawings = torch.stack([_tiles(c.style)[self.things[c.thing].tile] for c in concepts]).float() / 255
-        colors = torch.tensor([COLORS[c.color] for c in concepts]).float() / 255
+        count = len(specs)
+        emoji = torch.stack([_tiles(s.style)[self.objects[s.object].tile] for s in specs]).float() / 255
+        colors = torch.tensor([BACKGROUNDS[s.background] for s in specs]).float() / 255
         if jitter:
             noise = torch.rand(count, 6, generator=generator)
             scale = 0.80 + 0.15 * noise[:, 0]
@@ -212,25 +240,26 @@ class EmojiDataset:
             colors = (colors + 0.10 * (noise[:, 3:6] - 0.5)).clamp(0, 1)
         else:
             scale, offset = torch.full((count,), 0.875), torch.zeros(count, 2)
-        # premultiplied alpha, or transparent pixels' hidden colors bleed in when the drawing is resized
-        drawings = torch.cat([drawings[:, :3] * drawings[:, 3:], drawings[:, 3:]], dim=1)
+        # premultiplied alpha: without it the hidden colors of transparent pixels bleed into the resized edges
+        emoji = torch.cat([emoji[:, :3] * emoji[:, 3:], emoji[:, 3:]], dim=1)
         affine = torch.zeros(count, 2, 3)
         affine[:, 0, 0] = affine[:, 1, 1] = 1 / scale
         affine[:, :, 2] = -offset / scale[:, None]
         grid = F.affine_grid(affine, [count, 4, size, size], align_corners=False)
-        placed = F.grid_sample(drawings, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        placed = F.grid_sample(emoji, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         return (placed[:, :3] + (1 - placed[:, 3:]) * colors[:, :, None, None]).clamp(0, 1)
 
 
 @cache
 def _listing() -> list[tuple[EmojiObject, bool]]:
-    entries = json.loads((ASSETS / "things.json").read_text(encoding="utf-8"))
+    """Every bundled object, and whether it is core."""
+    entries = json.loads((ASSETS / "objects.json").read_text(encoding="utf-8"))
     return [(EmojiObject(i, i, e["code"], e["en"], e["zh"]), e["core"]) for i, e in enumerate(entries)]
 
 
 @cache
 def _tiles(style: str) -> Tensor:
-    """uint8 [N, 4, 64, 64]: every drawing of one set."""
+    """uint8 [N, 4, 64, 64]: all emoji of one set, RGBA."""
     with Image.open(ASSETS / f"{style}.webp") as sheet:
         pixels = torch.from_numpy(np.array(sheet.convert("RGBA")))
     rows = pixels.shape[0] // TILE

@@ -1,4 +1,4 @@
-"""Real images of the emoji world as latents, rendered and encoded once before a training."""
+"""Real images of the emoji dataset as latents, rendered and encoded once before training."""
 
 from __future__ import annotations
 
@@ -11,41 +11,47 @@ from torch import Tensor
 from fewstep.emoji.dataset import EmojiDataset, EmojiSpec
 from fewstep.progress import track
 
+ImageKey = tuple[int, str, str]  # (object, style, background)
+
+
+def image_key(spec: EmojiSpec) -> ImageKey:
+    """What determines a spec's image: all but the language."""
+    return spec.object, spec.style, spec.background
+
 
 @dataclass
 class LatentBank:
-    """``variants`` differently placed images of each drawing, as normalised latents.
+    """K augmentations of each (object, style, background) as normalized latents.
 
     Attributes:
-        latents: fp16 [N, variants, C, H, W].
-        row: (thing, style, color) -> row of ``latents``.
+        latents: fp16 [N, K, C, H, W].
+        row: (object, style, background) -> row of ``latents``.
     """
 
     latents: Tensor
-    row: dict[tuple[int, str, str], int]
+    row: dict[ImageKey, int]
 
-    def draw(self, concepts: list[EmojiSpec], generator: torch.Generator) -> Tensor:
-        """One image of each concept, at random: fp32 [B, C, H, W]."""
-        rows = torch.tensor([self.row[c.thing, c.style, c.color] for c in concepts])
-        variants = torch.randint(self.latents.shape[1], (len(concepts),), generator=generator)
-        return self.latents[rows, variants].float()
+    def draw(self, specs: list[EmojiSpec], generator: torch.Generator) -> Tensor:
+        """One random augmentation of each spec's image: fp32 [B, C, H, W]."""
+        rows = torch.tensor([self.row[image_key(spec)] for spec in specs])
+        augmentations = torch.randint(self.latents.shape[1], (len(specs),), generator=generator)
+        return self.latents[rows, augmentations].float()
 
 
 @torch.no_grad()
 def build_bank(
-    world: EmojiDataset, concepts: list[EmojiSpec], encode: Callable[[Tensor], Tensor], variants: int, seed: int
+    dataset: EmojiDataset, specs: list[EmojiSpec], encode: Callable[[Tensor], Tensor], augmentations: int, seed: int
 ) -> LatentBank:
-    """Render and encode ``variants`` images of every drawing that ``concepts`` speak of, whatever the language.
+    """Render and encode ``augmentations`` images of each distinct (object, style, background) of ``specs``.
 
     Args:
         encode: images [B, 3, 64, 64] in [0, 1] -> latents [B, C, H, W].
     """
-    drawings = list(dict.fromkeys((c.thing, c.style, c.color) for c in concepts))
-    row = {drawing: index for index, drawing in enumerate(drawings)}
-    wanted = [EmojiSpec(*drawing, language="en") for drawing in drawings for _ in range(variants)]
+    keys = list(dict.fromkeys(image_key(spec) for spec in specs))
+    repeated = [EmojiSpec(*key, language="en") for key in keys for _ in range(augmentations)]
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for start in track(range(0, len(wanted), 256), "encoding images"):
-        parts.append(encode(world.render(wanted[start : start + 256], generator)).half())
-    latents = torch.cat(parts)
-    return LatentBank(latents.unflatten(0, (len(drawings), variants)), row)
+    for start in track(range(0, len(repeated), 256), "encoding images"):
+        parts.append(encode(dataset.render(repeated[start : start + 256], generator)).half())
+    latents = torch.cat(parts).unflatten(0, (len(keys), augmentations))
+    return LatentBank(latents, {key: index for index, key in enumerate(keys)})

@@ -1,11 +1,7 @@
-"""Packs a trained micro teacher for shipping: half-precision files, its best guidance, and a model card.
-
-python -m fewstep.micro.ship runs/micro-teacher runs/micro-teacher-more --out src/fewstep/assets/micro
-"""
+"""Packs a trained micro teacher for publication: half-precision files, its best guidance scale, and a model card."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from pathlib import Path
@@ -14,54 +10,56 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fewstep.emoji.classifier import EmojiClassifier, correct
-from fewstep.emoji.dataset import LANGUAGES, TEMPLATES, EmojiDataset, EmojiSpec, Split
+from fewstep.emoji.classifier import ACCURACIES, EmojiClassifier, correct
+from fewstep.emoji.dataset import LANGUAGES, NUM_TEMPLATES, EmojiDataset, EmojiSpec, Split
 from fewstep.inference.generate import generate
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import track
 from fewstep.training.tracking import read_metrics
 
-GUIDANCE = (2.0, 3.0, 4.0)  # scales that are tried
+GUIDANCE_SCALES = (2.0, 3.0, 4.0)  # candidates
 STEPS = 50
-KEYS = ("name_top1", "style_top1", "color_top1")
 
 
 def accuracy(
-    model: TextToImagePipeline, judge: EmojiClassifier, concepts: list[EmojiSpec], guidance: float
+    model: TextToImagePipeline, classifier: EmojiClassifier, specs: list[EmojiSpec], guidance: float
 ) -> dict[str, float]:
-    """Shares of images in which the judge sees the name, style and color that were asked for, at 50 steps."""
-    world = EmojiDataset.load()
-    prompts = [world.prompt(concept, i % len(TEMPLATES["en"])) for i, concept in enumerate(concepts)]
+    """Fractions of images with the right object, style and background by the classifier, at 50 steps."""
+    dataset = EmojiDataset.load()
+    prompts = [dataset.prompt(spec, i % NUM_TEMPLATES) for i, spec in enumerate(specs)]
     images = generate(model, prompts, seeds=range(len(prompts)), steps=STEPS, guidance_scale=guidance).images
-    return {key: right.float().mean().item() for key, right in correct(judge(images), concepts).items()}
+    return {key: hits.float().mean().item() for key, hits in correct(classifier(images), specs).items()}
 
 
 def best_guidance(
-    model: TextToImagePipeline, judge: EmojiClassifier, prompts: int
+    model: TextToImagePipeline, classifier: EmojiClassifier, prompts: int
 ) -> tuple[float, list[dict[str, float]]]:
-    """The guidance with most names right on training combinations, and the figures of all that were tried."""
-    concepts = EmojiDataset.load().sample(prompts, "train", seed=3)
-    tried = [{"guidance_scale": g, **accuracy(model, judge, concepts, g)} for g in track(GUIDANCE, "guidance")]
-    return max(tried, key=lambda row: row["name_top1"])["guidance_scale"], tried
+    """The guidance scale with the highest object accuracy on training prompts, and the accuracies of all candidates."""
+    specs = EmojiDataset.load().sample(prompts, "train", seed=3)
+    tried = [
+        {"guidance_scale": scale, **accuracy(model, classifier, specs, scale)}
+        for scale in track(GUIDANCE_SCALES, "guidance")
+    ]
+    return max(tried, key=lambda row: row["object_acc"])["guidance_scale"], tried
 
 
-def judged(
-    model: TextToImagePipeline, judge: EmojiClassifier, guidance: float, prompts: int
+def measure_quality(
+    model: TextToImagePipeline, classifier: EmojiClassifier, guidance: float, prompts: int
 ) -> dict[str, dict[str, float]]:
-    """Accuracy by split and language, on other prompts and seeds than the guidance was chosen with."""
-    world = EmojiDataset.load()
-    splits: tuple[Split, ...] = ("train", "heldout")
+    """Accuracy by split and language, on other prompts than those that selected the guidance scale."""
+    dataset = EmojiDataset.load()
+    splits: tuple[Split, ...] = ("train", "test")
     cells = [(split, language) for split in splits for language in LANGUAGES]
-    found = {}
-    for split, language in track(cells, "judging"):
-        pool = world.sample(10_000 if split == "train" else len(world.concepts(split)), split, seed=4)
-        concepts = [c for c in pool if c.language == language][:prompts]
-        found[f"{split}, {language}"] = accuracy(model, judge, concepts, guidance)
-    return found
+    quality = {}
+    for split, language in track(cells, "measuring accuracy"):
+        pool = dataset.sample(len(dataset.specs(split)), split, seed=4)
+        specs = [spec for spec in pool if spec.language == language][:prompts]
+        quality[f"{split}, {language}"] = accuracy(model, classifier, specs, guidance)
+    return quality
 
 
-def halve(folder: Path) -> None:
-    """Rewrite every safetensors file in fp16. Loading brings fp32 back; fp16 keeps more digits of weights than bf16."""
+def convert_to_fp16(folder: Path) -> None:
+    """Rewrite every safetensors file in fp16, which rounds weights less than bf16. Loading converts to fp32."""
     for file in folder.rglob("*.safetensors"):
         save_file({name: t.half().contiguous() for name, t in load_file(file).items()}, file, {"format": "pt"})
 
@@ -86,34 +84,36 @@ pipeline_tag: text-to-image
 language: [en, zh]
 ---
 
-# micro: a Z-Image small enough for a laptop
+# micro: a small Z-Image for laptops
 
-The teacher of fewstep's emoji world: the classes and folder layout of Z-Image with small numbers. It draws 130 things
-in two styles on eight background colors at 64x64, from English or Chinese prompts such as
-"a noto emoji of a red apple on a blue background" or "蓝色背景上的红苹果，twemoji 风格". It is made to be distilled,
-measured and taken apart, and for nothing else.
+The teacher model of fewstep's emoji dataset: Z-Image's classes and folder layout at a small size. It generates 64x64
+images of 130 objects in two styles on eight background colors from English or Chinese prompts such as
+"a noto emoji of a red apple on a blue background" or "蓝色背景上的红苹果，twemoji 风格". Its purpose is to develop and
+test distillation methods; it has no other use.
 
-`fewstep generate micro "a noto emoji of a red apple on a blue background"`; diffusers' `ZImagePipeline` opens it too.
+Run it with `fewstep generate micro "a noto emoji of a red apple on a blue background"`, or load it with diffusers'
+`ZImagePipeline`.
 
-| part | class | parameters |
+| component | class | parameters |
 |---|---|---|
-{parts}
+{components}
 
-The files are fp16; `fewstep.load` brings fp32 back.
+The files are fp16; `fewstep.load` converts them to fp32.
 
 ## Quality
 
-{steps} steps, guidance_scale {guidance:g}; {prompts} prompts a row, seeds of their own. The judge is a classifier that
-was never a reward; on real images of unseen combinations it is right itself for {judge[name_top1]:.1%} of names,
-{judge[style_top1]:.1%} of styles and {judge[color_top1]:.1%} of colors.
+{steps} steps, guidance_scale {guidance:g}, {prompts} prompts per row. The emoji classifier, which was never used as a
+reward, measures the accuracies. Its own accuracy on real images of unseen combinations is
+{classifier[object_acc]:.1%} for objects, {classifier[style_acc]:.1%} for styles and
+{classifier[background_acc]:.1%} for backgrounds.
 
-| combinations, language | name (of 130) | style | color |
+| split, language | object (of 130) | style | background |
 |---|---|---|---|
 {quality}
 
-The guidance was chosen by the names on other prompts of the training combinations:
+The guidance scale was selected by the object accuracy on other prompts of the training split:
 
-| guidance_scale | name | style | color |
+| guidance_scale | object | style | background |
 |---|---|---|---|
 {tried}
 
@@ -121,79 +121,79 @@ The guidance was chosen by the names on other prompts of the training combinatio
 
 {training}
 
-![Loss](loss.png)
+![Training loss](loss.png)
 
-Data: `docs/emoji-world.md`; images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0), names Unicode CLDR
-(Unicode-3.0).
+Data: `docs/emoji-dataset.md`. The images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0); the names are Unicode
+CLDR (Unicode-3.0).
 
 ```yaml
 {recipe}```
 """
 
+TRAINING = """\
+Flow matching, {steps} steps, batch size {batch_size}, {minutes:.0f} minutes on {threads} CPU cores ({cpu}) shared with
+other work, without a GPU.{stages} The autoencoder was trained with the recipes `micro-vae`, `micro-vae-decoder` and
+`micro-vae-core`, the text encoder with `micro-text-encoder` (contrastively with latents, on the training split only).
+`docs/micro.md` lists the commands in order. The recipe of the last stage:"""
 
-def percent_row(first: str, figures: dict[str, float]) -> str:
-    return f"| {first} | " + " | ".join(f"{figures[key]:.1%}" for key in KEYS) + " |"
+
+def percent_row(first: str, values: dict[str, float]) -> str:
+    return f"| {first} | " + " | ".join(f"{values[key]:.1%}" for key in ACCURACIES) + " |"
 
 
-def processor() -> str:
-    """The CPU's name."""
+def cpu_name() -> str:
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
 
 
-def ship(runs: list[Path], out: Path, prompts: int) -> None:
+def publish(runs: list[Path], out: Path, prompts: int) -> str:
+    """Write the model of the last run, its card, loss curve and quality.json to ``out``; returns the card's quality
+    section.
+
+    Args:
+        runs: directories of the teacher's training stages, in order.
+        prompts: prompts per row of the card's tables.
+    """
     run = runs[-1]
     model = load(run / "model")
-    judge = EmojiClassifier.load()
-    guidance, tried = best_guidance(model, judge, prompts)
+    classifier = EmojiClassifier.load()
+    guidance, tried = best_guidance(model, classifier, prompts)
     model.generation_config.guidance_scale = guidance
     model.save(out)
-    halve(out)
-    model = load(out)  # what is measured is what is shipped
+    convert_to_fp16(out)
+    model = load(out)  # the quality is that of the published weights
 
-    quality = judged(model, judge, guidance, prompts)
+    quality = measure_quality(model, classifier, guidance, prompts)
     metrics, steps, seconds = [], 0, 0.0
     for stage in runs:
         lines = read_metrics(stage / "metrics.jsonl")
         metrics += [{**line, "step": steps + line["step"]} for line in lines]
         steps, seconds = metrics[-1]["step"], seconds + lines[-1]["seconds"]
-    stages = f"In {len(runs)} stages, with a new learning rate schedule each. " if len(runs) > 1 else ""
     write_loss_curve(metrics, out / "loss.png")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     modules = {"transformer": model.transformer, "vae": model.vae, "text_encoder": model.text_encoder}
-    parts = [
+    components = [
         f"| {name} | `{type(module).__name__}` | {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M |"
         for name, module in modules.items()
     ]
+    training = TRAINING.format(
+        steps=steps,
+        batch_size=recipe["train"]["batch_size"],
+        minutes=seconds / 60,
+        threads=torch.get_num_threads(),
+        cpu=cpu_name(),
+        stages=f" {len(runs)} stages, each with a new learning rate schedule." if len(runs) > 1 else "",
+    )
     card = CARD.format(
-        parts="\n".join(parts),
+        components="\n".join(components),
         steps=STEPS,
         guidance=guidance,
         prompts=prompts,
-        judge=judge.accuracy,
-        quality="\n".join(percent_row(cell, figures) for cell, figures in quality.items()),
+        classifier=classifier.accuracy,
+        quality="\n".join(percent_row(cell, values) for cell, values in quality.items()),
         tried="\n".join(percent_row(f"{row['guidance_scale']:g}", row) for row in tried),
-        training=(
-            f"Flow matching, {steps} steps, batch {recipe['train']['batch_size']}, {seconds / 60:.0f} minutes on "
-            f"{torch.get_num_threads()} cores ({processor()}) that did other things too, no GPU. "
-            f"{stages}The autoencoder was trained by `recipes/micro-vae.yaml`, `micro-vae-decoder.yaml` and "
-            "`micro-vae-core.yaml`, the text encoder by `micro-text.yaml`: by contrast with latents, on training "
-            "combinations only. `docs/micro.md` has the order. The last stage's recipe:"
-        ),
+        training=training,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "quality.json").write_text(json.dumps({"guidance": tried, "quality": quality}, indent=2) + "\n")
-    print(card[card.index("## Quality") : card.index("## Training")])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="the teacher's stages in order; the last one's model ships")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=200, help="a row of the tables")
-    arguments = parser.parse_args()
-    ship(arguments.runs, arguments.out, arguments.prompts)
-
-
-if __name__ == "__main__":
-    main()
+    return card[card.index("## Quality") : card.index("## Training")]

@@ -1,8 +1,7 @@
-"""The recipes of the emoji dataset's models: autoencoder, text encoder, micro teacher, classifier."""
+"""The recipes of the models trained on the emoji dataset: autoencoder, text encoder, micro teacher, classifier."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,47 +9,48 @@ from pydantic import Field
 from fewstep.config.base import Fraction, Settings
 from fewstep.config.recipe import TrainingRecipe
 from fewstep.config.sections import OptimSettings
-from fewstep.core.registry import recipe_folders, recipe_kinds
+
+NonNegative = Annotated[float, Field(ge=0)]
 
 
-class EmojiSettings(Settings):
-    things: int | None = Field(
-        default=None, ge=1, description="Take the first N things of the world; null takes them all."
+class EmojiDataSettings(Settings):
+    num_objects: int | None = Field(
+        default=None, ge=1, description="Use the first N objects of the dataset; null uses all of them."
     )
-    variants: int = Field(
-        default=4, ge=1, description="Different placements of each emoji that are rendered for training."
+    augmentations_per_object: int = Field(
+        default=4, ge=1, description="Images rendered of each object, style and background, in different placements."
     )
 
 
-# --- the parts of a model --------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
-class VaeSettings(Settings):
+class VAESettings(Settings):
     """diffusers' AutoencoderKL."""
 
-    block_out_channels: list[int] = Field(min_length=1, description="Channels of each level; each but the last halves.")
-    layers_per_block: int = Field(default=1, ge=1, description="Residual blocks at each level.")
+    block_out_channels: list[int] = Field(
+        min_length=1, description="Channels of each level; each level but the last halves the resolution."
+    )
+    layers_per_block: int = Field(default=1, ge=1, description="Residual blocks in each level.")
     latent_channels: int = Field(default=16, ge=1, description="Channels of the latents.")
-    norm_num_groups: int = Field(default=8, ge=1, description="Groups of the group normalisation.")
+    norm_num_groups: int = Field(default=8, ge=1, description="Groups of the group normalization.")
 
 
-class VaeLossSettings(Settings):
-    l1: Annotated[float, Field(ge=0)] = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
-    l2: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Weight of the mean squared error of pixels.")
-    kl: Annotated[float, Field(ge=0)] = Field(
-        default=1e-6, description="Weight of the divergence of the latents from a standard normal."
+class VAELossSettings(Settings):
+    l1: NonNegative = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
+    l2: NonNegative = Field(default=0.0, description="Weight of the mean squared error of pixels.")
+    kl: NonNegative = Field(
+        default=1e-6, description="Weight of the KL divergence of the latents from a standard normal distribution."
     )
-    edge: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Weight of the mean absolute error of image gradients."
-    )
+    gradient_l1: NonNegative = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
 
 
-class TextSettings(Settings):
+class TextEncoderSettings(Settings):
     """transformers' Qwen3 and its byte-level BPE tokenizer."""
 
-    vocab_size: int = Field(ge=260, description="Tokens of the tokenizer, bytes and special tokens included.")
-    hidden_size: int = Field(ge=1, description="Width of the text encoder, and of the features that condition.")
-    layers: int = Field(ge=2, description="Layers; the last but one's output conditions.")
+    vocab_size: int = Field(ge=260, description="Tokens of the tokenizer, including bytes and special tokens.")
+    hidden_size: int = Field(ge=1, description="Width of the text encoder and of the features that condition.")
+    layers: int = Field(ge=2, description="Layers; the output of the second to last conditions.")
     heads: int = Field(ge=1, description="Attention heads.")
     head_dim: int = Field(ge=1, description="Width of an attention head.")
     intermediate_size: int = Field(ge=1, description="Width of the feed-forward layers.")
@@ -60,61 +60,64 @@ class TransformerSettings(Settings):
     """diffusers' ZImageTransformer2DModel."""
 
     dim: int = Field(ge=1, description="Width.")
-    n_layers: int = Field(ge=1, description="Layers over image and caption together.")
-    n_refiner_layers: int = Field(ge=0, description="Layers over the image alone and over the caption alone, before.")
+    n_layers: int = Field(ge=1, description="Layers over image and caption tokens together.")
+    n_refiner_layers: int = Field(
+        ge=0, description="Layers over image tokens alone, and over caption tokens alone, that precede these."
+    )
     n_heads: int = Field(ge=1, description="Attention heads; dim / n_heads must be the sum of axes_dims.")
     axes_dims: tuple[int, int, int] = Field(description="Rotary dimensions of caption position, row and column.")
 
 
-class VaeRecipe(TrainingRecipe):
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+class VAERecipe(TrainingRecipe):
     kind: Literal["vae"] = Field(description="Trains an image autoencoder.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images.")
-    model: VaeSettings = Field(description="The autoencoder.")
-    loss: VaeLossSettings = Field(default_factory=VaeLossSettings, description="Weights of the loss's terms.")
-    init: str | None = Field(None, description="Folder that holds vae/ to start from; null starts anew.")
-    train_encoder: bool = Field(True, description="false: the decoder learns alone, and latents stay what they are.")
-    core_share: Fraction = Field(0.0, description="Share of images that show core things, beyond their natural one.")
+    model: VAESettings = Field(description="The autoencoder.")
+    loss: VAELossSettings = Field(default_factory=VAELossSettings, description="Weights of the loss terms.")
+    init: str | None = Field(None, description="Folder with vae/ to start from; null starts from random weights.")
+    train_encoder: bool = Field(True, description="false trains the decoder only; the latents stay the same.")
+    core_fraction: Fraction = Field(
+        0.0, description="Fraction of images drawn from the core objects alone; the rest is drawn from all objects."
+    )
     optim: OptimSettings = Field(description="Optimizer.")
 
 
 class TextEncoderRecipe(TrainingRecipe):
-    kind: Literal["text_encoder"] = Field(description="Trains a text encoder by contrast with images.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their prompts.")
-    model: TextSettings = Field(description="The text encoder.")
-    vae: str = Field(description="Folder that holds vae/: the run that trained it, or a whole model.")
+    kind: Literal["text_encoder"] = Field(description="Trains a text encoder contrastively with images.")
+    data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their prompts.")
+    model: TextEncoderSettings = Field(description="The text encoder.")
+    vae: str = Field(description="Folder with vae/: the run that trained it, or a model.")
     temperature: float = Field(default=0.07, gt=0, description="Initial temperature of the contrastive loss.")
     optim: OptimSettings = Field(description="Optimizer.")
 
 
 class FlowMatchingRecipe(TrainingRecipe):
     kind: Literal["flow_matching"] = Field(description="Trains a multi-step teacher by flow matching.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their prompts.")
-    model: TransformerSettings = Field(description="The denoiser.")
-    vae: str = Field(description="Folder that holds vae/: the run that trained it, or a whole model.")
-    text: str = Field(description="Folder that holds text_encoder/ and tokenizer/: likewise.")
-    guidance_scale: float = Field(
-        3.0, ge=0, description="Guidance of the previews, and the card's: cond + g (cond - null)."
+    data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their prompts.")
+    model: TransformerSettings = Field(description="The transformer.")
+    vae: str = Field(description="Folder with vae/: the run that trained it, or a model.")
+    text_encoder: str = Field(
+        description="Folder with text_encoder/ and tokenizer/: the run that trained them, or a model."
     )
-    init: str | None = Field(None, description="A model whose transformer to start from: a folder or a shipped name.")
+    guidance_scale: float = Field(
+        3.0, ge=0, description="Guidance of the previews and of the saved model: cond + g (cond - null)."
+    )
+    init: str | None = Field(
+        None, description="Model whose transformer to start from: a folder or the name of a bundled one."
+    )
     shift: float = Field(default=3.0, gt=0, description="Shift of the noise levels.")
     logit_mean: float = Field(default=0.0, description="Mean of logit(u).")
     logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u).")
-    prompt_dropout: Fraction = Field(default=0.1, description="Share of prompts replaced by the encoded empty prompt.")
-    compile: bool = Field(default=False, description="Compile the transformer's block; needs a C++ compiler on a CPU.")
+    prompt_dropout: Fraction = Field(default=0.1, description="Fraction of prompts replaced by the null prompt.")
+    compile: bool = Field(
+        default=False, description="Compile the transformer's blocks; on a CPU, needs a C++ compiler."
+    )
     optim: OptimSettings = Field(description="Optimizer.")
 
 
 class ClassifierRecipe(TrainingRecipe):
-    kind: Literal["classifier"] = Field(description="Trains the classifier of name, style and color.")
-    data: EmojiSettings = Field(default_factory=EmojiSettings, description="Images and their labels.")
-    width: int = Field(default=64, ge=8, description="Channels of the first layer.")
+    kind: Literal["classifier"] = Field(description="Trains the classifier of object, style and background.")
+    data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their labels.")
+    base_channels: int = Field(default=64, ge=8, description="Channels of the first layer.")
     optim: OptimSettings = Field(description="Optimizer.")
-
-
-EmojiRecipe = VaeRecipe | TextEncoderRecipe | FlowMatchingRecipe | ClassifierRecipe
-
-recipe_kinds.register("vae", VaeRecipe)
-recipe_kinds.register("text_encoder", TextEncoderRecipe)
-recipe_kinds.register("flow_matching", FlowMatchingRecipe)
-recipe_kinds.register("classifier", ClassifierRecipe)
-recipe_folders.register("emoji", Path(__file__).parent / "recipes")

@@ -1,4 +1,4 @@
-"""The micro text encoder: a small Qwen3 that learns what things look like, by contrast with images' latents."""
+"""Training of the micro text encoder: a small Qwen3, trained contrastively with the latents of images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from fewstep.core.method import Batch, Method, Trainable
-from fewstep.emoji.dataset import STYLES, TEMPLATES, EmojiDataset
-from fewstep.emoji.latents import build_bank
-from fewstep.emoji.recipes import TextEncoderRecipe, TextSettings
+from fewstep.emoji.dataset import NUM_TEMPLATES, STYLES, EmojiDataset
+from fewstep.emoji.latents import build_bank, image_key
+from fewstep.emoji.recipes import TextEncoderRecipe, TextEncoderSettings
 from fewstep.models.components import load_component
 from fewstep.models.text import apply_chat_template
 from fewstep.models.vae import encode_images, to_channels_last
@@ -23,8 +23,8 @@ from fewstep.training.trainer import Trainer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
-#: Writes what Qwen3's template writes for plain messages: turns between im_start and im_end, an empty thought when
-#: thinking is off.
+#: Gives the same text as Qwen3's template for plain messages: turns between im_start and im_end, and an empty <think>
+#: block when thinking is off.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
-    """A byte-level BPE learned from the emoji world's prompts, as a Qwen2Tokenizer with Z-Image's chat template."""
+    """A byte-level BPE trained on the emoji dataset's prompts, as a Qwen2Tokenizer with Z-Image's chat template."""
     pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizer
@@ -54,18 +54,18 @@ def build_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
 
 
 def _corpus() -> list[str]:
-    world = EmojiDataset.everything()
+    """Prompts on two of the backgrounds, which share all other words, and each name on its own."""
+    dataset = EmojiDataset.load_all()
     lines = ["user\n", "assistant\n", "system\n"] * 64
-    for concept in world.concepts(styles=STYLES):
-        if concept.color in ("red", "blue"):
-            count = len(TEMPLATES[concept.language])
-            lines += [world.prompt(concept, template) for template in range(count)]
-    for thing in world.things:  # a name on its own is a word too, however rare
-        lines += [thing.en, thing.zh] * 8
+    for spec in dataset.specs(styles=STYLES):
+        if spec.background in ("red", "blue"):
+            lines += [dataset.prompt(spec, template) for template in range(NUM_TEMPLATES)]
+    for item in dataset.objects:  # so that merges cover rare names too
+        lines += [item.en, item.zh] * 8
     return lines
 
 
-def build_text_encoder(settings: TextSettings, tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+def build_text_encoder(settings: TextEncoderSettings, tokenizer: Qwen2Tokenizer) -> Qwen3Model:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -82,11 +82,11 @@ def build_text_encoder(settings: TextSettings, tokenizer: Qwen2Tokenizer) -> Qwe
     return Qwen3Model(config)
 
 
-class CLIPModel(nn.Module):
-    """A text tower and an image tower that meet in one space; after training only the text encoder is kept.
+class EmojiCLIP(nn.Module):
+    """A text tower and an image tower with a shared embedding space; only the text encoder is kept after training.
 
-    The text side is the mean of ``hidden_states[-2]`` over a prompt's tokens: what the transformer will be given is
-    what is taught. The image side is a small convolutional network on latents.
+    The text embedding is computed from the mean of ``hidden_states[-2]`` over a prompt's tokens, the features that
+    condition the transformer. The image tower is a small convolutional network on latents.
     """
 
     def __init__(self, text_encoder: Qwen3Model, latent_channels: int, width: int, temperature: float) -> None:
@@ -109,53 +109,56 @@ class CLIPModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask: [B, L] -> unit vectors [B, width]."""
         hidden = self.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         mean = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         return F.normalize(self.text_head(mean).float(), dim=-1)
 
     def image(self, latents: Tensor) -> Tensor:
+        """latents: [B, C, 8, 8] -> unit vectors [B, width]."""
         return F.normalize(self.image_tower(latents).float(), dim=-1)
 
 
 class ContrastiveTraining(Method):
-    """Symmetric InfoNCE (CLIP, arXiv 2103.00020) in which prompts of the same drawing are all positives."""
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020); all prompts of the same (object, style, background) are positives."""
 
-    def __init__(self, model: CLIPModel) -> None:
+    def __init__(self, model: EmojiCLIP) -> None:
         self.model = model
-        self.trainables = [Trainable("text", model, self.loss)]
+        self.trainables = [Trainable("text_encoder", model, self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, mask, latents, drawing = batch
+        ids, mask, latents, image = batch
         scores = self.model.log_scale.exp().clamp(max=100) * self.model.text(ids, mask) @ self.model.image(latents).T
-        same = (drawing[:, None] == drawing[None, :]).float()
+        same = (image[:, None] == image[None, :]).float()
         target = same / same.sum(dim=1, keepdim=True)
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-        found = same.gather(1, scores.argmax(dim=1, keepdim=True)).mean()
-        return loss, {"accuracy": found.detach()}
+        accuracy = same.gather(1, scores.argmax(dim=1, keepdim=True)).mean()
+        return loss, {"accuracy": accuracy.detach()}
 
 
 def train(recipe: TextEncoderRecipe, run: RunDir) -> Path:
-    """Train on the teacher's own prompts and images, so nothing that is held out from it is seen here."""
-    world = EmojiDataset.load(recipe.data.things)
-    concepts = world.concepts("train")
+    """Train on the training split, as the teacher; save to ``<run>/text_encoder`` and ``<run>/tokenizer``."""
+    dataset = EmojiDataset.load(recipe.data.num_objects)
+    specs = dataset.specs("train")
     vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32))
-    bank = build_bank(world, concepts, lambda images: encode_images(vae, images), recipe.data.variants, seed=1)
+    augmentations = recipe.data.augmentations_per_object
+    bank = build_bank(dataset, specs, lambda images: encode_images(vae, images), augmentations, seed=1)
     tokenizer = build_tokenizer(recipe.model.vocab_size)
     torch.manual_seed(recipe.train.seed)
     text_encoder = build_text_encoder(recipe.model, tokenizer)
-    model = CLIPModel(text_encoder, bank.latents.shape[2], recipe.model.hidden_size, recipe.temperature)
+    model = EmojiCLIP(text_encoder, bank.latents.shape[2], recipe.model.hidden_size, recipe.temperature)
 
     def data(position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
-        chosen = torch.randint(len(concepts), (recipe.train.batch_size,), generator=generator).tolist()
-        batch = [concepts[i] for i in chosen]
-        templates = torch.randint(3, (len(batch),), generator=generator).tolist()
-        texts = [apply_chat_template(tokenizer, world.prompt(c, t)) for c, t in zip(batch, templates, strict=True)]
+        chosen = torch.randint(len(specs), (recipe.train.batch_size,), generator=generator).tolist()
+        batch = [specs[i] for i in chosen]
+        templates = torch.randint(NUM_TEMPLATES, (len(batch),), generator=generator).tolist()
+        texts = [apply_chat_template(tokenizer, dataset.prompt(s, t)) for s, t in zip(batch, templates, strict=True)]
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        drawing = torch.tensor([bank.row[c.thing, c.style, c.color] for c in batch])
-        return tokens.input_ids, tokens.attention_mask, bank.draw(batch, generator), drawing
+        image = torch.tensor([bank.row[image_key(spec)] for spec in batch])
+        return tokens.input_ids, tokens.attention_mask, bank.draw(batch, generator), image
 
-    trainer = Trainer(ContrastiveTraining(model), data, run, train=recipe.train, optim={"text": recipe.optim})
+    trainer = Trainer(ContrastiveTraining(model), data, run, train=recipe.train, optim={"text_encoder": recipe.optim})
     trainer.fit()
     with trainer.ema_weights():
         text_encoder.save_pretrained(run.directory / "text_encoder")

@@ -1,4 +1,4 @@
-"""The micro VAE: a 16-channel ``AutoencoderKL`` that shrinks 8 times, as Z-Image's does."""
+"""Training of the micro VAE: a 16-channel ``AutoencoderKL`` with 8x downsampling, like Z-Image's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.core.method import Batch, Method, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
-from fewstep.emoji.recipes import VaeLossSettings, VaeRecipe
+from fewstep.emoji.recipes import VAELossSettings, VAERecipe
 from fewstep.models.components import load_component
 from fewstep.models.vae import to_channels_last
 from fewstep.training.run_dir import RunDir
@@ -21,7 +21,7 @@ from fewstep.training.trainer import Trainer
 
 
 def build_vae(channels: list[int], layers_per_block: int, latent_channels: int, norm_num_groups: int) -> AutoencoderKL:
-    """An ``AutoencoderKL`` of Z-Image's kind: no quantisation convolutions, a shift and a scale of the latents."""
+    """An ``AutoencoderKL`` like Z-Image's: no quantization convolutions; shift and scale of the latents."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -40,14 +40,14 @@ def build_vae(channels: list[int], layers_per_block: int, latent_channels: int, 
     )
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
-            # residual branches start at 0, so that the network begins nearly linear: a little faster at first
+            # residual branches start at 0, which makes the network nearly linear at first: it trains a little faster
             nn.init.zeros_(module.conv2.weight)
     return to_channels_last(vae)
 
 
-def reconstruction_loss(images: Tensor, decoded: Tensor, weights: VaeLossSettings) -> tuple[Tensor, Tensor]:
-    """Absolute and squared error of the pixels, and absolute error of their differences across and down: flat drawings
-    live by their edges.
+def reconstruction_loss(images: Tensor, decoded: Tensor, weights: VAELossSettings) -> tuple[Tensor, Tensor]:
+    """Absolute and squared error of the pixels, and absolute error of the horizontal and vertical image gradients,
+    since the edges carry most of the content of flat drawings.
 
     Args:
         images, decoded: [B, 3, H, W] in [-1, 1].
@@ -57,14 +57,14 @@ def reconstruction_loss(images: Tensor, decoded: Tensor, weights: VaeLossSetting
     """
     error = decoded - images
     pixel = error.abs().mean()
-    edges = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
-    return weights.l1 * pixel + weights.l2 * error.square().mean() + weights.edge * edges, pixel
+    gradient = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
+    return weights.l1 * pixel + weights.l2 * error.square().mean() + weights.gradient_l1 * gradient, pixel
 
 
-class VaeMethod(Method):
-    """One trainable: reconstruction with a light KL term."""
+class VAEMethod(Method):
+    """One trainable, the autoencoder: reconstruction plus KL."""
 
-    def __init__(self, vae: AutoencoderKL, weights: VaeLossSettings) -> None:
+    def __init__(self, vae: AutoencoderKL, weights: VAELossSettings) -> None:
         self.vae, self.weights = vae, weights
         self.trainables = [Trainable("vae", vae, self.loss)]
 
@@ -80,17 +80,20 @@ class VaeMethod(Method):
 
 @torch.no_grad()
 def normalize_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Write the shift and scale into the config that give the latents of ``images`` mean 0 and deviation 1."""
+    """Set the config's shift and scale so that the latents of ``images`` have mean 0 and standard deviation 1."""
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(128)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
-def train(recipe: VaeRecipe, run: RunDir) -> Path:
-    """Train on every thing in the teacher's styles, on every color; the style kept for LoRA training is not seen."""
-    world = EmojiDataset.everything()
-    concepts = world.concepts()
-    core = {thing.code for thing in EmojiDataset.load().things}
-    core_concepts = [c for c in concepts if world.things[c.thing].code in core]
+def train(recipe: VAERecipe, run: RunDir) -> Path:
+    """Train on all objects in the teacher's styles on all backgrounds, and save to ``<run>/vae``.
+
+    The style reserved for LoRA training is not used.
+    """
+    dataset = EmojiDataset.load_all()
+    specs = dataset.specs()
+    core = {item.code for item in EmojiDataset.load().objects}
+    core_specs = [spec for spec in specs if dataset.objects[spec.object].code in core]
     model = recipe.model
     torch.manual_seed(recipe.train.seed)
     vae = build_vae(model.block_out_channels, model.layers_per_block, model.latent_channels, model.norm_num_groups)
@@ -103,12 +106,12 @@ def train(recipe: VaeRecipe, run: RunDir) -> Path:
         chosen = torch.rand(recipe.train.batch_size, 2, generator=generator).tolist()
         batch = [
             pool[int(place * len(pool))]
-            for pool, place in ((core_concepts if kind < recipe.core_share else concepts, p) for kind, p in chosen)
+            for pool, place in ((core_specs if kind < recipe.core_fraction else specs, p) for kind, p in chosen)
         ]
-        return (world.render(batch, generator) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        return (dataset.render(batch, generator) * 2 - 1).contiguous(memory_format=torch.channels_last)
 
     generator = torch.Generator().manual_seed(0)
-    shown = world.render([concepts[i] for i in range(0, len(concepts), len(concepts) // 16)][:16], generator) * 2 - 1
+    shown = dataset.render([specs[i] for i in range(0, len(specs), len(specs) // 16)][:16], generator) * 2 - 1
 
     @torch.no_grad()
     def preview(step: int) -> Image.Image:
@@ -116,12 +119,12 @@ def train(recipe: VaeRecipe, run: RunDir) -> Path:
         pairs = torch.stack([shown, decoded], dim=1).flatten(0, 1)
         return grid((pairs + 1) / 2, columns=8)
 
-    method = VaeMethod(vae, recipe.loss)
+    method = VAEMethod(vae, recipe.loss)
     trainer = Trainer(method, data, run, train=recipe.train, optim={"vae": recipe.optim}, preview=preview)
     trainer.fit()
     with trainer.ema_weights():
         if recipe.train_encoder:
-            sample = [concepts[i] for i in torch.randperm(len(concepts), generator=generator)[:2048].tolist()]
-            normalize_latents(vae, world.render(sample, generator) * 2 - 1)
+            sample = [specs[i] for i in torch.randperm(len(specs), generator=generator)[:2048].tolist()]
+            normalize_latents(vae, dataset.render(sample, generator) * 2 - 1)
         vae.save_pretrained(run.directory / "vae")
     return run.directory

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fewstep.config.sections import PromptSettings
+from fewstep.data.prompts import PromptSplit, open_prompts
 from fewstep.emoji.classifier import ClassifierOutput, EmojiClassifier, correct
-from fewstep.emoji.dataset import TEMPLATES, EmojiDataset, EmojiSpec, Split
+from fewstep.emoji.dataset import EmojiDataset, EmojiSpec
 from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation import report
@@ -71,11 +73,9 @@ def default_settings(
     ]
 
 
-def emoji_prompts(count: int, split: Split = "heldout", seed: int = 0) -> list[str]:
-    """Fixed prompts of the emoji world, in both languages and every wording."""
-    world = EmojiDataset.load()
-    wordings = len(TEMPLATES["en"])
-    return [world.prompt(concept, i % wordings) for i, concept in enumerate(world.sample(count, split, seed))]
+def emoji_prompts(count: int, split: PromptSplit = "test") -> list[str]:
+    """The first ``count`` prompts of a split of the emoji dataset."""
+    return list(open_prompts(PromptSettings()).texts(split)[:count])
 
 
 def evaluate(
@@ -131,7 +131,9 @@ def evaluate(
     result = Metrics(
         arms=figures,
         real=session.figures(real["real"], reference, real["again"]) if real else {},
-        judge=dict(session.judge.accuracy),
+        judge=dict(
+            zip(("name_top1", "style_top1", "color_top1", "images"), session.judge.accuracy.values(), strict=True)
+        ),
         settings={
             "prompts": len(prompts),
             "prompts_judged": len(session.known),
@@ -178,7 +180,7 @@ class _Session:
         self.prompts, self.seed, self.judge, self.bar = prompts, seed, judge, bar
         self.some, self.seeds = min(some, len(prompts)), seeds
         self.world = EmojiDataset.load()
-        judge.check_world(self.world)
+        judge.check_objects(self.world)
         self.concepts = [self.world.parse(prompt) for prompt in prompts]
         #: index of a prompt -> what it speaks of, where that is of the emoji world
         self.known: dict[int, EmojiSpec] = {i: c for i, c in enumerate(self.concepts) if c is not None}
@@ -268,7 +270,8 @@ class _Session:
         concepts = [self.known[images.indices[row]] for row in rows]
         if not rows:
             return {"name_top1": None, "style_top1": None, "color_top1": None, "by_language": {}}
-        right = correct(images.judged[rows], concepts)
+        hits = correct(images.judged[rows], concepts).values()
+        right = dict(zip(("name_top1", "style_top1", "color_top1"), hits, strict=True))
         by_language = {}
         for language in sorted({concept.language for concept in concepts}):
             mask = torch.tensor([concept.language == language for concept in concepts])
@@ -281,9 +284,9 @@ class _Session:
         main = torch.full((len(self.prompts), *images.main.shape[1:]), 127, dtype=torch.uint8)
         main[images.indices] = images.main
         taken_for: list[str | None] = [None] * len(self.prompts)
-        for index, name in zip(images.indices, images.judged.name_logits.argmax(1).tolist(), strict=True):
-            if index in self.known and name != self.known[index].thing:
-                taken_for[index] = self.world.things[name].en
+        for index, name in zip(images.indices, images.judged.object_logits.argmax(1).tolist(), strict=True):
+            if index in self.known and name != self.known[index].object:
+                taken_for[index] = self.world.objects[name].en
         return ImageColumn(title, main, images.seeds, taken_for)
 
 

@@ -1,4 +1,4 @@
-"""The micro teacher: flow matching of a small Z-Image transformer on the emoji world's latents."""
+"""Training of the micro teacher: flow matching of a small Z-Image transformer on latents of the emoji dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import Batch, Method, Trainable
 from fewstep.core.samplers import sample_euler
 from fewstep.data.images import grid
-from fewstep.emoji.dataset import TEMPLATES, EmojiDataset
+from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
 from fewstep.emoji.recipes import FlowMatchingRecipe, TransformerSettings
 from fewstep.models.components import load_component
@@ -26,11 +26,17 @@ from fewstep.models.vae import to_channels_last
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 64  # pixels per side
+PREVIEW_IMAGES = 32
 
 
 def build_transformer(settings: TransformerSettings, features: int, channels: int) -> ZImageTransformer2DModel:
-    """A small Z-Image with weights ready to train: truncated normals, and gates, scales and output that start at 0."""
+    """A small Z-Image initialized for training: truncated normal weights; modulation and output weights of 0.
+
+    Args:
+        features: width of the prompt features.
+        channels: channels of the latents.
+    """
     model = ZImageTransformer2DModel(
         in_channels=channels,
         dim=settings.dim,
@@ -50,7 +56,7 @@ def build_transformer(settings: TransformerSettings, features: int, channels: in
             if "adaLN_modulation" in name or ("final_layer" in name and name.endswith("linear")):
                 nn.init.zeros_(module.weight)
         if "adaLN_modulation" in name and isinstance(module, nn.Linear) and "final_layer" not in name:
-            # gates pass through tanh: a start at 0 would leave each block without any gradient but its gate's
+            # with gates of tanh(0) = 0, no parameter of a block would have a gradient except those of its gates
             dim = module.out_features // 4
             nn.init.constant_(module.bias[dim : 2 * dim], 0.5)
             nn.init.constant_(module.bias[3 * dim :], 0.5)
@@ -60,19 +66,19 @@ def build_transformer(settings: TransformerSettings, features: int, channels: in
 
 
 def draw_sigmas(count: int, mean: float, std: float, shift: float, device: torch.device | str = "cpu") -> Tensor:
-    """Logit-normal pre-shift levels, shifted: ``S(sigmoid(N(mean, std)))``, [count] (SD3, arXiv 2403.03206, 3.1)."""
+    """Shifted logit-normal noise levels ``S(sigmoid(N(mean, std)))``, [count] (SD3, arXiv 2403.03206, 3.1)."""
     return flow.shift_sigma(torch.sigmoid(mean + std * torch.randn(count, device=device)), shift)
 
 
 def flow_matching_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-    """``||velocity - (eps - x0)||^2`` a sample, mean over its elements: [B] (arXiv 2210.02747)."""
+    """``||velocity - (eps - x0)||^2`` of each sample, averaged over its elements: [B] (arXiv 2210.02747)."""
     eps = torch.randn_like(x0)
     velocity = denoiser(flow.add_noise(x0, sigma, eps), sigma, prompts)
     return (velocity.float() - (eps - x0)).square().flatten(1).mean(dim=1)
 
 
 class FlowMatching(Method):
-    """One trainable, the denoiser. A batch is (x0, encoded prompts, some of them the null prompt)."""
+    """One trainable, the denoiser. A batch is (x0, encoded prompts); some of the prompts are the null prompt."""
 
     def __init__(self, denoiser: nn.Module, mean: float, std: float, shift: float) -> None:
         self.denoiser, self.mean, self.std, self.shift = denoiser, mean, std, shift
@@ -88,43 +94,41 @@ class FlowMatching(Method):
 
 
 def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
-    """Train on the training combinations; ends with a whole model folder at ``<run>/model``."""
-    world = EmojiDataset.load(recipe.data.things)
-    concepts = world.concepts("train")
+    """Train on the training split, and save the whole model to ``<run>/model``."""
+    dataset = EmojiDataset.load(recipe.data.num_objects)
+    specs = dataset.specs("train")
     vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32))
-    text_encoder = load_component(Path(recipe.text), "text_encoder", torch.float32)
-    tokenizer = load_component(Path(recipe.text), "tokenizer")
+    text_encoder = load_component(Path(recipe.text_encoder), "text_encoder", torch.float32)
+    tokenizer = load_component(Path(recipe.text_encoder), "tokenizer")
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
     if recipe.init is not None:
         transformer.load_state_dict(load(recipe.init).transformer.state_dict())
-    card = GenerationConfig(steps=50, guidance_scale=recipe.guidance_scale, height=IMAGE_SIZE, width=IMAGE_SIZE)
+    config = GenerationConfig(steps=50, guidance_scale=recipe.guidance_scale, height=IMAGE_SIZE, width=IMAGE_SIZE)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
-    model = TextToImagePipeline(transformer, vae, text_encoder, tokenizer, scheduler, card)
+    model = TextToImagePipeline(transformer, vae, text_encoder, tokenizer, scheduler, config)
 
-    bank = build_bank(world, concepts, model.encode_images, recipe.data.variants, seed=2)
-    templates = {language: range(len(patterns)) for language, patterns in TEMPLATES.items()}
-    texts = [[world.prompt(c, t) for t in templates[c.language]] for c in concepts]
-    encoded = model.encode([text for several in texts for text in several])
+    bank = build_bank(dataset, specs, model.encode_images, recipe.data.augmentations_per_object, seed=2)
+    encoded = model.encode([dataset.prompt(spec, template) for spec in specs for template in range(NUM_TEMPLATES)])
     null = model.encode([""])
-    per_concept = len(texts[0])
 
     def data(position: int) -> tuple[Tensor, EncodedPrompts]:
         generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
         size = recipe.train.batch_size
-        chosen = torch.randint(len(concepts), (size,), generator=generator)
-        template = torch.randint(per_concept, (size,), generator=generator)
-        prompts = encoded[chosen * per_concept + template]
+        chosen = torch.randint(len(specs), (size,), generator=generator)
+        template = torch.randint(NUM_TEMPLATES, (size,), generator=generator)
+        prompts = encoded[chosen * NUM_TEMPLATES + template]
         dropped = torch.rand(size, generator=generator) < recipe.prompt_dropout
-        prompts = replace(prompts, dropped, null)
-        return bank.draw([concepts[i] for i in chosen.tolist()], generator), prompts
+        prompts = replace_prompts(prompts, dropped, null)
+        return bank.draw([specs[i] for i in chosen.tolist()], generator), prompts
 
-    shown = world.sample(32, "heldout", seed=0)
-    shown_prompts = model.encode([world.prompt(c, i % per_concept) for i, c in enumerate(shown)])
+    shown = dataset.sample(PREVIEW_IMAGES, "validation")
+    shown_prompts = model.encode([dataset.prompt(spec, i % NUM_TEMPLATES) for i, spec in enumerate(shown)])
     guided = ClassifierFreeGuidance(model.denoiser, null, 1 + recipe.guidance_scale)
 
     def preview(step: int) -> Image.Image:
-        noise = torch.randn(len(shown), *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+        shape = model.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
+        noise = torch.randn(len(shown), *shape, generator=torch.Generator().manual_seed(0))
         return grid(
             model.decode(sample_euler(guided, noise, flow.get_sigmas(20, recipe.shift), shown_prompts)), columns=8
         )
@@ -138,10 +142,8 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
         return model.save(run.directory / "model")
 
 
-def replace(prompts: EncodedPrompts, where: Tensor, by: EncodedPrompts) -> EncodedPrompts:
-    """``prompts`` with those at ``where`` [B] (bool) replaced by the one prompt in ``by``."""
-    longest = max(prompts.features.shape[1], by.features.shape[1])
+def replace_prompts(prompts: EncodedPrompts, where: Tensor, by: EncodedPrompts) -> EncodedPrompts:
+    """``prompts`` with those at ``where`` (bool [B]) replaced by the one prompt in ``by``."""
     padded = EncodedPrompts.concat([prompts, by])
     features = torch.where(where[:, None, None], padded.features[-1:], padded.features[:-1])
-    assert features.shape[1] == longest
     return EncodedPrompts(features, torch.where(where, by.lengths, prompts.lengths))

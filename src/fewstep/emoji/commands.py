@@ -1,0 +1,89 @@
+"""`fewstep emoji`: builds the emoji dataset, trains its models, and publishes the micro teacher."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The emoji dataset and the models trained on it.", no_args_is_help=True)
+
+#: Recipe kind -> module whose ``train(recipe, run)`` trains it and returns the folder it wrote.
+TRAINERS = {
+    "vae": "fewstep.emoji.train_vae",
+    "text_encoder": "fewstep.emoji.train_text_encoder",
+    "flow_matching": "fewstep.emoji.train_flow_matching",
+    "classifier": "fewstep.emoji.train_classifier",
+}
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Option(help="Folder for the image sheets and the names.")],
+    packages: Annotated[
+        Path | None, typer.Option(help="Folder with the npm packages as .tgz. [default: download them with npm]")
+    ] = None,
+) -> None:
+    """Build the dataset's files from the public packages of three emoji sets and of the Unicode CLDR."""
+    from fewstep.emoji.build import build
+
+    counts = build(out, packages)
+    typer.echo(f"{out}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))
+
+
+@app.command()
+def sheet(
+    out: Annotated[Path, typer.Option(help="The image file to write.")] = Path("emoji.png"),
+) -> None:
+    """Draw every core object in each style, on the eight backgrounds in turn."""
+    from fewstep.data.images import grid
+    from fewstep.emoji.dataset import BACKGROUNDS, STYLES, EmojiDataset, EmojiSpec
+
+    dataset, backgrounds = EmojiDataset.load(), list(BACKGROUNDS)
+    specs = [
+        EmojiSpec(item.index, style, backgrounds[(item.index + shift) % len(backgrounds)], "en")
+        for shift, style in enumerate(STYLES)
+        for item in dataset.objects
+    ]
+    grid(dataset.render(specs, jitter=False), columns=26).save(out)
+    typer.echo(out)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or the name of a bundled recipe.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Directory of the run. [default: runs/<the recipe's name>]")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field: -s train.steps=100")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the files of an earlier run in the directory and start over.")
+    ] = False,
+) -> None:
+    """Train an autoencoder, text encoder, teacher or classifier. Running the same command again resumes the run."""
+    import importlib
+
+    from fewstep.config.load import load_recipe
+    from fewstep.errors import UserError
+    from fewstep.training.run_dir import RunDir
+
+    resolved = load_recipe(recipe, overrides or [])
+    if resolved.kind not in TRAINERS:
+        command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "distill"
+        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
+    trainer = importlib.import_module(TRAINERS[resolved.kind])
+    with RunDir(out or Path("runs") / resolved.name, resolved, fresh=overwrite) as run:
+        typer.echo(trainer.train(resolved, run))
+
+
+@app.command()
+def publish(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of the teacher's training stages, in order.")],
+    out: Annotated[Path, typer.Option(help="Folder for the published model.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per row of the model card's tables.")] = 200,
+) -> None:
+    """Pack the model of the last stage: fp16 weights, the best guidance scale, and a model card with its quality."""
+    from fewstep.emoji.publish import publish
+
+    typer.echo(publish(runs, out, prompts))

@@ -1,0 +1,1 @@
+"""Scorers: images and their prompts to numbers, for training and for evaluation."""
