@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fewstep.config.recipe import TrainingRecipe
-from fewstep.config.sections import Fraction, OptimSettings, Settings, Weight
+from fewstep.config.sections import Fraction, OptimSettings, Settings
+
+LossWeight = Annotated[float, Field(ge=0)]
 
 
 class EmojiDataSettings(Settings):
@@ -34,12 +36,12 @@ class VAESettings(Settings):
 
 
 class VAELossSettings(Settings):
-    l1: Weight = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
-    l2: Weight = Field(default=0.0, description="Weight of the mean squared error of pixels.")
-    kl: Weight = Field(
+    l1: LossWeight = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
+    l2: LossWeight = Field(default=0.0, description="Weight of the mean squared error of pixels.")
+    kl: LossWeight = Field(
         default=1e-6, description="Weight of the KL divergence of the latents from a standard normal distribution."
     )
-    gradient_l1: Weight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
+    gradient_l1: LossWeight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
 
 
 class TextEncoderSettings(Settings):
