@@ -181,6 +181,15 @@ def test_help_is_quick_and_complete() -> None:
         assert command in done.stdout
 
 
+def test_plugin_that_cannot_be_imported_is_one_line() -> None:
+    environment = os.environ | {"FEWSTEP_PLUGINS": "nowhere.py"}
+    words = [sys.executable, "-m", "fewstep", "--help"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: FEWSTEP_PLUGINS: nowhere.py cannot be imported")
+    assert done.stderr.count("\n") == 1
+
+
 def test_module_is_the_same_program() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fewstep", "emoji", "train", "nothing.yaml"], capture_output=True, text=True, timeout=60

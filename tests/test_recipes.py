@@ -80,9 +80,9 @@ def test_saved_recipe_reads_back(tmp_path: Path) -> None:
 
 def test_overrides(classifier: Path) -> None:
     recipe = load_recipe(
-        classifier, ["train.steps=99", "optim.betas=[0.5, 0.9]", "optim.ema_decay=null", "name=other", "data.things=3"]
+        classifier, ["train.steps=99", "optim.betas=[0.5, 0.9]", "optim.ema_decay=null", "name=other", "data.num_objects=3"]
     )
-    assert (recipe.train.steps, recipe.name, recipe.data.things) == (99, "other", 3)
+    assert (recipe.train.steps, recipe.name, recipe.data.num_objects) == (99, "other", 3)
     assert (recipe.optim.betas, recipe.optim.ema_decay) == ((0.5, 0.9), None)
 
 
@@ -104,7 +104,7 @@ def test_overrides(classifier: Path) -> None:
         ("name.first=5", "name holds a value, not further keys"),
         (
             "kind=classifiers",
-            "kind is 'classifiers'; a recipe's kind is one of distill, stages, cache_trajectories, vae",
+            "kind is 'classifiers'; a recipe's kind is one of cache_trajectories, classifier, distill",
         ),
         ("kind=judge", "kind is 'judge', which is now classifier"),
     ],

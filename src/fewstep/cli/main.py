@@ -79,7 +79,10 @@ app.command()(plan)
 app.command()(cache)
 app.command()(prompts)
 app.command()(convert)
-load_plugins()
+try:
+    load_plugins()
+except UserError as error:
+    sys.exit(f"error: {error}")
 for name in commands.names():
     app.add_typer(commands.get(name), name=name)
 

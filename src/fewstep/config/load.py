@@ -95,7 +95,7 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
         given = f"kind is {kind!r}" if "kind" in tree else "it has no kind"
         if isinstance(kind, str) and kind in RENAMED_KINDS:
             raise UserError(f"{source}: {given}, which is now {RENAMED_KINDS[kind]}")
-        raise UserError(f"{source}: {given}; a recipe's kind is one of {', '.join(recipe_kinds.names())}")
+        raise UserError(f"{source}: {given}; a recipe's kind is one of {', '.join(sorted(recipe_kinds.names()))}")
     model = recipe_model(kind)
     try:
         return model.model_validate(tree)

@@ -47,7 +47,10 @@ class Registry(Generic[T]):
             return lambda value: value
 
         def decorate(value: Any) -> Any:
-            self.register(name, value)
+            if self._entries.get(name) == f"{value.__module__}:{value.__qualname__}":
+                self._entries[name] = value  # listed by name before its module was imported
+            else:
+                self.register(name, value)
             return value
 
         return decorate

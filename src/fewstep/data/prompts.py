@@ -111,8 +111,8 @@ def _hash_texts(texts: Iterable[str]) -> np.ndarray:
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> dict[str, np.ndarray]:
-    """The hashes held out for validation, in the lowest ``fraction`` of their range, and for test, in the next; at least
-    one and less than half of the different prompts for each."""
+    """The hashes held out for validation, in the lowest ``fraction`` of their range, and for test, in the next; for
+    each, at least one and less than half of the different prompts."""
     distinct = np.unique(hashes)
     most = (len(distinct) - 1) // 2
     if fraction == 0 or most < 1:

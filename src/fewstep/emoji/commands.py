@@ -20,7 +20,7 @@ TRAINERS = {
 def build(
     out: Annotated[Path, typer.Option(help="Folder for the image sheets and the names.")],
     packages: Annotated[
-        Path | None, typer.Option(help="Folder with the npm packages as .tgz. [default: download them with npm]")
+        Path | None, typer.Option(help="Folder with the npm packages as .tgz; downloaded with npm unless given.")
     ] = None,
 ) -> None:
     """Build the dataset's files from the public packages of three emoji sets and of the Unicode CLDR."""
@@ -53,7 +53,9 @@ def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or the name of a bundled recipe.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Directory of the run. [default: runs/<the recipe's name>]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run; runs/<the recipe's name> unless given.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field: -s train.steps=100")
     ] = None,

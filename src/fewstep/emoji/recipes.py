@@ -10,7 +10,7 @@ from fewstep.config.base import Fraction, Settings
 from fewstep.config.recipe import TrainingRecipe
 from fewstep.config.sections import OptimSettings
 
-NonNegative = Annotated[float, Field(ge=0)]
+LossWeight = Annotated[float, Field(ge=0)]
 
 
 class EmojiDataSettings(Settings):
@@ -37,12 +37,12 @@ class VAESettings(Settings):
 
 
 class VAELossSettings(Settings):
-    l1: NonNegative = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
-    l2: NonNegative = Field(default=0.0, description="Weight of the mean squared error of pixels.")
-    kl: NonNegative = Field(
+    l1: LossWeight = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
+    l2: LossWeight = Field(default=0.0, description="Weight of the mean squared error of pixels.")
+    kl: LossWeight = Field(
         default=1e-6, description="Weight of the KL divergence of the latents from a standard normal distribution."
     )
-    gradient_l1: NonNegative = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
+    gradient_l1: LossWeight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
 
 
 class TextEncoderSettings(Settings):

@@ -1,6 +1,6 @@
-"""Training methods, one file or folder each; importing this package registers them."""
+"""Training methods, one file or folder each; importing this package registers them and imports none of them."""
 
-from fewstep.methods import dmd as _dmd
-from fewstep.methods import trajectory as _trajectory
+from fewstep.core.registry import methods
 
-__all__ = ["_dmd", "_trajectory"]
+methods.register("dmd", "fewstep.methods.dmd.method:DMD")
+methods.register("trajectory", "fewstep.methods.trajectory:TrajectoryDistillation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -122,6 +123,7 @@ def first_gap(weights: list[Schedule], steps: int) -> int | None:
 @cache
 def dmd_config_model() -> type[DMDConfig]:
     """``DMDConfig`` with a field for each registered term."""
+    importlib.import_module("fewstep.methods.dmd.terms")  # registers the bundled terms
     fields: dict[str, Any] = {}
     for name in loss_terms.names():
         term: type[LossTerm] = loss_terms.get(name)
