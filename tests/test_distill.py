@@ -149,7 +149,7 @@ def test_mistakes(tiny_folder, tmp_path):
         (("student.anchors=[0.9, 0.5]", "student.steps=2"), "start at 1 and fall"),
         (("student.anchors=[1, 0.5]",), "student.steps levels"),
         ((f"prompts.source={empty}",), "no prompts in it"),
-        (("teacher=nowhere",), "no model there"),
+        (("teacher=nowhere",), "no model found"),
     ]:
         with pytest.raises(UserError, match=message):
             distil(tiny_folder, tmp_path / "run", *more)

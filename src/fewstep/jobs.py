@@ -33,7 +33,6 @@ from fewstep.methods.models_setup import Models, build_models
 from fewstep.methods.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline, load
-from fewstep.models.zimage.denoiser import PATCH
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
@@ -75,7 +74,7 @@ def distill(
     torch.manual_seed(recipe.train.seed)
     prompts = training_prompts(recipe.prompts)  # first: a mistake there should not wait for the teacher
     dtype = torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16
-    teacher = load(recipe.teacher, dist.device, dtype, offload="parts")
+    teacher = load(recipe.teacher, dist.device, dtype, offload="model")
     teacher.set_resolution(recipe.size)
     # what the teacher is to say beforehand it says before it is sharded among the processes
     real: Batches | None = None
@@ -156,10 +155,11 @@ def teacher_latent_stats(
 def _check_scales(recipe: DistillRecipe, teacher: TextToImagePipeline) -> None:
     """Raises: UserError for a latent that cannot be made so much smaller."""
     rows, columns = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)[-2:]
+    patch = teacher.family.patch_size
     for factor in recipe.shield.scales:
-        if rows % (factor * PATCH) or columns % (factor * PATCH):
+        if rows % (factor * patch) or columns % (factor * patch):
             raise UserError(
-                f"shield.scales: latents of {rows}x{columns} cannot be {factor} times coarser, in patches of {PATCH}"
+                f"shield.scales: latents of {rows}x{columns} cannot be {factor} times coarser, in patches of {patch}"
             )
 
 

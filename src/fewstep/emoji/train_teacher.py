@@ -20,6 +20,7 @@ from fewstep.emoji.dataset import TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
 from fewstep.emoji.recipes import FlowMatchingRecipe, TransformerSettings
 from fewstep.models.components import load_component
+from fewstep.models.family import get_family
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.vae import to_channels_last
@@ -91,16 +92,21 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     """Train on the training combinations; ends with a whole model folder at ``<run>/model``."""
     world = EmojiDataset.load(recipe.data.things)
     concepts = world.concepts("train")
-    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32))
-    text_encoder = load_component(Path(recipe.text), "text_encoder", torch.float32)
-    tokenizer = load_component(Path(recipe.text), "tokenizer")
+    family = get_family("ZImagePipeline")
+    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32, family))
+    text_encoder = load_component(Path(recipe.text), "text_encoder", torch.float32, family)
+    tokenizer = load_component(Path(recipe.text), "tokenizer", family=family)
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
     if recipe.init is not None:
         transformer.load_state_dict(load(recipe.init).transformer.state_dict())
     card = GenerationConfig(steps=50, guidance_scale=recipe.guidance_scale, height=IMAGE_SIZE, width=IMAGE_SIZE)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
-    model = TextToImagePipeline(transformer, vae, text_encoder, tokenizer, scheduler, card)
+    components = {
+        "transformer": transformer, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
+        "scheduler": scheduler,
+    }  # fmt: skip
+    model = TextToImagePipeline(family, components, card)
 
     bank = build_bank(world, concepts, model.encode_images, recipe.data.variants, seed=2)
     templates = {language: range(len(patterns)) for language, patterns in TEMPLATES.items()}

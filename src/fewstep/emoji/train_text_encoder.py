@@ -16,6 +16,7 @@ from fewstep.emoji.dataset import STYLES, TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
 from fewstep.emoji.recipes import TextEncoderRecipe, TextSettings
 from fewstep.models.components import load_component
+from fewstep.models.family import get_family
 from fewstep.models.text import apply_chat_template
 from fewstep.models.vae import encode_images, to_channels_last
 from fewstep.training.run_dir import RunDir
@@ -138,7 +139,7 @@ def train(recipe: TextEncoderRecipe, run: RunDir) -> Path:
     """Train on the teacher's own prompts and images, so nothing that is held out from it is seen here."""
     world = EmojiDataset.load(recipe.data.things)
     concepts = world.concepts("train")
-    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32))
+    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32, get_family("ZImagePipeline")))
     bank = build_bank(world, concepts, lambda images: encode_images(vae, images), recipe.data.variants, seed=1)
     tokenizer = build_tokenizer(recipe.model.vocab_size)
     torch.manual_seed(recipe.train.seed)

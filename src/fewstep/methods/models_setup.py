@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -19,20 +18,14 @@ from fewstep.core import flow
 from fewstep.core.dtensor import full_state_dict
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
-from fewstep.models.adapters import (
-    AdapterDenoiser,
-    adapter_parameters,
-    adapter_state_dict,
-    add_adapter,
-    capture_adapter_state,
-    write_merged,
-)
+from fewstep.models.adapter_files import adapter_state_dict, write_merged
+from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter
 from fewstep.models.components import load_component, resolve_model
+from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.parallel import shard_denoiser
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.quantize import is_fp8, quantize_fp8_
-from fewstep.models.zimage.denoiser import ZImageDenoiser
 from fewstep.training.distributed import DistContext
 
 LORA = "lora"  # where a run keeps its student's stack, beside the student
@@ -65,27 +58,27 @@ class Models:
         write = None
         if dist.is_main_process and self.shared:
             lora = adapter_state_dict(transformer, "student")
-            ZImagePipeline.save_lora_weights(folder.parent / LORA, transformer_lora_layers=lora)
+            self.teacher.family.write_lora(folder.parent / LORA, lora)
             base = self._whole_base()
-            write = lambda inner: write_merged(inner, transformer, "student", base)  # noqa: E731
+            write = lambda inner: write_merged(inner, transformer, {"student": 1.0}, base)  # noqa: E731
         if dist.is_main_process:
-            with_transformer(self.student, transformer, self.student.generation_config).save(folder, write)
+            self.student.with_transformer(transformer, self.student.generation_config).save(folder, write)
         dist.barrier()
         return folder
 
-    def _whole_base(self) -> ZImageTransformer2DModel | None:
+    def _whole_base(self) -> nn.Module | None:
         """What the student's stack is added to where the base is in 8 bits: the teacher as it is on disk."""
         if not is_fp8(self.teacher.transformer):
             return None
         return load_component(resolve_model(self.teacher_folder), "transformer", torch.bfloat16)
 
-    def _put_together(self) -> ZImageTransformer2DModel:
+    def _put_together(self) -> nn.Module:
         """The sharded transformer as a plain one."""
         sharded = self.student.transformer
-        plain = ZImageTransformer2DModel.from_config(sharded.config)
+        plain = self.teacher.family.build("transformer", sharded.config)
         if self.shared:
             for name, (rank, scale, targets) in self.stacks.items():
-                add_adapter(plain, name, rank, scale, targets)
+                add_adapter(plain, name, rank, rank * scale, target_modules=targets)
         plain.load_state_dict(full_state_dict(sharded))
         return plain
 
@@ -107,14 +100,14 @@ def build_models(recipe: DistillRecipe, teacher: TextToImagePipeline, dist: Dist
         )
     if recipe.roles.kind == "copies":
         # each is sharded before the next is made: three whole ones need not fit
-        student = with_transformer(teacher, copy.deepcopy(teacher.transformer).float(), card)
+        student = teacher.with_transformer(copy.deepcopy(teacher.transformer).float(), card)
         if recipe.init is not None:
             load_init(student, recipe.init)
         _prepare(student.denoiser.requires_grad_(True), recipe, mesh)
-        fake = ZImageDenoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
+        fake = teacher.family.denoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
         _prepare(fake, recipe, mesh)
         if recipe.roles.base == "fp8":
-            quantize_fp8_(teacher.transformer)
+            quantize_fp8_(teacher.transformer, teacher.family.quantizable_modules)
         _prepare(teacher.denoiser, recipe, mesh, learns=False)
         return Models(teacher, student, fake, shared=False, teacher_folder=recipe.teacher)
 
@@ -124,23 +117,25 @@ def build_models(recipe: DistillRecipe, teacher: TextToImagePipeline, dist: Dist
         raise UserError("fake_follow: student and fake need LoRA stacks of the same rank")
     stacks = {name: (rank, roles.scale, roles.targets) for name, rank in (("student", roles.rank), ("fake", fake_rank))}
     for name, (rank, scale, targets) in stacks.items():
-        add_adapter(teacher.transformer, name, rank, scale, targets)
+        add_adapter(teacher.transformer, name, rank, rank * scale, target_modules=targets)
     if recipe.init is not None:
         load_adapter(teacher.transformer, roles.scale, recipe.init)
     if roles.base == "fp8":
-        quantize_fp8_(teacher.transformer)
+        quantize_fp8_(teacher.transformer, teacher.family.quantizable_modules)
     if recipe.compile:
         teacher.denoiser.compile_repeated_blocks()
     if recipe.gradient_checkpointing:
-        teacher.denoiser.enable_gradient_checkpointing(capture_adapter_state)
+        teacher.denoiser.enable_gradient_checkpointing()
     if mesh is not None:
         shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, dist.device))
-    student = with_transformer(teacher, teacher.transformer, card)
-    student.denoiser = AdapterDenoiser(teacher.denoiser, "student")  # type: ignore[assignment]  # it can all that is asked here
-    return Models(teacher, student, AdapterDenoiser(teacher.denoiser, "fake"), True, recipe.teacher, stacks)
+    student = teacher.with_transformer(teacher.transformer, card)
+    student.denoiser = AdapterDenoiser(teacher.denoiser, {"student": 1.0})  # type: ignore[assignment]  # it can all that is asked here
+    return Models(teacher, student, AdapterDenoiser(teacher.denoiser, {"fake": 1.0}), True, recipe.teacher, stacks)
 
 
-def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, learns: bool = True) -> None:
+def _prepare(
+    denoiser: TransformerDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, learns: bool = True
+) -> None:
     """Compiles, checkpoints and shards a denoiser as the recipe wants it."""
     if recipe.compile:
         denoiser.compile_repeated_blocks()
@@ -148,11 +143,6 @@ def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh |
         denoiser.enable_gradient_checkpointing()
     if mesh is not None:
         shard_denoiser(denoiser, mesh, uses_bf16(recipe.train.precision, denoiser.transformer.device))
-
-
-def with_transformer(model: TextToImagePipeline, transformer: nn.Module, card: GenerationConfig) -> TextToImagePipeline:
-    """The model with another transformer and card; the frozen parts are shared."""
-    return TextToImagePipeline(transformer, model.vae, model.text_encoder, model.tokenizer, model.scheduler, card)  # type: ignore[arg-type]
 
 
 def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipeline) -> GenerationConfig:
