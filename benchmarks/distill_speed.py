@@ -26,6 +26,7 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import predict_x0
 from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import open_prompts
+from fewstep.export.diffusers import to_diffusers
 from fewstep.jobs import dmd_config
 from fewstep.methods.dmd.method import DecoupledDMD, Question
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -66,7 +67,7 @@ class Arm:
         bf16: bool,
     ) -> None:
         recipe = load_recipe("micro-turbo", [])
-        roles = [denoiser(copy.deepcopy(model.transformer)) for _ in range(3)]
+        roles = [denoiser(copy.deepcopy(to_diffusers(model.transformer, model.family))) for _ in range(3)]
         teacher, student, fake = roles[0].requires_grad_(False), *(role.requires_grad_(True) for role in roles[1:])
         self.method = method(teacher, student, fake, model.encode([""]), dmd_config(recipe, model.shift))
         self.optimizers = {p.name: torch.optim.AdamW(p.module.parameters(), lr=1e-5) for p in self.method.trainables}
@@ -75,7 +76,7 @@ class Arm:
         self.shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
         self.pipeline = ZImagePipeline(
             scheduler=model.scheduler, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
-            transformer=model.transformer,
+            transformer=to_diffusers(model.transformer, model.family),
         )  # fmt: skip
 
     def prompts(self, chosen: Tensor) -> EncodedPrompts:

@@ -13,6 +13,7 @@ import argparse
 import torch
 from diffusers import ZImageTransformer2DModel
 
+from fewstep.models.zimage.denoiser import ZImageDenoiser
 from fewstep.plan.communication import ParamCounts, ShardingLayout, communication, forward_counts, memory
 
 #: All in one group, and groups of one node (8).
@@ -22,7 +23,7 @@ LAYOUTS = [(1, 1), (8, 8), (16, 8), (16, 16), (64, 8), (64, 64), (256, 8), (256,
 def zimage() -> ParamCounts:
     """Z-Image's own numbers, which are the defaults of diffusers' class."""
     with torch.device("meta"):
-        return ParamCounts.of(ZImageTransformer2DModel())
+        return ParamCounts.of(ZImageDenoiser(ZImageTransformer2DModel()))
 
 
 def main() -> None:

@@ -32,13 +32,15 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.samplers import sample_euler
 from fewstep.data.batch import DistillBatch
 from fewstep.errors import UserError
+from fewstep.export.diffusers import to_diffusers
 from fewstep.jobs import dmd_config
 from fewstep.methods.dmd.method import DecoupledDMD
 from fewstep.methods.models_setup import build_models
+from fewstep.models.family import get_family
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import Fp8Linear, quantize_fp8_, supports_fp8_matmul
-from fewstep.models.zimage.denoiser import run_block
+from fewstep.models.zimage.block import block_forward
 from fewstep.plan import estimate as planning
 from fewstep.stages import stage_recipe
 from fewstep.training.train_state import TrainState
@@ -80,11 +82,15 @@ class Bench:
         for module in (transformer, vae):
             module.eval().requires_grad_(False)
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-        card = GenerationConfig(steps=STEPS, height=self.size, width=self.size)
-        return TextToImagePipeline(transformer, vae, nn.Identity(), None, scheduler, card)  # type: ignore[arg-type]
+        generation_config = GenerationConfig(steps=STEPS, height=self.size, width=self.size)
+        components = {
+            "transformer": transformer, "vae": vae, "text_encoder": nn.Identity(), "tokenizer": None,
+            "scheduler": scheduler,
+        }  # fmt: skip
+        return TextToImagePipeline(get_family("ZImagePipeline"), components, generation_config)
 
     def prompts(self, model: TextToImagePipeline, count: int = 1, tokens: int = TOKENS) -> EncodedPrompts:
-        wide = model.transformer.config["cap_feat_dim"]
+        wide = model.family.prompt_features(model.components)
         lengths = torch.full((count,), tokens)
         return EncodedPrompts(torch.randn(count, tokens, wide, device=self.device), lengths)
 
@@ -146,7 +152,11 @@ def images(bench: Bench) -> Table:
     flops = STEPS * forward_flops(model, prompts)
     noise = torch.randn(1, *model.latent_shape(bench.size, bench.size), device=bench.device)
     pipeline = ZImagePipeline(
-        scheduler=model.scheduler, vae=model.vae, text_encoder=None, tokenizer=None, transformer=model.transformer
+        scheduler=model.scheduler,
+        vae=model.vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=to_diffusers(model.transformer, model.family),
     )
     pipeline.set_progress_bar_config(disable=True)
 
@@ -180,13 +190,14 @@ def images(bench: Bench) -> Table:
     if bench.compiled:
         model.denoiser.compile_repeated_blocks()
         measure("fewstep, bf16, compiled", ours)
-    quantize_fp8_(model.transformer)
+    quantize_fp8_(model.transformer, model.family.quantizable_modules)
     for products in (False, True) if supports_fp8_matmul(bench.device) else (False,):
         name = "fewstep, fp8 products" if products else "fewstep, fp8 weights"
         for module in model.transformer.modules():
             if isinstance(module, Fp8Linear):
-                module.products = products
-        model.denoiser.run_block = run_block
+                module.dynamic_activation_quant = products
+        for block in model.denoiser.get_blocks():
+            block.compute = block_forward
         measure(name, ours)
         if bench.compiled:
             model.denoiser.compile_repeated_blocks()

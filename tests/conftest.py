@@ -13,6 +13,7 @@ from fewstep.emoji.train_flow_matching import build_transformer
 from fewstep.emoji.train_text_encoder import build_text_encoder
 from fewstep.emoji.train_vae import build_vae
 from fewstep.models.components import BUNDLED_MODELS
+from fewstep.models.family import get_family
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline
 
@@ -46,7 +47,10 @@ def tiny() -> TextToImagePipeline:
     config = GenerationConfig(steps=6, guidance_scale=2.0, height=64, width=64)
     for module in (transformer, vae, encoder):
         module.eval().requires_grad_(False)
-    return TextToImagePipeline(transformer, vae, encoder, tokenizer, scheduler, config)
+    components = {
+        "transformer": transformer, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "scheduler": scheduler,
+    }  # fmt: skip
+    return TextToImagePipeline(get_family("ZImagePipeline"), components, config)
 
 
 @pytest.fixture(scope="session")

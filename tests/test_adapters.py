@@ -1,4 +1,4 @@
-"""LoRA roles on one base: they are what full copies would be, and what comes out opens elsewhere."""
+"""LoRA adapters on one base: equal to full copies, without state that leaks; their files open in diffusers."""
 
 import copy
 import json
@@ -14,18 +14,13 @@ from fewstep.data.trajectories import weights_hash
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
 from fewstep.methods.models_setup import build_models
-from fewstep.models.adapters import (
-    TARGETS,
-    AdapterDenoiser,
-    adapter_parameters,
-    add_adapter,
-    capture_adapter_state,
-    write_merged,
-)
+from fewstep.models.adapter_files import adapter_state_dict, write_merged
+from fewstep.models.adapters import AdapterDenoiser, active_adapters, adapter_parameters, add_adapter, lora_layers
 from fewstep.models.components import load_component
 from fewstep.models.pipeline import load
 from fewstep.models.quantize import quantize_fp8_
 from fewstep.models.zimage.denoiser import ZImageDenoiser
+from fewstep.models.zimage.family import ZIMAGE
 
 SHORT = [
     *("train.batch_size=2", "train.log_every=1", "train.save_every=2", "train.sample_every=0"),
@@ -42,7 +37,10 @@ def transformer(tiny):
     return copy.deepcopy(tiny.transformer)
 
 
-def question(tiny, seed=0):
+TARGETS = ZIMAGE.lora_target_modules
+
+
+def inputs(tiny, seed=0):
     torch.manual_seed(seed)
     prompts = tiny.encode(["a dog", "a cat on a mat"])
     return torch.randn(2, 16, 8, 8), torch.rand(2), prompts
@@ -52,60 +50,61 @@ def targeted(model):
     return {n: m for n, m in model.named_modules() if n.endswith(TARGETS) and isinstance(m, torch.nn.Linear)}
 
 
-def test_new_stacks_change_nothing(tiny, transformer):
+def test_new_adapters_change_nothing(tiny, transformer):
     base = ZImageDenoiser(transformer)
-    expected, before = base(*question(tiny)), weights_hash(transformer)
-    add_adapter(transformer, "student", 4, 1.0)
-    add_adapter(transformer, "fake", 2, 1.0)
-    for role in (base, AdapterDenoiser(base, "student"), AdapterDenoiser(base, "fake"), AdapterDenoiser(base, None)):
-        torch.testing.assert_close(role(*question(tiny)), expected)
-    assert weights_hash(transformer) == before  # a cache made before is the same teacher's
+    expected, before = base(*inputs(tiny)), weights_hash(transformer)
+    add_adapter(transformer, "student", 4, target_modules=TARGETS)
+    add_adapter(transformer, "fake", 2, target_modules=TARGETS)
+    for adapters in ({"student": 1.0}, {"fake": 1.0}, {"student": 0.5, "fake": 2.0}, {}):
+        torch.testing.assert_close(AdapterDenoiser(base, adapters)(*inputs(tiny)), expected)
+    torch.testing.assert_close(base(*inputs(tiny)), expected)
+    assert weights_hash(transformer) == before  # a trajectory cache of the teacher stays valid
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_stack_of_full_rank_is_a_full_copy(tiny, transformer, tmp_path, scale):
-    """Any change of the weights, written as scale B A, speaks, merges and trains as a changed copy does."""
+def test_an_adapter_of_full_rank_is_a_full_copy(tiny, transformer, tmp_path, scale):
+    """Any change of the weights, written as scale B A, infers, merges and trains as a changed copy does."""
     torch.manual_seed(1)
     full = copy.deepcopy(transformer).requires_grad_(True)
     layers = targeted(full)
     assert len(layers) == 7 * (len(full.layers) + len(full.noise_refiner) + len(full.context_refiner))
     rank = max(min(layer.weight.shape) for layer in layers.values())
-    add_adapter(transformer, "student", rank, scale)
-    stack = adapter_parameters(transformer, "student")
+    add_adapter(transformer, "student", rank, rank * scale, target_modules=TARGETS)
+    adapter = adapter_parameters(transformer, "student")
     for name, layer in layers.items():
         change = 0.05 * torch.randn_like(layer.weight)
         u, s, v = torch.linalg.svd(change, full_matrices=False)
         with torch.no_grad():
-            stack[f"{name}.lora_B.student.weight"][:, : len(s)] = u * s / scale
-            stack[f"{name}.lora_A.student.weight"][: len(s)] = v
+            adapter[f"{name}.lora_B.student.weight"][:, : len(s)] = u * s / scale
+            adapter[f"{name}.lora_A.student.weight"][: len(s)] = v
             layer.weight += change
-    role, copied = AdapterDenoiser(ZImageDenoiser(transformer), "student"), ZImageDenoiser(full)
-    torch.testing.assert_close(role(*question(tiny)), copied(*question(tiny)), atol=1e-4, rtol=1e-4)
-    write_merged(tmp_path / "transformer", transformer, "student", shard="200KB")
+    adapted, copied = AdapterDenoiser(ZImageDenoiser(transformer), {"student": 1.0}), ZImageDenoiser(full)
+    torch.testing.assert_close(adapted(*inputs(tiny)), copied(*inputs(tiny)), atol=1e-4, rtol=1e-4)
+    write_merged(tmp_path / "transformer", transformer, {"student": 1.0}, shard="200KB")
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
-    plain = load_component(tmp_path, "transformer")
+    plain = load_component(tmp_path, "transformer", family=ZIMAGE)
     assert plain.state_dict().keys() == full.state_dict().keys()
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(weight, full.state_dict()[name], atol=1e-5, rtol=1e-5)
 
-    # d loss / dB is scale (d loss / dW) A^T: gradients of the stack are those of the copy, through the chain rule
-    role(*question(tiny)).square().mean().backward()
-    copied(*question(tiny)).square().mean().backward()
+    # d loss / dB is scale (d loss / dW) A^T: gradients of the adapter are those of the copy, through the chain rule
+    adapted(*inputs(tiny)).square().mean().backward()
+    copied(*inputs(tiny)).square().mean().backward()
     for name, layer in layers.items():
-        a = stack[f"{name}.lora_A.student.weight"]
+        a = adapter[f"{name}.lora_A.student.weight"]
         expected = scale * layer.weight.grad @ a.T
-        torch.testing.assert_close(stack[f"{name}.lora_B.student.weight"].grad, expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(adapter[f"{name}.lora_B.student.weight"].grad, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_gradients_reach_their_own_stack_though_others_have_spoken(tiny, transformer):
+def test_gradients_reach_only_the_adapter_that_was_active(tiny, transformer):
     for name in ("student", "fake"):
-        add_adapter(transformer, name, 3, 1.0)
+        add_adapter(transformer, name, 3, target_modules=TARGETS)
     base = ZImageDenoiser(transformer)
-    student, fake = AdapterDenoiser(base, "student"), AdapterDenoiser(base, "fake")
-    loss = student(*question(tiny)).square().mean()
+    student, fake = AdapterDenoiser(base, {"student": 1.0}), AdapterDenoiser(base, {"fake": 1.0})
+    loss = student(*inputs(tiny)).square().mean()
     with torch.no_grad():
-        base(*question(tiny))
-        fake(*question(tiny))
+        base(*inputs(tiny))
+        fake(*inputs(tiny))
     loss.backward()
     gradients = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
     assert gradients
@@ -114,24 +113,24 @@ def test_gradients_reach_their_own_stack_though_others_have_spoken(tiny, transfo
     assert {id(p) for p in student.parameters()}.isdisjoint({id(p) for p in fake.parameters()})
 
 
-def test_blocks_run_again_with_the_stack_they_spoke_with(tiny, transformer):
-    """Checkpointed, with another role speaking before the backward pass: the gradients of a run without either."""
+def test_checkpointed_blocks_are_recomputed_with_the_adapter_that_was_active(tiny, transformer):
+    """Another adapter is active between forward and backward pass; gradients are those without checkpointing."""
     torch.manual_seed(2)
     for name in ("student", "fake"):
-        add_adapter(transformer, name, 3, 1.0)
+        add_adapter(transformer, name, 3, target_modules=TARGETS)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     gradients = []
-    for again in (None, capture_adapter_state):
+    for checkpointing in (False, True):
         base = ZImageDenoiser(transformer)
-        student, fake = AdapterDenoiser(base, "student"), AdapterDenoiser(base, "fake")
-        if again is not None:
-            base.enable_gradient_checkpointing(again)
+        student, fake = AdapterDenoiser(base, {"student": 0.7}), AdapterDenoiser(base, {"fake": 1.0})
+        if checkpointing:
+            base.enable_gradient_checkpointing()
         transformer.zero_grad()
-        loss = student(*question(tiny)).square().mean()
+        loss = student(*inputs(tiny)).square().mean()
         with torch.no_grad():
-            fake(*question(tiny))
+            fake(*inputs(tiny))
         loss.backward()
         gradients.append([p.grad.clone() for p in student.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -140,39 +139,40 @@ def test_blocks_run_again_with_the_stack_they_spoke_with(tiny, transformer):
 
 
 @pytest.mark.slow
-def test_compiled_roles_speak_and_learn_the_same_and_nothing_is_compiled_again(tiny, transformer):
-    """All at once: stacks in turn on a base of 8 bits, checkpointed, under autocast."""
-    quantize_fp8_(transformer.bfloat16())
+def test_compiled_adapters_infer_and_train_the_same_without_recompilation(tiny, transformer):
+    """All at once: adapters in turn on an fp8 base, checkpointed, under autocast."""
+    quantize_fp8_(transformer.bfloat16(), ZIMAGE.quantizable_modules)
     for name in ("student", "fake"):
-        add_adapter(transformer, name, 3, 1.0)
+        add_adapter(transformer, name, 3, target_modules=TARGETS)
         for parameter in adapter_parameters(transformer, name).values():
             torch.nn.init.normal_(parameter, std=0.05)
-    eager, compiled = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
+    eager, compiled = (ZImageDenoiser(copy.deepcopy(transformer)) for _ in range(2))
     compiled.compile_repeated_blocks()
     for denoiser in (eager, compiled):
-        denoiser.enable_gradient_checkpointing(capture_adapter_state)
+        denoiser.enable_gradient_checkpointing()
     graphs = []
 
-    def said(denoiser, stack, learns):
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learns):
-            velocity = AdapterDenoiser(denoiser, stack)(*question(tiny))
-        if not learns:
+    def run(denoiser, adapter, trains):
+        adapted = AdapterDenoiser(denoiser, {adapter: 1.0} if adapter else {})
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trains):
+            velocity = adapted(*inputs(tiny))
+        if not trains:
             return velocity, {}
-        transformer.zero_grad()
+        adapted.zero_grad()
         velocity.square().mean().backward()
-        return velocity.detach(), {key: p.grad.clone() for key, p in adapter_parameters(transformer, stack).items()}
+        return velocity.detach(), {key: p.grad.clone() for key, p in adapted.named_parameters()}
 
     for _ in range(2):
-        for stack, learns in ((None, False), ("student", False), ("student", True), ("fake", False), ("fake", True)):
-            (velocity, gradients), (expected, wanted) = (said(d, stack, learns) for d in (compiled, eager))
-            assert 0 < (velocity - expected).abs().max() < 0.1  # other roundings: it was compiled
+        for adapter, trains in ((None, False), ("student", False), ("student", True), ("fake", False), ("fake", True)):
+            (velocity, gradients), (expected, wanted) = (run(d, adapter, trains) for d in (compiled, eager))
+            assert 0 < (velocity - expected).abs().max() < 0.1  # different rounding shows that it is compiled
             for key, gradient in gradients.items():
                 torch.testing.assert_close(gradient, wanted[key], atol=0.05 * wanted[key].abs().max().item(), rtol=0.1)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 8 < graphs[0] == graphs[1]
 
 
-def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, tmp_path):
+def test_a_run_resumes_exactly_and_its_files_open_in_diffusers(tiny, tiny_folder, tmp_path):
     more = [f"teacher={tiny_folder}", *SHORT, "roles.kind=lora", "roles.rank=4", "roles.fake_rank=2", "roles.scale=2.0"]
     more += ["gradient_checkpointing=true"]
     more += ["optim.student={lr: 0.05, ema_decay: 0.5}", "optim.fake={lr: 0.01}"]
@@ -191,7 +191,7 @@ def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, t
     )
     assert first["student/loss"] == second["student/loss"]
 
-    # the stack alone, loaded by diffusers onto the teacher, draws what the merged student draws
+    # the adapter alone, loaded by diffusers onto the teacher, gives the images of the merged student
     student = load(made.student)
     ours = generate(student, ["a dog"], seed=5).images[0]
     assert (ours.int() - generate(tiny, ["a dog"], seed=5, steps=2, guidance_scale=0).images[0].int()).abs().max() > 2
@@ -206,25 +206,25 @@ def test_a_run_resumes_exactly_and_its_files_open_elsewhere(tiny, tiny_folder, t
     assert (ours.float() - theirs).abs().max() <= 2
 
 
-def test_mistakes(tiny_folder):
-    def roles(*overrides):
+def test_invalid_adapter_settings_are_refused(tiny_folder):
+    def build(*overrides):
         recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", "roles.kind=lora", *overrides])
         return build_models(recipe, load(tiny_folder))
 
     with pytest.raises(UserError, match="same rank"):
-        roles("fake_follow=0.1", "roles.fake_rank=1")
-    with pytest.raises(UserError, match=r"roles\.targets to_x"):
-        roles("roles.targets=[to_x]")
+        build("fake_follow=0.1", "roles.fake_rank=1")
+    with pytest.raises(UserError, match=r"target_modules to_x: no such layers"):
+        build("roles.targets=[to_x]")
 
 
-def test_a_stack_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
+def test_an_adapter_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
     more = ["roles.kind=lora", "roles.rank=2", "roles.scale=0.5", "train.steps=1", "optim.student={lr: 0.01}"]
     overrides = [f"teacher={tiny_folder}", *SHORT, *more]
     first = api.distill("micro-turbo", tmp_path / "first", overrides=overrides).student
     recipe = load_recipe("micro-turbo", [*overrides, f"init={first}"])
     roles = build_models(recipe, load(tiny_folder))
-    stack = adapter_parameters(roles.teacher.transformer, "student")
-    assert max(p.abs().max() for name, p in stack.items() if "lora_B" in name) > 1e-4
+    adapter = adapter_parameters(roles.teacher.transformer, "student")
+    assert max(p.abs().max() for name, p in adapter.items() if "lora_B" in name) > 1e-4
     prompts, x, sigma = roles.teacher.encode(["a fox"]), torch.randn(1, 16, 8, 8), torch.ones(1)
     with torch.no_grad():
         expected = load(first).denoiser(x, sigma, prompts)
@@ -236,8 +236,8 @@ def test_a_stack_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
         build_models(load_recipe("micro-turbo", [*overrides, f"init={tiny_folder}"]), load(tiny_folder))
 
 
-def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):
-    """The base takes half the memory, stacks are fp32 and learn; the student is the base and its stack."""
+def test_bf16_base_with_fp32_adapters(tiny_folder, tmp_path):
+    """The base takes half the memory, adapters are trained in fp32; the student is the base plus its adapter."""
     more = ("roles.kind=lora", "roles.base=bf16", "roles.rank=4", "train.steps=2", "train.precision=bf16")
     out = tmp_path / "run"
     overrides = [f"teacher={tiny_folder}", *SHORT, *more, "optim.student={lr: 0.01}"]
@@ -257,3 +257,63 @@ def test_bf16_base_with_fp32_stacks(tiny_folder, tmp_path):
     added = lora[f"transformer.{name}.lora_B.weight"] @ lora[f"transformer.{name}.lora_A.weight"]
     expected = base.transformer.get_submodule(name).weight.bfloat16().float() + added
     torch.testing.assert_close(merged_student.transformer.get_submodule(name).weight, expected, atol=1e-2, rtol=1e-2)
+
+
+# --- several adapters at once -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_adapters(transformer):
+    """Adapters of different rank and alpha, one of them on attention alone."""
+    torch.manual_seed(3)
+    add_adapter(transformer, "style", 4, 2.0, target_modules=TARGETS)
+    add_adapter(transformer, "turbo", 2, target_modules=("to_q", "to_v"))
+    for name in ("style", "turbo"):
+        for parameter in adapter_parameters(transformer, name).values():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return transformer
+
+
+def test_adapters_add_up_with_their_scales(tiny, two_adapters, tmp_path):
+    adapters = {"style": 0.7, "turbo": -0.4}
+    added = AdapterDenoiser(ZImageDenoiser(two_adapters), adapters)(*inputs(tiny))
+    merged = copy.deepcopy(tiny.transformer)
+    with torch.no_grad():
+        for adapter, factor in (("style", 0.7 * 2.0 / 4), ("turbo", -0.4)):
+            weights, ending = adapter_parameters(two_adapters, adapter), f".lora_A.{adapter}.weight"
+            for name in [name for name in weights if name.endswith(ending)]:
+                layer = merged.get_submodule(name.removesuffix(ending))
+                layer.weight += factor * weights[name.replace("lora_A", "lora_B")] @ weights[name]
+    torch.testing.assert_close(added, ZImageDenoiser(merged)(*inputs(tiny)), atol=1e-4, rtol=1e-4)
+    assert (added - AdapterDenoiser(ZImageDenoiser(two_adapters), {"style": 0.7})(*inputs(tiny))).abs().max() > 1e-3
+
+    write_merged(tmp_path / "transformer", two_adapters, adapters)
+    written = load_component(tmp_path, "transformer", family=ZIMAGE).state_dict()
+    torch.testing.assert_close(written, merged.state_dict(), atol=1e-5, rtol=1e-5)
+
+
+def test_adapter_state_does_not_leak(tiny, two_adapters):
+    """After any use, nested or ended by an error, the transformer is its base, with every scale as it was."""
+    base = ZImageDenoiser(two_adapters)
+    expected = base(*inputs(tiny))
+    full, half = AdapterDenoiser(base, {"style": 1.0}), AdapterDenoiser(base, {"style": 0.5, "turbo": 1.0})
+    scaling = [dict(layer.scaling) for layer in lora_layers(two_adapters)]
+    file = adapter_state_dict(two_adapters, "style")
+    first = full(*inputs(tiny))
+    half(*inputs(tiny))
+    assert torch.equal(full(*inputs(tiny)), first)
+    with active_adapters(two_adapters, {"style": 0.5, "turbo": 1.0}):
+        inside = base(*inputs(tiny))
+        assert torch.equal(full(*inputs(tiny)), first)
+        assert torch.equal(base(*inputs(tiny)), inside)
+    with pytest.raises(RuntimeError, match="stop"), active_adapters(two_adapters, {"turbo": 3.0}):
+        raise RuntimeError("stop")
+    assert torch.equal(base(*inputs(tiny)), expected)
+    assert [dict(layer.scaling) for layer in lora_layers(two_adapters)] == scaling
+    assert all(torch.equal(tensor, file[name]) for name, tensor in adapter_state_dict(two_adapters, "style").items())
+
+
+def test_an_unknown_adapter_is_an_error(tiny, two_adapters):
+    denoiser = AdapterDenoiser(ZImageDenoiser(two_adapters), {"faster": 1.0})
+    with pytest.raises(ValueError, match="no LoRA adapter named faster"):
+        denoiser(*inputs(tiny))

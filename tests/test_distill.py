@@ -150,7 +150,7 @@ def test_mistakes(tiny_folder, tmp_path):
         (("student.timesteps=[0.9, 0.5]", "student.steps=2"), "levels that descend from 1"),
         (("student.timesteps=[1, 0.5]",), "expected 4 levels"),
         ((f"prompts.source={empty}",), "no prompts in it"),
-        (("teacher=nowhere",), "no model there"),
+        (("teacher=nowhere",), "no model found"),
     ]:
         with pytest.raises(UserError, match=message):
             distill(tiny_folder, tmp_path / "run", *more)

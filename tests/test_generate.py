@@ -359,12 +359,12 @@ def test_bf16_weights_draw_nearly_the_same(tiny_folder):
 def test_options_of_speed_and_memory(tiny_folder, tmp_path):
     plain, saving = tmp_path / "plain.png", tmp_path / "saving.png"
     assert run("generate", tiny_folder, "a fox", "-o", plain).exit_code == 0
-    for offload in ("parts", "blocks"):
+    for offload in ("model", "group"):
         done = run("generate", tiny_folder, "a fox", "-o", saving, "--offload", offload, "--attention", "native")
         assert done.exit_code == 0, done.output
         assert plain.read_bytes() == saving.read_bytes()
     assert run("generate", tiny_folder, "a fox", "-o", saving, "--tiling").exit_code == 0
-    one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--compile", "--offload", "blocks"), "not together")
+    one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--compile", "--offload", "group"), "not together")
     one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--attention", "guess"), "attention guess")
     one_line(run("generate", tiny_folder, "a fox", "-o", plain, "--attention", "flash"), "attention flash")
 

@@ -86,7 +86,7 @@ CHECKPOINTED = "gradient_checkpointing=true"
 def test_a_step_takes_the_memory_that_was_planned(tiny_folder, more, monkeypatch):
     """To a fiftieth, on a CPU: two real updates of each trainable, after one that makes their states."""
     fused = lambda query, key, value, backend: dispatch_attention_fn(query, key, value)  # noqa: E731
-    monkeypatch.setattr("fewstep.models.zimage.denoiser.attention_fn", fused)  # in bf16 too, as on a GPU
+    monkeypatch.setattr("fewstep.models.zimage.block.attention_fn", fused)  # in bf16 too, as on a GPU
     recipe = recipe_of(tiny_folder, "train.precision=fp32", "size=128", *more)
     planned = plan(recipe, kind="cpu").memory
     teacher = load(tiny_folder, dtype=torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)

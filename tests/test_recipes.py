@@ -80,7 +80,8 @@ def test_saved_recipe_reads_back(tmp_path: Path) -> None:
 
 def test_overrides(classifier: Path) -> None:
     recipe = load_recipe(
-        classifier, ["train.steps=99", "optim.betas=[0.5, 0.9]", "optim.ema_decay=null", "name=other", "data.num_objects=3"]
+        classifier,
+        ["train.steps=99", "optim.betas=[0.5, 0.9]", "optim.ema_decay=null", "name=other", "data.num_objects=3"],
     )
     assert (recipe.train.steps, recipe.name, recipe.data.num_objects) == (99, "other", 3)
     assert (recipe.optim.betas, recipe.optim.ema_decay) == ((0.5, 0.9), None)

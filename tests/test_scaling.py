@@ -14,7 +14,7 @@ from fewstep.plan.communication import ForwardCounts, ParamCounts, ShardingLayou
 
 @pytest.fixture(scope="module")
 def size(tiny_folder: Path) -> ParamCounts:
-    return ParamCounts.of(load(tiny_folder).transformer)
+    return ParamCounts.of(load(tiny_folder).denoiser)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

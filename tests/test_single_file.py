@@ -1,4 +1,4 @@
-"""Single files: read whoever wrote them, written so that others read them."""
+"""Single files: those of other programs are read, and other programs read those written here."""
 
 import sys
 
@@ -12,12 +12,15 @@ from typer.testing import CliRunner
 
 from fewstep.cli.main import app
 from fewstep.errors import UserError
+from fewstep.export.diffusers import to_diffusers
+from fewstep.export.single_file import write_transformer
 from fewstep.models.pipeline import load
-from fewstep.models.zimage.single_file import read_transformer, write_transformer
+from fewstep.models.single_file import read_transformer
+from fewstep.models.zimage.family import ZIMAGE
 
 
 def as_released(weights, prefix=""):
-    """The original release's file, written by other code than the project's: what a name becomes, spelled out."""
+    """The original release's file, by code that is independent of the project's."""
     file = {}
     for name, tensor in weights.items():
         words = name.split(".")
@@ -44,7 +47,7 @@ def weights(tiny):
 
 
 def read(tiny, file):
-    return read_transformer(file, tiny.transformer.config).state_dict()
+    return read_transformer(file, ZIMAGE, tiny.transformer.config).state_dict()
 
 
 def assert_same(one, other):
@@ -56,7 +59,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_released_files_are_read(tmp_path, tiny, weights, prefix):
     file = tmp_path / "model.safetensors"
-    extra = {f"{prefix}norm_final.weight": torch.ones(4)}  # in the released file, and part of no model
+    extra = {f"{prefix}norm_final.weight": torch.ones(4)}  # in the released file, and unused
     save_file(as_released(weights, prefix) | extra, file)
     assert_same(read(tiny, file), weights)
 
@@ -66,35 +69,36 @@ def test_diffusers_names_in_one_file_are_read(tmp_path, tiny, weights):
     assert_same(read(tiny, tmp_path / "model.safetensors"), weights)
 
 
-def test_what_is_read_speaks_as_the_model(tmp_path, tiny, weights):
+def test_a_model_that_was_read_computes_the_same(tmp_path, tiny, weights):
     save_file(as_released(weights), tmp_path / "model.safetensors")
-    found = read_transformer(tmp_path / "model.safetensors", tiny.transformer.config).eval()
+    found = read_transformer(tmp_path / "model.safetensors", ZIMAGE, tiny.transformer.config)
+    models = (to_diffusers(tiny.transformer, ZIMAGE), found)
     torch.manual_seed(0)
     x, features = [torch.randn(16, 1, 8, 8)], [torch.randn(7, tiny.transformer.config["cap_feat_dim"])]
     with torch.no_grad():
-        said = [model(x, torch.tensor([0.4]), features, return_dict=False)[0] for model in (tiny.transformer, found)]
-    torch.testing.assert_close(said[0][0], said[1][0], atol=1e-5, rtol=1e-5)
+        outputs = [model(x, torch.tensor([0.4]), features, return_dict=False)[0] for model in models]
+    torch.testing.assert_close(outputs[0][0], outputs[1][0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("naming", ["original", "comfyui"])
-def test_written_files_are_read_by_diffusers_and_by_us(tmp_path, tiny, weights, naming):
-    file = write_transformer(tiny.transformer, tmp_path / "new" / "model.safetensors", naming)
+@pytest.mark.parametrize("layout", ["original", "comfyui"])
+def test_written_files_are_read_by_diffusers_and_fewstep(tmp_path, tiny, weights, layout):
+    file = write_transformer(tiny.transformer, tmp_path / "new" / "model.safetensors", ZIMAGE, layout)
     assert_same(convert_z_image_transformer_checkpoint_to_diffusers(load_file(file)), weights)
     assert_same(read(tiny, file), weights)
-    prefix = "model.diffusion_model." if naming == "comfyui" else ""
+    prefix = "model.diffusion_model." if layout == "comfyui" else ""
     assert_same(load_file(file), as_released(weights, prefix))
     assert [path.name for path in file.parent.iterdir()] == ["model.safetensors"]
 
 
-def test_precision_of_a_written_file(tmp_path, tiny, weights):
-    file = write_transformer(tiny.transformer, tmp_path / "model.safetensors", "comfyui", torch.bfloat16)
+def test_dtype_of_a_written_file(tmp_path, tiny, weights):
+    file = write_transformer(tiny.transformer, tmp_path / "model.safetensors", ZIMAGE, "comfyui", torch.bfloat16)
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     assert_same(read(tiny, file), {name: tensor.bfloat16().float() for name, tensor in weights.items()})
 
 
 @pytest.mark.parametrize("ending", [None, "scale_weight", "weight_scale"])
-def test_8_bit_files_are_widened(tmp_path, tiny, weights, ending):
-    """Plain fp8, and fp8 with a scale for each matrix in either spelling; what is no matrix stays as it is."""
+def test_fp8_files_are_dequantized(tmp_path, tiny, weights, ending):
+    """Plain fp8, and fp8 with a scale for each matrix in either spelling; other tensors stay as they are."""
     file, expected = {}, {}
     for name, tensor in as_released(weights).items():
         if tensor.ndim != 2 or not name.endswith(".weight"):
@@ -110,13 +114,13 @@ def test_8_bit_files_are_widened(tmp_path, tiny, weights, ending):
     save_file(file, tmp_path / "model.safetensors")
     found = read(tiny, tmp_path / "model.safetensors")
     assert_same(found, convert_z_image_transformer_checkpoint_to_diffusers(dict(expected)))
-    if ending:  # the scale is what keeps small weights
+    if ending:  # without the scale small weights would be lost
         name = "layers.0.attention.to_q.weight"
         assert (found[name] - weights[name]).abs().max() < 0.07 * weights[name].abs().max()
 
 
-def in_8_bits(weights, scale_of, ending="weight_scale"):
-    """ComfyUI's file with matrices in e4m3, each with the scale that is asked for and the hints that are of no use."""
+def in_fp8(weights, scale_of, ending="weight_scale"):
+    """ComfyUI's file with matrices in e4m3, each with a scale of the given shape and hints that are not needed."""
     file, expected = {}, {}
     for name, tensor in as_released(weights).items():
         if tensor.ndim != 2 or not name.endswith(".weight"):
@@ -142,33 +146,33 @@ def in_8_bits(weights, scale_of, ending="weight_scale"):
     ],
     ids=["matrix", "rows", "column of rows", "empty"],
 )
-def test_scales_of_every_shape_and_hints(tmp_path, tiny, weights, scale_of):
-    file, expected = in_8_bits(weights, scale_of)
+def test_scales_of_every_shape_are_applied(tmp_path, tiny, weights, scale_of):
+    file, expected = in_fp8(weights, scale_of)
     save_file(file, tmp_path / "model.safetensors")
     assert_same(read(tiny, tmp_path / "model.safetensors"), expected)
 
 
-def test_ways_of_storing_that_are_not_known(tmp_path, tiny, weights):
-    """Read as numbers they would be noise."""
+def test_unsupported_storage_types_are_refused(tmp_path, tiny, weights):
+    """Read as plain numbers they would be noise."""
     stem, path = "model.diffusion_model.layers.0.attention.out", tmp_path / "model.safetensors"
-    whole, _ = in_8_bits(weights, lambda tensor: tensor.abs().max() / 400)
+    whole, _ = in_fp8(weights, lambda tensor: tensor.abs().max() / 400)
     kind = {f"{stem}.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
     integers = {f"{stem}.weight": torch.zeros(48, 48, dtype=torch.int8)}
     blocks = {f"{stem}.weight_scale": torch.ones(48, 3)}
     for change, message in (
-        (kind, f"{stem} is stored as nvfp4, which is not read"),
-        (integers, f"{stem}.weight is stored as torch.int8, which is not read"),
-        (blocks, f"{stem}.weight_scale is \\(48, 3\\); one scale is known"),
+        (kind, f"{stem}: unsupported storage type nvfp4"),
+        (integers, f"{stem}.weight: unsupported storage type torch.int8"),
+        (blocks, f"{stem}.weight_scale is \\(48, 3\\), expected one scale, or one for each row"),
     ):
         save_file(whole | change, path)
         with pytest.raises(UserError, match=f"model.safetensors: {message}"):
             read(tiny, path)
 
 
-def test_a_whole_checkpoint_gives_its_transformer(tmp_path, tiny, weights):
+def test_the_transformer_of_a_whole_checkpoint_is_read(tmp_path, tiny, weights):
     more = {"vae.decoder.conv_in.bias": torch.ones(3), "text_encoders.qwen3_4b.transformer.x": torch.ones(3)}
     save_file(as_released(weights, "model.diffusion_model.") | more, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"model.safetensors: only its transformer is read"):
+    with pytest.warns(UserWarning, match=r"model.safetensors: only the transformer is read"):
         assert_same(read(tiny, tmp_path / "model.safetensors"), weights)
 
 
@@ -202,11 +206,11 @@ def test_bad_gguf_files_are_named(tmp_path, tiny, monkeypatch):
     with pytest.raises(UserError, match=r"bad.gguf: not a gguf file, or damaged"):
         read(tiny, tmp_path / "bad.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"need gguf; pip install 'fewstep\[gguf\]'"):
+    with pytest.raises(UserError, match=r"need the gguf package; pip install 'fewstep\[gguf\]'"):
         read(tiny, tmp_path / "bad.gguf")
 
 
-def test_pad_tokens_of_other_rank(tmp_path, tiny, weights):
+def test_flat_pad_tokens_are_reshaped(tmp_path, tiny, weights):
     file = as_released(weights)
     for name in ("x_pad_token", "cap_pad_token"):
         file[name] = file[name].flatten()
@@ -214,7 +218,7 @@ def test_pad_tokens_of_other_rank(tmp_path, tiny, weights):
     assert_same(read(tiny, tmp_path / "model.safetensors"), weights)
 
 
-def test_mistakes_name_file_and_tensor(tmp_path, tiny, weights):
+def test_errors_name_file_and_tensor(tmp_path, tiny, weights):
     file = tmp_path / "model.safetensors"
     with pytest.raises(UserError, match=r"model.safetensors: no such file"):
         read(tiny, file)
@@ -223,13 +227,13 @@ def test_mistakes_name_file_and_tensor(tmp_path, tiny, weights):
         read(tiny, file)
     released = as_released(weights)
     save_file({name: tensor for name, tensor in released.items() if "cap_embedder.1.weight" not in name}, file)
-    with pytest.raises(UserError, match=r"1 tensors are missing: cap_embedder.1.weight"):
+    with pytest.raises(UserError, match=r"one missing tensor: cap_embedder.1.weight"):
         read(tiny, file)
     save_file(released | {"layers.99.odd.weight": torch.zeros(2)}, file)
-    with pytest.raises(UserError, match=r"1 tensors are of no part of the model: layers.99.odd.weight"):
+    with pytest.raises(UserError, match=r"one unexpected tensor: layers.99.odd.weight"):
         read(tiny, file)
     save_file(released | {"cap_embedder.1.weight": torch.zeros(3, 2)}, file)
-    with pytest.raises(UserError, match=r"cap_embedder.1.weight is \(3, 2\), the model's is"):
+    with pytest.raises(UserError, match=r"cap_embedder.1.weight is \(3, 2\), expected"):
         read(tiny, file)
 
 
@@ -239,33 +243,33 @@ def test_convert_there_and_back(tmp_path, tiny_folder, weights):
 
     single, folder = tmp_path / "one.safetensors", tmp_path / "folder"
     assert convert(tiny_folder, "--to", "comfyui", "--out", single).exit_code == 0
-    assert convert(single, "--base", tiny_folder, "--out", folder).exit_code == 0
+    assert convert(single, "--components-from", tiny_folder, "--out", folder).exit_code == 0
     assert_same(load(folder).transformer.state_dict(), weights)
     for words, message in (
-        ((single, "--out", tmp_path / "other"), "say --base"),
-        ((tiny_folder, "--out", folder), "is there already"),
-        ((tiny_folder, "--to", "original", "--out", tmp_path / "plain"), "ends with .safetensors"),
+        ((single, "--out", tmp_path / "other"), "give --components-from"),
+        ((tiny_folder, "--out", folder), "already exists"),
+        ((tiny_folder, "--to", "original", "--out", tmp_path / "plain"), "must end with .safetensors"),
     ):
         done = convert(*words)
         assert done.exit_code == 1
         assert message in done.output
 
 
-def test_what_is_written_has_the_precision_of_what_was_read(tmp_path, tiny_folder, weights):
-    """8 bits are widened to 16, not to 32: a folder of twice the file's size, not of four times."""
+def test_a_written_folder_has_the_dtype_of_the_file(tmp_path, tiny_folder, weights):
+    """fp8 becomes bf16, not fp32: a folder of twice the file's size, not of four times."""
 
     def converted(name, file, *words):
         save_file(file, tmp_path / f"{name}.safetensors")
-        words = [tmp_path / f"{name}.safetensors", "--base", tiny_folder, "--out", tmp_path / name, *words]
+        words = [tmp_path / f"{name}.safetensors", "--components-from", tiny_folder, "--out", tmp_path / name, *words]
         done = CliRunner().invoke(app, ["convert", *map(str, words)])
         assert done.exit_code == 0, done.output
         return load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
 
     half = {name: tensor.bfloat16() for name, tensor in as_released(weights).items()}
-    narrow, expected = in_8_bits(weights, lambda tensor: tensor.abs().max() / 400)
+    narrow, expected = in_fp8(weights, lambda tensor: tensor.abs().max() / 400)
     assert_same(converted("half", half), {name: tensor.bfloat16() for name, tensor in weights.items()})
     assert_same(converted("narrow", narrow), {name: tensor.bfloat16() for name, tensor in expected.items()})
-    assert_same(converted("wide", narrow, "--precision", "fp32"), expected)
+    assert_same(converted("wide", narrow, "--dtype", "fp32"), expected)
     words = [tmp_path / "half", "--to", "comfyui", "--out", tmp_path / "back.safetensors"]
     assert CliRunner().invoke(app, ["convert", *map(str, words)]).exit_code == 0
     back = load_file(tmp_path / "back.safetensors")
@@ -273,22 +277,22 @@ def test_what_is_written_has_the_precision_of_what_was_read(tmp_path, tiny_folde
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float8_e4m3fn"])
-def test_reading_takes_no_more_than_the_weights(tiny, tmp_path, stored):
+def test_reading_takes_no_more_memory_than_the_weights(tiny, tmp_path, stored):
     deep = {**tiny.transformer.config, "dim": 384, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [32, 32, 32]}
     large = type(tiny.transformer).from_config({**deep, "n_layers": 30})
     released = as_released({name: tensor.clone() for name, tensor in large.state_dict().items()})
     kind = getattr(torch, stored)
     save_file({name: t.to(kind) if t.ndim == 2 else t for name, t in released.items()}, tmp_path / "model.safetensors")
-    most = most_held(lambda: read_transformer(tmp_path / "model.safetensors", large.config, torch.bfloat16))
-    most -= (tmp_path / "model.safetensors").stat().st_size  # which is mapped, not read
-    # of bf16, only thirds of fused matrices have memory of their own; the rest is used where it lies
+    most = most_held(lambda: read_transformer(tmp_path / "model.safetensors", ZIMAGE, large.config, torch.bfloat16))
+    most -= (tmp_path / "model.safetensors").stat().st_size  # which is memory-mapped
+    # of bf16, only parts of fused matrices are copied; the rest stays memory-mapped
     assert most < {"bfloat16": 0.4}.get(stored, 1.05) * sum(2 * p.numel() for p in large.parameters())
 
 
-@pytest.mark.parametrize(("precision", "reason"), [("fp16", "overflow in it; take bf16"), ("fp8", "read, not written")])
-def test_precisions_that_are_not_written(tmp_path, tiny_folder, precision, reason):
+@pytest.mark.parametrize(("dtype", "reason"), [("fp16", "overflow in it; take bf16"), ("fp8", "not written")])
+def test_dtypes_that_cannot_be_written_are_refused(tmp_path, tiny_folder, dtype, reason):
     out = tmp_path / "one.safetensors"
-    words = ["convert", str(tiny_folder), "--to", "comfyui", "--out", str(out), "--precision", precision]
+    words = ["convert", str(tiny_folder), "--to", "comfyui", "--out", str(out), "--dtype", dtype]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1
     assert reason in done.stderr

@@ -1,6 +1,8 @@
-"""Our batched forward against diffusers' own, and batches against single samples."""
+"""The batched forward against diffusers' own, batches against single samples, and blocks in every combination."""
 
 import copy
+from contextlib import nullcontext
+from itertools import permutations
 
 import pytest
 import torch
@@ -9,13 +11,17 @@ from diffusers.models.attention_dispatch import attention_backend
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
-from fewstep.models.adapters import active_adapter, adapter_parameters, add_adapter
+from fewstep.export.diffusers import to_diffusers
+from fewstep.models.adapters import active_adapters, adapter_parameters, add_adapter
+from fewstep.models.offload import offload_blocks
+from fewstep.models.zimage.block import ZImageBlock
 from fewstep.models.zimage.denoiser import ZImageDenoiser
+from fewstep.models.zimage.family import ZIMAGE
 
 FEATURES = 24
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def transformer():
     torch.manual_seed(0)
     model = ZImageTransformer2DModel(
@@ -36,7 +42,9 @@ def prompts_of(lengths, seed=0):
 
 
 def diffusers_velocity(model, x, sigma, prompts):
-    """Straight through diffusers: takes 1 - sigma, returns -velocity, one list entry a sample."""
+    """diffusers' own forward, on a plain model or one with fewstep's blocks: takes 1 - sigma, returns -velocity."""
+    if isinstance(model.layers[0], ZImageBlock):
+        model = to_diffusers(model, ZIMAGE)
     captions = [f[:n] for f, n in zip(prompts.features, prompts.lengths.tolist(), strict=True)]
     out = model([sample[:, None] for sample in x], 1 - sigma, captions, return_dict=False)[0]
     return -torch.stack(out).squeeze(2)
@@ -99,7 +107,7 @@ def test_batched_equals_single(transformer):
 
 
 def test_pad_tokens_are_attended_to(transformer):
-    """16 patches and 5 caption tokens are filled up to 32 each; the learned pad tokens must have a say."""
+    """16 patches and 5 caption tokens are padded to 32 each; the learned pad tokens must affect the result."""
     prompts, x, sigma = prompts_of([5]), torch.randn(1, 16, 8, 8), torch.rand(1)
     denoiser = ZImageDenoiser(transformer)
     with torch.no_grad():
@@ -113,17 +121,16 @@ def test_pad_tokens_are_attended_to(transformer):
 
 def test_checkpointed_blocks_give_the_same_gradients(transformer):
     prompts, x, sigma = prompts_of([5, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
-    plain, checkpointed = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
+    plain, checkpointed = (ZImageDenoiser(copy.deepcopy(transformer)) for _ in range(2))
     checkpointed.enable_gradient_checkpointing()
     kept, gradients = [], []
     for denoiser in (plain, checkpointed):
-        transformer.zero_grad()
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             velocity = denoiser(x, sigma, prompts)
         kept.append(sum(sizes))
         velocity.square().mean().backward()
-        gradients.append({n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None})
+        gradients.append({n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[0], gradients[1])
     assert kept[1] < 0.5 * kept[0]
 
@@ -143,25 +150,26 @@ def test_mixed_sizes_match_diffusers(transformer):
 
 def test_with_lora_matches_diffusers(transformer):
     model = copy.deepcopy(transformer)
-    add_adapter(model, "mine", rank=4, scale=2.0)
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        add_adapter(each, "mine", rank=4, alpha=8.0, target_modules=ZIMAGE.lora_target_modules)
     for parameter in adapter_parameters(model, "mine").values():
         torch.nn.init.normal_(parameter, std=0.1)
+    plain.load_state_dict(model.state_dict())
     prompts, x, sigma = prompts_of([6, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
     gradients = []
-    with active_adapter(model, "mine"):
-        for ask in (ZImageDenoiser(model), lambda *given: diffusers_velocity(model, *given)):
-            model.zero_grad()
-            velocity = ask(x, sigma, prompts)
+    for each, run in ((model, ZImageDenoiser(model)), (plain, lambda *inputs: diffusers_velocity(plain, *inputs))):
+        with active_adapters(each, {"mine": 1.0}):
+            velocity = run(x, sigma, prompts)
             velocity.square().mean().backward()
-            learned = {name: p.grad.clone() for name, p in adapter_parameters(model, "mine").items()}
-            gradients.append((velocity.detach(), learned))
+        gradients.append((velocity.detach(), {name: p.grad for name, p in adapter_parameters(each, "mine").items()}))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         assert (gradients[0][0] - ZImageDenoiser(model)(x, sigma, prompts)).abs().mean() > 0.01
 
 
 @pytest.mark.parametrize("lengths", [[5, 9], [5, 40, 7]])
-def test_captions_are_computed_once_while_kept(transformer, lengths):
+def test_captions_are_computed_once_while_cached(transformer, lengths):
     denoiser, prompts = ZImageDenoiser(transformer), prompts_of(lengths)
     x, calls = torch.randn(len(lengths), 16, 8, 8), []
     handle = transformer.cap_embedder.register_forward_hook(lambda *_: calls.append(1))
@@ -170,58 +178,126 @@ def test_captions_are_computed_once_while_kept(transformer, lengths):
             plain = [denoiser(x, torch.full((len(x),), sigma), prompts) for sigma in (1.0, 0.5, 0.2)]
             calls.clear()
             with denoiser.cache_text_tokens():
-                kept = [denoiser(x, torch.full((len(x),), sigma), prompts) for sigma in (1.0, 0.5, 0.2)]
+                cached = [denoiser(x, torch.full((len(x),), sigma), prompts) for sigma in (1.0, 0.5, 0.2)]
             assert len(calls) == len({length > 32 for length in lengths})
-            for one, other in zip(plain, kept, strict=True):
+            for one, other in zip(plain, cached, strict=True):
                 assert torch.equal(one, other)
             denoiser(x, torch.ones(len(x)), prompts)
-        assert len(calls) == 2 * len({length > 32 for length in lengths})  # nothing is kept outside
+        assert len(calls) == 2 * len({length > 32 for length in lengths})  # nothing is cached outside
     finally:
         handle.remove()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_attention_is_by_the_backend_that_was_set(transformer):
+def test_attention_uses_the_backend_that_was_set(transformer):
     prompts, x, sigma = prompts_of([5, 9]), torch.randn(2, 16, 8, 8), torch.rand(2)
     model = copy.deepcopy(transformer)
-    denoiser, said = ZImageDenoiser(model), []
-    with torch.no_grad(), attention_backend("native"):  # what is set is set for all models, and put back here
+    denoiser, others = ZImageDenoiser(model), []
+    with torch.no_grad(), attention_backend("native"):  # the setting is global; this restores it
         before = denoiser(x, sigma, prompts)
         for name in ("_native_math", "flex"):
             model.set_attention_backend(name)
-            said.append(denoiser(x, sigma, prompts))
-    for other in said:
+            others.append(denoiser(x, sigma, prompts))
+    for other in others:
         torch.testing.assert_close(before, other, atol=1e-5, rtol=1e-5)
-    assert not all(torch.equal(before, other) for other in said)  # another kernel, other roundings
+    assert not all(torch.equal(before, other) for other in others)  # another kernel rounds differently
 
 
-def test_compiling_needs_a_compiler(transformer, monkeypatch):
+def test_compilation_without_a_compiler_is_refused(transformer, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):
         ZImageDenoiser(transformer).compile_repeated_blocks()
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same(transformer):
+def test_compiled_blocks_give_the_same_gradients(transformer):
     prompts, x, sigma = prompts_of([5, 9]), torch.randn(2, 16, 8, 8), torch.rand(2)
-    eager, compiled = ZImageDenoiser(transformer), ZImageDenoiser(transformer)
+    eager, compiled = (ZImageDenoiser(copy.deepcopy(transformer)) for _ in range(2))
     compiled.compile_repeated_blocks()
     gradients = []
     for denoiser in (eager, compiled):
-        transformer.zero_grad()
         velocity = denoiser(x, sigma, prompts)
         velocity.square().mean().backward()
-        gradients.append((velocity.detach(), transformer.layers[0].attention.to_q.weight.grad.clone()))
+        gradients.append((velocity.detach(), denoiser.transformer.layers[0].attention.to_q.weight.grad))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_within_a_shape_nothing_is_compiled_again(transformer):
-    denoiser, graphs = ZImageDenoiser(transformer), []
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_one_shape_is_compiled_once(transformer, offloaded):
+    denoiser, graphs = ZImageDenoiser(copy.deepcopy(transformer)), []
     denoiser.compile_repeated_blocks()
+    if offloaded:
+        offload_blocks(denoiser, "cpu")
     with torch.no_grad():
         for seed in range(3):
             x, sigma = torch.randn(2, 16, 8, 8), torch.rand(2)
             denoiser(x, sigma, prompts_of([5 + seed, 9], seed))
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] == graphs[1] == graphs[2]
+
+
+# --- blocks are modules: everything that acts on them composes, in any order -----------------------------------------
+
+
+def count_calls(denoiser):
+    for block in denoiser.get_blocks():
+        block.calls = []
+        block.register_forward_hook(lambda block, *_: block.calls.append(1))
+
+
+FEATURES_OF_BLOCKS = {
+    "checkpointing": ZImageDenoiser.enable_gradient_checkpointing,
+    "offloading": lambda denoiser: offload_blocks(denoiser, "cpu"),
+    "hooks": count_calls,
+    "compile": ZImageDenoiser.compile_repeated_blocks,
+}
+
+
+def velocity_and_gradients(denoiser, x, sigma, prompts):
+    x = x.clone().requires_grad_(True)
+    velocity = denoiser(x, sigma, prompts)
+    velocity.square().mean().backward()
+    return velocity.detach(), x.grad, {name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None}
+
+
+def assert_composes(transformer, order):
+    prompts, x, sigma = prompts_of([5, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
+    plain, combined = (ZImageDenoiser(copy.deepcopy(transformer)) for _ in range(2))
+    for name in order:
+        FEATURES_OF_BLOCKS[name](combined)
+    expected = velocity_and_gradients(plain, x, sigma, prompts)
+    torch.testing.assert_close(velocity_and_gradients(combined, x, sigma, prompts), expected, atol=1e-5, rtol=1e-4)
+    assert len(expected[2]) > 50
+    assert [len(block.calls) for block in combined.get_blocks()] == [2, 2, 2, 2]  # once for each of two caption lengths
+
+
+@pytest.mark.parametrize("order", list(permutations(["checkpointing", "offloading", "hooks"])), ids=" ".join)
+def test_blocks_compose_in_any_order(transformer, order):
+    assert_composes(transformer, order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", list(permutations(FEATURES_OF_BLOCKS)), ids=" ".join)
+def test_blocks_compose_with_compilation_in_any_order(transformer, order):
+    torch._dynamo.reset()  # graphs of other tests count towards the limit beyond which nothing is compiled
+    assert_composes(transformer, order)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_offloaded_weights_are_on_the_device_where_they_are_recomputed(transformer):
+    """Each block is copied to the device in the forward pass, and again in the backward pass that recomputes it."""
+    denoiser, copies = ZImageDenoiser(copy.deepcopy(transformer)), []
+    denoiser.enable_gradient_checkpointing()
+    offload_blocks(denoiser, "cpu")
+    for index, block in enumerate(denoiser.get_blocks()):
+        block.contexts.append(lambda _, index=index: nullcontext(copies.append(index)))
+    denoiser(torch.randn(1, 16, 8, 8), torch.rand(1), prompts_of([5])).sum().backward()
+    assert sorted(copies) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_state_dict_is_that_of_diffusers(transformer):
+    plain = copy.deepcopy(transformer)
+    names = list(plain.state_dict())
+    assert list(ZImageDenoiser(plain).transformer.state_dict()) == names
+    assert list(to_diffusers(plain, ZIMAGE).state_dict()) == names

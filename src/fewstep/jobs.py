@@ -49,7 +49,7 @@ def distill(
     source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
     prompts = source.texts("train")
     dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
-    teacher = load(recipe.teacher, dist.device, dtype, offload="parts")
+    teacher = load(recipe.teacher, dist.device, dtype, offload="model")
     teacher.set_resolution(recipe.resolution)
     with dist.main_process_first():
         data = DataSetup(recipe, teacher, prompts, cache or run.directory / "cache")

@@ -1,4 +1,4 @@
-"""`fewstep convert`: between diffusers' folders and single files."""
+"""`fewstep convert`: between diffusers folders and single files."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -9,47 +9,61 @@ import typer
 from fewstep.cli.options import Precision
 
 
-class To(StrEnum):
+class ExportFormat(StrEnum):
     diffusers = "diffusers"
     original = "original"
     comfyui = "comfyui"
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A model's folder or name, or a transformer as .safetensors or .gguf.")],
+    model: Annotated[
+        str, typer.Argument(help="A model's folder or name, or a transformer as a .safetensors or .gguf file.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder, or the .safetensors file, to write.")],
     to: Annotated[
-        To, typer.Option(help="A whole folder, or the transformer in one file with these names.")
-    ] = To.diffusers,
-    base: Annotated[
-        str | None, typer.Option(help="For a single file: the model that has its other parts, and its numbers.")
+        ExportFormat, typer.Option(help="A whole folder, or the transformer as one file with these tensor names.")
+    ] = ExportFormat.diffusers,
+    components_from: Annotated[
+        str | None,
+        typer.Option(help="For a single file: the model that provides the configuration and the other components."),
     ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Of what is written. [default: the weights' own; bf16 for 8 bits and GGUF]")
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Dtype of the written weights. [default: the stored one; bf16 for fp8 and GGUF]"),
     ] = None,
 ) -> None:
-    """Turn a single file (the original names, ComfyUI's, 8 bits, GGUF) into a folder, or a folder into one."""
+    """Convert a single file (original or ComfyUI names, fp8, GGUF) to a diffusers folder, or a folder to a file."""
     from fewstep.errors import UserError
+    from fewstep.export.single_file import write_transformer
     from fewstep.models.components import NO_FP16, load_component, read_config, resolve_model
+    from fewstep.models.family import resolve_family
     from fewstep.models.pipeline import load, with_components_from
-    from fewstep.models.zimage.single_file import read_transformer, stored_dtype, write_transformer
+    from fewstep.models.single_file import read_transformer, stored_dtype
 
     if out.exists():
-        raise UserError(f"{out}: is there already; choose another --out")
-    if precision is Precision.fp8:
-        raise UserError("--precision fp8: such files are read, not written; take bf16")
-    if precision is Precision.fp16:
+        raise UserError(f"{out}: already exists; choose another --out")
+    if dtype is Precision.fp8:
+        raise UserError("--dtype fp8: fp8 files can be read but not written; use bf16")
+    if dtype is Precision.fp16:
         raise UserError(NO_FP16)
-    if to is not To.diffusers and out.suffix != ".safetensors":
-        raise UserError(f"{out}: a single file's name ends with .safetensors")
-    single, dtype = model.endswith((".safetensors", ".gguf")), precision.dtype if precision is not None else None
-    if single and base is None:
-        raise UserError(f"{model}: a single file has the transformer alone; say --base, a model of the same kind")
-    if single:
-        config = read_config(resolve_model(str(base)), "transformer")
-        transformer = read_transformer(model, config, dtype or stored_dtype(model))
-    if to is To.diffusers:
-        typer.echo((with_components_from(transformer, str(base)) if single else load(model, dtype=dtype)).save(out))
+    if to is not ExportFormat.diffusers and out.suffix != ".safetensors":
+        raise UserError(f"{out}: the name of a single file must end with .safetensors")
+    weights_dtype = dtype.dtype if dtype is not None else None
+    if model.endswith((".safetensors", ".gguf")):
+        if components_from is None:
+            raise UserError(f"{model}: contains the transformer alone; give --components-from, a model of its family")
+        folder = resolve_model(components_from)
+        family = resolve_family(folder)
+        config = read_config(folder, "transformer")
+        transformer = read_transformer(model, family, config, weights_dtype or stored_dtype(model))
+        if to is ExportFormat.diffusers:
+            typer.echo(with_components_from(transformer, folder).save(out))
+            return
+    elif to is ExportFormat.diffusers:
+        typer.echo(load(model, dtype=weights_dtype).save(out))
+        return
     else:
-        transformer = transformer if single else load_component(resolve_model(model), "transformer", dtype)
-        typer.echo(write_transformer(transformer, out, "comfyui" if to is To.comfyui else "original"))
+        folder = resolve_model(model)
+        family = resolve_family(folder)
+        transformer = load_component(folder, "transformer", weights_dtype)
+    typer.echo(write_transformer(transformer, out, family, to.value))

@@ -12,8 +12,8 @@ from fewstep.cli.options import Precision
 
 class Offload(StrEnum):
     none = "none"
-    parts = "parts"
-    blocks = "blocks"
+    model = "model"
+    group = "group"
 
 
 def generate(
@@ -84,8 +84,8 @@ def generate(
     texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
-    if compile and offload is Offload.blocks:
-        raise UserError("--compile: not together with --offload blocks, whose weights are elsewhere at every step")
+    if compile and offload is Offload.group:
+        raise UserError("--compile: not together with --offload group, whose weights are elsewhere at every step")
     _check_writable(out)
     pipeline = load(model, device, precision.dtype if precision else None, offload.value)
     if attention is not None:

@@ -1,4 +1,4 @@
-"""Tensors that are sharded over processes, and whole ones."""
+"""Conversion between tensors sharded over processes and full ones."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process; any other as it is."""
+    """A sharded tensor gathered on every process; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor divided as `reference` is."""
+    """A full tensor sharded as ``reference`` is."""
     if not isinstance(reference, DTensor):
         return tensor
     return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """A sharded module's weights put together, on every process."""
+    """A sharded module's weights, gathered on every process."""
     return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
 from fewstep.models.pipeline import TextToImagePipeline
-from fewstep.models.text import PromptEncoder, apply_chat_template
+from fewstep.models.text import PromptEncoder
 
 FORMAT = 1
 INDEX = "index.json"
@@ -75,7 +75,7 @@ def fingerprint(teacher: TextToImagePipeline, sigmas: Sequence[float], **setting
 def text_fingerprint(encoder: PromptEncoder) -> dict[str, object]:
     """What encoded prompts depend on: the text encoder's weights, the tokenizer, the words around a prompt."""
     vocabulary = json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
-    template = apply_chat_template(encoder.tokenizer, "prompt", encoder.system) + vocabulary
+    template = encoder.template("prompt") + vocabulary
     return {
         "text_encoder": weights_hash(encoder.text_encoder),
         "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),

@@ -20,6 +20,7 @@ from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
 from fewstep.emoji.recipes import FlowMatchingRecipe, TransformerSettings
 from fewstep.models.components import load_component
+from fewstep.models.family import get_family
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.vae import to_channels_last
@@ -97,16 +98,21 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     """Train on the training split, and save the whole model to ``<run>/model``."""
     dataset = EmojiDataset.load(recipe.data.num_objects)
     specs = dataset.specs("train")
-    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32))
-    text_encoder = load_component(Path(recipe.text_encoder), "text_encoder", torch.float32)
-    tokenizer = load_component(Path(recipe.text_encoder), "tokenizer")
+    family = get_family("ZImagePipeline")
+    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32, family))
+    text_encoder = load_component(Path(recipe.text_encoder), "text_encoder", torch.float32, family)
+    tokenizer = load_component(Path(recipe.text_encoder), "tokenizer", family=family)
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
     if recipe.init is not None:
         transformer.load_state_dict(load(recipe.init).transformer.state_dict())
     config = GenerationConfig(steps=50, guidance_scale=recipe.guidance_scale, height=IMAGE_SIZE, width=IMAGE_SIZE)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
-    model = TextToImagePipeline(transformer, vae, text_encoder, tokenizer, scheduler, config)
+    components = {
+        "transformer": transformer, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
+        "scheduler": scheduler,
+    }  # fmt: skip
+    model = TextToImagePipeline(family, components, config)
 
     bank = build_bank(dataset, specs, model.encode_images, recipe.data.augmentations_per_object, seed=2)
     encoded = model.encode([dataset.prompt(spec, template) for spec in specs for template in range(NUM_TEMPLATES)])

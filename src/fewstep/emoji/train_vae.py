@@ -15,6 +15,7 @@ from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.emoji.recipes import VAELossSettings, VAERecipe
 from fewstep.models.components import load_component
+from fewstep.models.family import get_family
 from fewstep.models.vae import to_channels_last
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
@@ -98,7 +99,9 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
     torch.manual_seed(recipe.train.seed)
     vae = build_vae(model.block_out_channels, model.layers_per_block, model.latent_channels, model.norm_num_groups)
     if recipe.init is not None:
-        vae = to_channels_last(load_component(Path(recipe.init), "vae", torch.float32)).requires_grad_(True)
+        vae = to_channels_last(
+            load_component(Path(recipe.init), "vae", torch.float32, get_family("ZImagePipeline"))
+        ).requires_grad_(True)
     vae.encoder.requires_grad_(recipe.train_encoder)
 
     def data(position: int) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -19,21 +18,14 @@ from fewstep.core import flow
 from fewstep.core.dtensor import full_state_dict
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
-from fewstep.models.adapters import (
-    TARGETS,
-    AdapterDenoiser,
-    adapter_parameters,
-    adapter_state_dict,
-    add_adapter,
-    capture_adapter_state,
-    write_merged,
-)
+from fewstep.models.adapter_files import adapter_state_dict, write_merged
+from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter
 from fewstep.models.components import load_component, resolve_model
+from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.parallel import shard_denoiser
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.quantize import is_fp8, quantize_fp8_
-from fewstep.models.zimage.denoiser import ZImageDenoiser
 from fewstep.training.distributed import DistContext
 
 LORA = "lora"  # where a run keeps its student's adapter, beside the student
@@ -79,26 +71,26 @@ class Models:
         write = None
         if dist.is_main_process and self.shares_base:
             lora = adapter_state_dict(transformer, "student")
-            ZImagePipeline.save_lora_weights(folder.parent / LORA, transformer_lora_layers=lora)
+            self.teacher.family.write_lora(folder.parent / LORA, lora)
             base = self._unquantized_base()
-            write = lambda inner: write_merged(inner, transformer, "student", base)  # noqa: E731
+            write = lambda inner: write_merged(inner, transformer, {"student": 1.0}, base)  # noqa: E731
         if dist.is_main_process:
-            with_transformer(self.student, transformer, self.student.generation_config).save(folder, write)
+            self.student.with_transformer(transformer, self.student.generation_config).save(folder, write)
         dist.barrier()
         return folder
 
-    def _unquantized_base(self) -> ZImageTransformer2DModel | None:
+    def _unquantized_base(self) -> nn.Module | None:
         """The weights that the student's adapter is merged into where the base is in fp8: the teacher's on disk."""
         if not is_fp8(self.teacher.transformer):
             return None
         return load_component(resolve_model(self.teacher_path), "transformer", torch.bfloat16)
 
-    def gather_full_model(self) -> ZImageTransformer2DModel:
+    def gather_full_model(self) -> nn.Module:
         """The student's sharded transformer as a plain one."""
         sharded = self.student.transformer
-        plain = ZImageTransformer2DModel.from_config(sharded.config)
+        plain = self.teacher.family.build("transformer", sharded.config)
         for name, spec in self.adapters.items():
-            add_adapter(plain, name, spec.rank, spec.scale, spec.target_modules)
+            add_adapter(plain, name, spec.rank, spec.alpha, target_modules=spec.target_modules)
         plain.load_state_dict(full_state_dict(sharded))
         return plain
 
@@ -132,17 +124,17 @@ def _full_copies(
 ) -> Models:
     # each is sharded before the next is made: all of them need not fit unsharded
     transformer = copy.deepcopy(teacher.transformer).float()
-    student = with_transformer(teacher, transformer, student_generation_config(recipe, teacher))
+    student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher))
     if recipe.init is not None:
         load_init(student, recipe.init)
     _prepare(student.denoiser.requires_grad_(True), recipe, mesh)
     copies: dict[str, nn.Module] = {}
     for name in extra:
-        denoiser = ZImageDenoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
+        denoiser = teacher.family.denoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
         _prepare(denoiser, recipe, mesh)
         copies[name] = denoiser
     if recipe.models.frozen_dtype == "fp8":
-        quantize_fp8_(teacher.transformer)
+        quantize_fp8_(teacher.transformer, teacher.family.quantizable_modules)
     _prepare(teacher.denoiser, recipe, mesh, trained=False)
     return Models(teacher, student, copies, shares_base=False, teacher_path=recipe.teacher)
 
@@ -156,31 +148,33 @@ def _adapters(
 ) -> Models:
     settings, transformer = recipe.models, teacher.transformer
     alpha = settings.lora_alpha or settings.rank
-    targets = settings.target_modules or list(TARGETS)
+    targets = settings.target_modules or list(teacher.family.lora_target_modules)
     student_spec = AdapterSpec(settings.rank, alpha, targets)
     extra_rank = settings.fake_score_rank or settings.rank
     specs = {"student": student_spec} | {
         name: AdapterSpec(extra_rank, student_spec.scale * extra_rank, targets) for name in extra
     }
     for name, spec in specs.items():
-        add_adapter(transformer, name, spec.rank, spec.scale, spec.target_modules)
+        add_adapter(transformer, name, spec.rank, spec.alpha, target_modules=spec.target_modules)
     if recipe.init is not None:
         load_adapter(transformer, student_spec.scale, recipe.init)
     if settings.frozen_dtype == "fp8":
-        quantize_fp8_(transformer)
+        quantize_fp8_(transformer, teacher.family.quantizable_modules)
     if settings.compile:
         teacher.denoiser.compile_repeated_blocks()
     if settings.gradient_checkpointing:
-        teacher.denoiser.enable_gradient_checkpointing(capture_adapter_state)
+        teacher.denoiser.enable_gradient_checkpointing()
     if mesh is not None:
         shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, dist.device))
-    student = with_transformer(teacher, transformer, student_generation_config(recipe, teacher))
-    student.denoiser = AdapterDenoiser(teacher.denoiser, "student")  # type: ignore[assignment]
-    copies: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, name) for name in extra}
+    student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher))
+    student.denoiser = AdapterDenoiser(teacher.denoiser, {"student": 1.0})  # type: ignore[assignment]
+    copies: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in extra}
     return Models(teacher, student, copies, shares_base=True, teacher_path=recipe.teacher, adapters=specs)
 
 
-def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, trained: bool = True) -> None:
+def _prepare(
+    denoiser: TransformerDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, trained: bool = True
+) -> None:
     """Compile, checkpoint and shard a denoiser as the recipe says."""
     if recipe.models.compile:
         denoiser.compile_repeated_blocks()
@@ -188,16 +182,6 @@ def _prepare(denoiser: ZImageDenoiser, recipe: DistillRecipe, mesh: DeviceMesh |
         denoiser.enable_gradient_checkpointing()
     if mesh is not None:
         shard_denoiser(denoiser, mesh, uses_bf16(recipe.train.precision, denoiser.transformer.device))
-
-
-def with_transformer(
-    model: TextToImagePipeline, transformer: nn.Module, config: GenerationConfig
-) -> TextToImagePipeline:
-    """The model with another transformer and generation config; the frozen components are shared."""
-    return TextToImagePipeline(
-        transformer,  # type: ignore[arg-type]
-        *(model.vae, model.text_encoder, model.tokenizer, model.scheduler, config),
-    )
 
 
 def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipeline) -> GenerationConfig:

@@ -1,1 +1,1 @@
-"""Models: what a denoiser is, Z-Image, prompt encoding, VAE, loading and saving."""
+"""Models: families, denoisers, prompt encoding, autoencoders, adapters, loading and saving."""

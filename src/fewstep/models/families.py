@@ -1,1 +1,5 @@
-"""The model families that ship: each registers itself."""
+"""Registers the model families of this package by the ``_class_name`` in ``model_index.json``."""
+
+from fewstep.core.registry import model_families
+
+model_families.register("ZImagePipeline", "fewstep.models.zimage.family:ZIMAGE")

@@ -1,4 +1,4 @@
-"""How a model is sampled by default: ``fewstep.json`` in its folder."""
+"""The sampling defaults of a model: ``fewstep.json`` in its folder."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
+from fewstep.models.family import resolve_family
 
 GENERATION_CONFIG = "fewstep.json"
 
 
-TURBO_SHIFT = 3  # of Z-Image-Turbo's noise levels; Z-Image's is 6
-
-
 class GenerationConfig(BaseModel):
-    """How a model wants to be run: ``fewstep.json`` in its folder. diffusers does not read it."""
+    """Sampling defaults of a model. diffusers does not read them."""
 
     model_config = ConfigDict(extra="forbid")
 
-    steps: int = Field(50, ge=1, description="Steps it was trained for, or is best sampled with.")
-    guidance_scale: float = Field(0.0, ge=0, description="Best guidance as in cond + g (cond - null); 0 is none.")
-    guidance_distilled: bool = Field(False, description="Guidance is inside already: more of it over-bakes.")
+    steps: int = Field(50, ge=1, description="Number of steps that it was trained for, or gives the best images with.")
+    guidance_scale: float = Field(0.0, ge=0, description="Guidance g in cond + g (cond - null); 0 is none.")
+    guidance_distilled: bool = Field(False, description="Guidance is distilled into the weights: g must be 0.")
     sigmas: list[float] | None = Field(None, description="Its sigmas from 1 down, without the final 0.")
     sampler: str = Field("euler", description='"euler", or "renoise" between steps.')
     eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the renoise sampler.")
-    system_prompt: str = Field("", description="The system's turn before every prompt; empty is none.")
-    teacher: str | None = Field(None, description="The model it was made from: a folder, or a shipped one's name.")
+    system_prompt: str = Field("", description="System prompt; empty is none.")
+    teacher: str | None = Field(None, description="The model it was distilled from: a folder, or a bundled name.")
     height: int = Field(1024, ge=1, description="Pixels.")
     width: int = Field(1024, ge=1, description="Pixels.")
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:
-    """``fewstep.json``; of a folder that others wrote, how its like is run, with a warning.
+    """``fewstep.json``; for a folder written by other programs, what the family infers, with a warning.
 
     Raises:
-        UserError: the file says what it cannot mean.
+        UserError: the file cannot be read, or a value in it is invalid.
     """
     file = folder / GENERATION_CONFIG
     if not file.exists():
@@ -53,16 +51,12 @@ def load_generation_config(folder: Path) -> GenerationConfig:
 
 
 def _infer_generation_config(folder: Path) -> GenerationConfig:
-    """A folder whose noise levels have Z-Image-Turbo's shift is taken for a model of its kind, any other for one of
-    Z-Image's."""
-    shift = load_component(folder, "scheduler").config["shift"]
-    card, kind = GenerationConfig(guidance_scale=4.0), "Z-Image"
-    if shift == TURBO_SHIFT:
-        card, kind = GenerationConfig(steps=8), "Z-Image-Turbo"
+    family = resolve_family(folder)
+    components = {"scheduler": load_component(folder, "scheduler", family=family)}
+    config, model = family.infer_generation_config(components)
     warnings.warn(
-        f"{folder}: no {GENERATION_CONFIG}; by its shift of {shift:g} it is run like {kind}, "
-        f"with {card.steps} steps and guidance "
-        f"{card.guidance_scale:g} where nothing else is said",
+        f"{folder}: no {GENERATION_CONFIG}; by its shift of {family.shift(components):g} this is a {model} model: "
+        f"the defaults are {config.steps} steps and guidance_scale {config.guidance_scale:g}",
         stacklevel=3,
     )
-    return card
+    return config

@@ -11,7 +11,8 @@ from fewstep.models.pipeline import TextToImagePipeline
 
 
 def initial_noise(model: TextToImagePipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:
-    """Pure noise as a diffusers user would draw it: image i from ``torch.Generator("cpu").manual_seed(seeds[i])``."""
+    """Pure noise [B, *latent_shape] on the model's device, as diffusers draws it: row i from
+    ``torch.Generator("cpu").manual_seed(seeds[i])``."""
     shape = model.latent_shape(height, width)
     each = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     return torch.cat(each).to(model.device)

@@ -1,89 +1,99 @@
-"""A text-to-image model in Z-Image's folder layout: loading, saving, and the parts put together."""
+"""A text-to-image model of any family: its components, loading, saving, encoding and decoding."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
-from transformers import Qwen3Model
 
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
-from fewstep.models import vae as vae_tools
-from fewstep.models.components import COMPONENTS, load_component, resolve_model, silence_loggers
+from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
+from fewstep.models.family import Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.offload import offload_blocks
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul
 from fewstep.models.text import PromptEncoder, PromptTooLong
-from fewstep.models.zimage.denoiser import PATCH, ZImageDenoiser
+from fewstep.models.vae import to_channels_last
 
 
 class TextToImagePipeline:
-    """All parts of a model, and the few things one does with them."""
+    """A model with all its components.
 
-    def __init__(
-        self,
-        transformer: ZImageTransformer2DModel,
-        vae: AutoencoderKL,
-        text_encoder: Qwen3Model,
-        tokenizer: Any,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        card: GenerationConfig,
-    ) -> None:
-        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
-        self.tokenizer, self.scheduler, self.generation_config = tokenizer, scheduler, card
-        self.denoiser = ZImageDenoiser(transformer)
+    Attributes:
+        components: by the family's names; "transformer", "text_encoder", "vae", "tokenizer" and "scheduler" are
+            attributes too.
+        denoiser: the transformer as a denoiser.
+        encoder: the prompt encoder.
+    """
+
+    def __init__(self, family: ModelFamily, components: Components, generation_config: GenerationConfig) -> None:
+        self.family, self.components, self.generation_config = family, dict(components), generation_config
+        self.denoiser = family.denoiser(components["transformer"])
+        self.encoder = family.prompt_encoder(components, generation_config.system_prompt)
         self._offloaded = False
-        self.encoder = PromptEncoder(tokenizer, text_encoder, card.system_prompt)
+
+    @property
+    def transformer(self) -> Any:
+        return self.components["transformer"]
+
+    @property
+    def text_encoder(self) -> Any:
+        return self.components["text_encoder"]
+
+    @property
+    def vae(self) -> Any:
+        return self.components["vae"]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.components["tokenizer"]
+
+    @property
+    def scheduler(self) -> Any:
+        return self.components["scheduler"]
 
     @property
     def shift(self) -> float:
         """The shift of its noise levels (3 for Z-Image-Turbo)."""
-        return float(self.scheduler.config["shift"])
-
-    @property
-    def latent_multiple(self) -> int:
-        """Rows and columns of latents are a multiple of this: the transformer's patch."""
-        return PATCH
-
-    @property
-    def feature_dim(self) -> int:
-        """Width of the denoiser's features."""
-        return int(self.transformer.config["dim"])
+        return self.family.shift(self.components)
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        return next(self.transformer.parameters()).device
 
     def to(self, device: torch.device | str) -> TextToImagePipeline:
-        for module in (self.transformer, self.vae, self.text_encoder):
-            module.to(device)  # type: ignore[arg-type]
+        for name in self.family.modules:
+            self.components[name].to(device)
         return self
 
+    def with_transformer(self, transformer: nn.Module, generation_config: GenerationConfig) -> TextToImagePipeline:
+        """A pipeline with another transformer and generation config; the other components are shared."""
+        return TextToImagePipeline(self.family, {**self.components, "transformer": transformer}, generation_config)
+
     def set_resolution(self, side: int | None) -> None:
-        """Square images of so many pixels a side from here on, where the caller of a method says nothing; None changes
-        nothing."""
+        """Make square images of ``side`` pixels the default; None changes nothing."""
         if side is not None:
             self.generation_config = self.generation_config.model_copy(update={"height": side, "width": side})
 
     def enable_model_cpu_offload(self) -> None:
-        """From here on text encoder and autoencoder are in the CPU's memory, and come to the transformer's device only
-        while they are asked."""
-        for module in (self.text_encoder, self.vae):
-            module.to("cpu")
+        """Keep all modules but the transformer in the CPU's memory, and move each to the transformer's device while it
+        is used."""
+        for name in self.family.modules:
+            if name != "transformer":
+                self.components[name].to("cpu")
         self._offloaded = True
         self.encoder.on_device = lambda: self._on_device(self.text_encoder)
 
     @contextmanager
     def _on_device(self, module: nn.Module) -> Iterator[None]:
-        """Inside, a part that rests is where the transformer is."""
+        """Inside, an offloaded module is on the transformer's device."""
         if self._offloaded:
             module.to(self.device)
         try:
@@ -93,7 +103,7 @@ class TextToImagePipeline:
                 module.to("cpu")
 
     def set_attention_backend(self, backend: str) -> None:
-        """Compute attention by one of diffusers' backends, for all models of this process.
+        """Compute attention with one of diffusers' backends, for all models of this process.
 
         Raises:
             UserError: there is no such backend, or it does not run here.
@@ -114,8 +124,8 @@ class TextToImagePipeline:
         """Encoded prompts, each encoded once; "" is the null prompt.
 
         Args:
-            system: the system's turn before each; None is the card's, "" is none.
-            assistant_prefix: what the model is to have thought of these prompts already.
+            system: the system prompt; None is the generation config's, "" is none.
+            assistant_prefix: text placed inside ``<think>...</think>`` after the prompt.
 
         Raises:
             UserError: a prompt is too long.
@@ -125,56 +135,54 @@ class TextToImagePipeline:
         except PromptTooLong as error:
             raise UserError(str(error)) from error
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, rows and columns of the latent of an image.
+    @property
+    def latent_multiple(self) -> int:
+        """Pixels that the sides of an image must be a multiple of (16 for Z-Image)."""
+        return self.family.latent_multiple(self.components)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latent of one image of these pixels, without the batch: channels, ..., rows, columns.
 
         Raises:
-            UserError: a side is no multiple of what a patch of latents covers (16 pixels for Z-Image).
+            UserError: a side is not a multiple of ``latent_multiple``.
         """
-        unit = vae_tools.vae_scale_factor(self.vae)
         for name, side in (("height", height), ("width", width)):
-            if side < 1 or side % (unit * PATCH):
-                raise UserError(f"{name} {side} is not a multiple of {unit * PATCH}")
-        return self.transformer.in_channels, height // unit, width // unit
+            if side < 1 or side % self.latent_multiple:
+                raise UserError(f"{name} {side} is not a multiple of {self.latent_multiple}")
+        return self.family.latent_shape(self.components, height, width)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> latents."""
         with self._on_device(self.vae):
-            return vae_tools.encode_images(self.vae, images)
+            return self.family.encode_images(self.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> [B, 3, H, W] in [0, 1]."""
         with self._on_device(self.vae):
-            return vae_tools.decode_latents(self.vae, latents)
+            return self.family.decode_latents(self.vae, latents)
 
     def save(self, folder: str | Path, write: Callable[[Path], object] | None = None) -> Path:
-        """Write a folder that ``diffusers.ZImagePipeline.from_pretrained`` opens. It appears whole or not at all.
+        """Write a folder that diffusers' pipeline of this family opens. It appears complete or not at all.
 
         Args:
-            write: writes the transformer into its own folder; unset, it is written as it is.
+            write: writes the transformer into its folder; unset, it is written with its weights as they are.
 
         Raises:
-            UserError: its weights are in 8 bits, which such a folder cannot hold.
+            UserError: the weights are in fp8, which such a folder cannot hold.
         """
         if write is None and is_fp8(self.transformer):
-            raise UserError(f"{folder}: weights in 8 bits cannot be saved as a folder; load the model in bf16")
+            raise UserError(f"{folder}: weights in fp8 cannot be saved as a folder; load the model in bf16")
         folder = Path(folder)
         draft = folder.with_name(f".{folder.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
-        pipeline = ZImagePipeline(
-            scheduler=self.scheduler,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            transformer=self.transformer,
-        )
+        draft.mkdir(parents=True)
         with silence_loggers():
-            pipeline.save_config(draft)
-            for name in COMPONENTS:
+            self.family.write_index(self.components, draft)
+            for name in self.family.component_names:
                 if name == "transformer" and write is not None:
                     write(draft / name)
                 else:
-                    getattr(self, name).save_pretrained(draft / name)
+                    self.components[name].save_pretrained(draft / name)
         (draft / GENERATION_CONFIG).write_text(
             self.generation_config.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
@@ -187,31 +195,31 @@ def load(
     path_or_name: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    offload: Literal["none", "parts", "blocks"] = "none",
+    offload: Literal["none", "model", "group"] = "none",
 ) -> TextToImagePipeline:
     """Load a model for inference: all its weights frozen, in eval mode.
 
     Args:
-        path_or_name: a folder in diffusers' layout, or "micro", the shipped teacher of the emoji world.
+        path_or_name: a folder in diffusers' layout, a Hugging Face hub id, or "micro", the bundled teacher.
         dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
-            rest is bf16 then, and products are in 8 bits where the device is fast at them). Unset, each part's own:
-            bf16 where it is stored so, else fp32.
-        offload: "parts": only the transformer is on the device (:meth:`TextToImage.rest`); "blocks": of the transformer
-            only the block that speaks.
+            rest is bf16 then, and matrix products are fp8 where the device has fast ones). Unset, each component's
+            stored one: bf16, else fp32.
+        offload: "model": only the transformer stays on the device (``enable_model_cpu_offload``); "group": of the
+            transformer only the block that computes (``offload_blocks``).
 
     Raises:
-        UserError: no model there, a file of it is missing or corrupt, or the weights are wanted in fp16.
+        UserError: there is no such model, a file is missing or corrupt, or the family overflows in the dtype (fp16).
     """
     folder = resolve_model(path_or_name)
-    narrowed = dtype == FP8
-    parts = {name: load_component(folder, name, torch.bfloat16 if narrowed else dtype) for name in COMPONENTS}
-    if narrowed:
-        quantize_fp8_(parts["transformer"], products=supports_fp8_matmul(device))
-    vae_tools.to_channels_last(parts["vae"])
-    model = TextToImagePipeline(**parts, card=load_generation_config(folder))
+    family = resolve_family(folder)
+    fp8 = dtype == FP8
+    components = _load_components(folder, family, family.component_names, torch.bfloat16 if fp8 else dtype)
+    if fp8:
+        quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(device))
+    model = TextToImagePipeline(family, components, load_generation_config(folder))
     if offload == "none":
         return model.to(device)
-    if offload == "blocks":
+    if offload == "group":
         offload_blocks(model.denoiser, device)
     else:
         model.transformer.to(device)
@@ -219,23 +227,45 @@ def load(
     return model
 
 
-def with_components_from(transformer: ZImageTransformer2DModel, path_or_name: str | Path) -> TextToImagePipeline:
-    """A model of this transformer and all the other parts of another, on the CPU. Errors as for :func:`load`."""
+def with_components_from(transformer: nn.Module, path_or_name: str | Path) -> TextToImagePipeline:
+    """A pipeline of this transformer and all the other components of another model, on the CPU. Errors as for
+    :func:`load`."""
     folder = resolve_model(path_or_name)
-    others = {name: load_component(folder, name) for name in COMPONENTS if name != "transformer"}
-    vae_tools.to_channels_last(others["vae"])
-    return TextToImagePipeline(transformer, **others, card=load_generation_config(folder))
+    family = resolve_family(folder)
+    names = [name for name in family.component_names if name != "transformer"]
+    components = {"transformer": transformer, **_load_components(folder, family, names)}
+    return TextToImagePipeline(family, components, load_generation_config(folder))
+
+
+def meta_pipeline(folder: Path, dtype: torch.dtype) -> TextToImagePipeline:
+    """A model with modules on the meta device, from the configurations in a folder: shapes without weights.
+
+    The tokenizer is None. Errors as for :func:`load`.
+    """
+    family = resolve_family(folder)
+    components: dict[str, Any] = {"tokenizer": None, "scheduler": load_component(folder, "scheduler", family=family)}
+    for name in family.modules:
+        with torch.device("meta"):
+            module = family.build(name, read_config(folder, name))
+        # nn.Module's own method: diffusers' would warn about dtypes of real weights
+        components[name] = nn.Module.to(module, dtype).eval().requires_grad_(False)
+    return TextToImagePipeline(family, components, load_generation_config(folder))
 
 
 def load_prompt_encoder(
     path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> PromptEncoder:
-    """The text encoder of a model with its tokenizer alone. Arguments and errors as for :func:`load`."""
+    """The prompt encoder of a model without its other components. Arguments and errors as for :func:`load`."""
     folder = resolve_model(path_or_name)
-    text_encoder = load_component(folder, "text_encoder", dtype).to(device)
-    tokenizer = load_component(folder, "tokenizer")
-    return PromptEncoder(
-        tokenizer,
-        text_encoder,
-        load_generation_config(folder).system_prompt if (folder / GENERATION_CONFIG).exists() else "",
-    )
+    family = resolve_family(folder)
+    components = _load_components(folder, family, ("text_encoder", "tokenizer"), dtype)
+    components["text_encoder"].to(device)
+    has_config = (folder / GENERATION_CONFIG).exists()
+    return family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")
+
+
+def _load_components(
+    folder: Path, family: ModelFamily, names: Sequence[str], dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    components: Mapping[str, Any] = {name: load_component(folder, name, dtype, family) for name in names}
+    return {name: to_channels_last(part) if name == "vae" else part for name, part in components.items()}

@@ -1,33 +1,31 @@
-"""Frozen weights in 8 bits: half of bf16, for a base that LoRA stacks learn on, and for generation on small cards.
+"""Weights in fp8: half of bf16's memory, for a frozen base that LoRA adapters train on, and for inference.
 
-The matrices of the transformer's blocks are kept as e4m3 with a scale for each row, and widened for each product;
-what embeds time, caption and patches, modulates, and the final layer stay as they are. Libraries that do this swap a
-weight's contents around its forward, which a backward pass does not survive; here the product has a backward of its
-own, which widens again.
+The transformer blocks' weight matrices are stored as e4m3 with a scale for each row and dequantized for each product;
+embeddings, modulation and the final layer keep their dtype. Libraries that swap a weight's data around its forward pass
+break the backward pass; here the product has its own backward, which dequantizes again.
 
-To generate on GPUs that multiply in 8 bits, products are taken there instead: each token is brought to e4m3 with a
-scale of its own, found on the spot. A distillation widens: it lives on small differences between scores.
+For inference on GPUs with fp8 matrix products, activations are quantized dynamically too, with a scale for each token.
+Distillation dequantizes instead: it depends on small differences between scores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType
 
 from fewstep.core.precision import autocasts
-from fewstep.models.adapters import TARGETS
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
 
 
-class _Product(torch.autograd.Function):
-    """``x @ (scale * weight).T`` for a frozen weight; the widened weight is not kept for the backward pass."""
+class _DequantizedMatmul(torch.autograd.Function):
+    """``x @ (scale * weight).T`` for a frozen weight; the dequantized weight is not saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -42,72 +40,73 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_rowwise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [N, D] as e4m3 [N, D], and their scales [N, 1] in fp32; each row's largest number becomes e4m3's."""
+    """Rows [N, D] as e4m3 [N, D] and scales [N, 1] in fp32, which map each row's largest absolute value to e4m3's."""
     wide = rows.float()
     scale = (wide.abs().amax(dim=1, keepdim=True) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     return (wide / scale).to(FP8), scale
 
 
 def fp8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """``x @ (scale * weight).T`` in 8 bits: x [..., in], weight [out, in] in e4m3, scale [out] -> bf16 [..., out]."""
-    narrowed, of_rows = quantize_rowwise(x.flatten(0, -2))
-    each_row = ScalingType.RowWise
-    y = F.scaled_mm(narrowed, weight.t(), of_rows, each_row, scale[None], each_row, output_dtype=torch.bfloat16)
+    """``x @ (scale * weight).T`` as an fp8 product: x [..., in], weight [out, in] in e4m3, scale [out] -> bf16
+    [..., out]."""
+    quantized, token_scale = quantize_rowwise(x.flatten(0, -2))
+    rowwise = ScalingType.RowWise
+    y = F.scaled_mm(quantized, weight.t(), token_scale, rowwise, scale[None], rowwise, output_dtype=torch.bfloat16)
     return y.unflatten(0, x.shape[:-1])
 
 
 def supports_fp8_matmul(device: torch.device | str) -> bool:
-    """Whether products in 8 bits are faster there: GPUs since Ada and Hopper. A CPU can, but slowly."""
+    """Whether the device has fast fp8 matrix products: GPUs since Ada and Hopper. A CPU has slow ones."""
     device = torch.device(device)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear layer; its rows are ``scale * weight``, ``weight`` [out, in] in e4m3 and ``scale`` [out].
+    """A frozen linear layer with rows ``scale * weight``, ``weight`` [out, in] in e4m3 and ``scale`` [out].
 
     Args:
-        products: whether they are taken in 8 bits too. No gradient passes then.
+        dynamic_activation_quant: whether inputs are quantized too, for fp8 products. No gradient passes then.
     """
 
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear, products: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, dynamic_activation_quant: bool = False) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         weight, scale = quantize_rowwise(linear.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale.squeeze(1))
         self.bias = linear.bias
-        self.products = products
+        self.dynamic_activation_quant = dynamic_activation_quant
 
     def forward(self, x: Tensor) -> Tensor:
         if autocasts(x.device):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        product = fp8_matmul if self.products else _Product.apply
-        y = product(x, self.weight, self.scale)
+        matmul = fp8_matmul if self.dynamic_activation_quant else _DequantizedMatmul.apply
+        y = matmul(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def is_fp8(module: nn.Module) -> bool:
-    """Whether any of its weights are in 8 bits."""
+    """Whether any of its weights are in fp8."""
     return any(isinstance(part, Fp8Linear) for part in module.modules())
 
 
-def quantizable_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """What is narrowed, by name; with LoRA stacks on it, it is their base layer."""
+def quantizable_linears(transformer: nn.Module, endings: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose names have one of the endings, by name; of a layer with LoRA adapters, its base layer."""
     return {
         name: module
         for name, module in transformer.named_modules()
-        if type(module) is nn.Linear and name.removesuffix(".base_layer").endswith(TARGETS)
+        if type(module) is nn.Linear and name.removesuffix(".base_layer").endswith(tuple(endings))
     }
 
 
-def quantize_fp8_(transformer: ZImageTransformer2DModel, products: bool = False) -> ZImageTransformer2DModel:
-    """Puts the matrices of the transformer's blocks into 8 bits, in place; LoRA stacks on them stay.
+def quantize_fp8_(transformer: nn.Module, endings: Sequence[str], dynamic_activation_quant: bool = False) -> None:
+    """Quantize the linear layers whose names have one of the endings to fp8, in place; LoRA adapters on them stay.
 
     Args:
-        products: whether these are taken in 8 bits too; not for training.
+        endings: a family's ``quantizable_modules``.
+        dynamic_activation_quant: whether inputs are quantized too; not for training.
     """
-    for name, linear in quantizable_linears(transformer).items():
+    for name, linear in quantizable_linears(transformer, endings).items():
         owner, _, last = name.rpartition(".")
-        transformer.get_submodule(owner).register_module(last, Fp8Linear(linear, products))
-    return transformer
+        transformer.get_submodule(owner).register_module(last, Fp8Linear(linear, dynamic_activation_quant))

@@ -1,4 +1,4 @@
-"""Images to normalised latents and back, as diffusers' pipelines do it."""
+"""Images to normalized latents and back with diffusers' ``AutoencoderKL``, as its pipelines do it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> latents [B, C, H/8, W/8], deviation about 1: the posterior's mode."""
+    """Images [B, 3, H, W] in [0, 1] -> latents [B, C, H/8, W/8] of standard deviation about 1: the posterior's mode."""
     latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
@@ -20,10 +20,10 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def vae_scale_factor(vae: AutoencoderKL) -> int:
-    """How many pixels across one latent covers."""
+    """Pixels of an image's side for one of the latent's (diffusers' ``vae_scale_factor``)."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def to_channels_last(vae: AutoencoderKL) -> AutoencoderKL:
-    """The memory layout in which convolutions are fastest, here and on GPUs."""
+    """The memory layout in which convolutions are fastest, on CPUs and GPUs."""
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

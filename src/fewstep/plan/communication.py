@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fewstep.models.zimage.denoiser import get_blocks
+from fewstep.models.denoiser import TransformerDenoiser
 
 BYTES = 4  # of a weight, a gradient, a moment: fp32
 
@@ -26,11 +24,11 @@ class ParamCounts:
     root: int
 
     @classmethod
-    def of(cls, transformer: nn.Module) -> ParamCounts:
-        """Of a Z-Image transformer; one on the meta device will do."""
+    def of(cls, denoiser: TransformerDenoiser) -> ParamCounts:
+        """Counts of a denoiser, which may be on the meta device."""
         count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-        blocks = [count(block) for block in get_blocks(transformer)]
-        return cls(count(transformer), max(blocks), count(transformer) - sum(blocks))
+        blocks = [count(block) for block in denoiser.get_blocks()]
+        return cls(count(denoiser), max(blocks), count(denoiser) - sum(blocks))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config, Qwen3Model
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.config.student_schedule import student_timesteps
@@ -23,12 +21,8 @@ from fewstep.jobs import dmd_config
 from fewstep.methods.dmd.method import DecoupledDMD
 from fewstep.methods.models_setup import Models, build_models
 from fewstep.methods.trajectory import trajectory_mse
-from fewstep.models.adapters import capture_adapter_state
-from fewstep.models.components import load_component, read_config
-from fewstep.models.generation_config import load_generation_config
-from fewstep.models.pipeline import TextToImagePipeline
-from fewstep.models.vae import decode_latents
-from fewstep.models.zimage.denoiser import ZImageDenoiser
+from fewstep.models.denoiser import TransformerDenoiser
+from fewstep.models.pipeline import TextToImagePipeline, meta_pipeline
 from fewstep.plan.memory_tracker import EmulatedDevice, MemoryTracker
 
 PROMPT_TOKENS = 64  # a prompt of some 40 words, with the chat template
@@ -36,16 +30,7 @@ PROMPT_TOKENS = 64  # a prompt of some 40 words, with the chat template
 
 def meta_teacher(recipe: DistillRecipe, folder: Path) -> TextToImagePipeline:
     """The recipe's teacher as a distillation loads it from a folder, without contents, and without a tokenizer."""
-    with torch.device("meta"):
-        transformer = ZImageTransformer2DModel.from_config(read_config(folder, "transformer"))
-        vae = AutoencoderKL.from_config(read_config(folder, "vae"))
-        text_encoder = Qwen3Model(Qwen3Config(**read_config(folder, "text_encoder")))
-    for module in (transformer, vae, text_encoder):
-        # not diffusers' own `to`, which warns of real weights
-        nn.Module.to(module, torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
-        module.eval().requires_grad_(False)
-    scheduler = load_component(folder, "scheduler")
-    teacher = TextToImagePipeline(transformer, vae, text_encoder, None, scheduler, load_generation_config(folder))
+    teacher = meta_pipeline(folder, torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
     teacher.set_resolution(recipe.size)
     return teacher
 
@@ -72,11 +57,10 @@ class DryRun:
         self.device, self.decoding = EmulatedDevice(kind, bf16), EmulatedDevice(kind, bf16=False)
         learning = [teacher.denoiser] if roles.shared else [roles.student.denoiser, roles.fake]
         for denoiser in learning:
-            assert isinstance(denoiser, ZImageDenoiser)
-            denoiser.run_block = self.device.around(denoiser.run_block)
-            if recipe.gradient_checkpointing and roles.shared:
-                denoiser.enable_gradient_checkpointing(capture_adapter_state)
-            elif recipe.gradient_checkpointing:
+            assert isinstance(denoiser, TransformerDenoiser)
+            for block in denoiser.get_blocks():  # also where a block is recomputed in a backward pass
+                block.contexts.append(lambda _: self.device.region())
+            if recipe.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
         self.latent = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
         self.sigmas = [flow.shift_sigma(u, teacher.shift) for u in student_timesteps(recipe)]
@@ -89,7 +73,7 @@ class DryRun:
         return DecoupledDMD(*models, self.prompts(1), short)
 
     def prompts(self, count: int) -> EncodedPrompts:
-        wide = self.roles.teacher.transformer.config["cap_feat_dim"]
+        wide = self.roles.teacher.family.prompt_features(self.roles.teacher.components)
         features = torch.empty(count, PROMPT_TOKENS, wide, device="meta")
         return EncodedPrompts(features, torch.full((count,), PROMPT_TOKENS))
 
@@ -147,7 +131,7 @@ class DryRun:
             self.roles.student.denoiser(x, torch.empty(count, device="meta"), self.prompts(count))
             most.append(float(alive.most))
         with MemoryTracker() as alive, self.decoding.region():
-            decode_latents(vae, torch.empty(decoded, *self.latent, device="meta"))
+            self.roles.teacher.family.decode_latents(vae, torch.empty(decoded, *self.latent, device="meta"))
             most.append(float(alive.most))
         parts = [{"drawing": most[0]}, {"autoencoder": float(bytes_of(vae)), "decoding": most[1]}]
         return max(parts, key=lambda one: sum(one.values()))

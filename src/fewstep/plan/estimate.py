@@ -108,7 +108,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, kind: Literal["cuda", "cpu"] = "c
     card, whole = teacher.generation_config, bytes_of(teacher.transformer)
     text_encoder = {"text encoder": bytes_of(teacher.text_encoder), "what its layers say": _encoding(teacher)}
     found = Plan(_count(teacher.transformer), card.height, card.width)
-    layout = ParamCounts.of(teacher.transformer)
+    layout = ParamCounts.of(teacher.denoiser)
     roles = meta_models(recipe, teacher)
     made = {"student": _count(roles.student.denoiser), "fake": _count(roles.fake)}
     learn = dict(made)

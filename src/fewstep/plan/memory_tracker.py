@@ -19,9 +19,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-#: Any function of tensors.
-Compute = Callable[..., Tensor]
-
 
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of what is made inside as long as it is alive.
@@ -87,15 +84,6 @@ class EmulatedDevice(TorchFunctionMode):
             self._regions -= 1
             if not self._regions:
                 self.copies.clear()
-
-    def around(self, compute: Compute) -> Compute:
-        """A function in a region of its own: for what runs again in a backward pass, where no region reaches."""
-
-        def run(*args: Any) -> Tensor:
-            with self.region():
-                return compute(*args)
-
-        return run
 
     @property
     def bytes(self) -> int:

@@ -97,6 +97,11 @@ class DMDConfig(MethodConfig):
             raise ValueError("method.terms: no term has a weight, the student would not be trained")
         for settings, _ in active.values():
             settings.check(stage, self)
+        rank = stage.models.fake_score_rank
+        if self.fake_score_ema_to_student and stage.models.train == "lora" and rank not in (None, stage.models.rank):
+            raise ValueError(
+                "method.fake_score_ema_to_student needs adapters of one rank: leave models.fake_score_rank out"
+            )
         idle = first_gap([weight for _, weight in active.values()], steps)
         if idle is not None:
             raise ValueError(f"method.terms: no term has a weight at step {idle}, after the student's training began")

@@ -95,7 +95,7 @@ class DistributionMatching(DirectionTerm):
         scales = {factor: weight for factor, weight in sorted(settings.scales.items()) if weight}
         config = setup.teacher.generation_config
         rows, columns = setup.teacher.latent_shape(config.height, config.width)[-2:]
-        patch = setup.teacher.latent_multiple
+        patch = setup.teacher.family.patch_size
         for factor in scales:
             if rows % (factor * patch) or columns % (factor * patch):
                 raise UserError(

@@ -71,7 +71,7 @@ class GAN(RegularizerTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, GANSettings)
-        head = DiscriminatorHead(setup.teacher.feature_dim).to(setup.teacher.device)
+        head = DiscriminatorHead(setup.teacher.denoiser.feature_dim).to(setup.teacher.device)
         setup.dist.broadcast(head)
         start = setup.config.fake_score_start_step(setup.total_steps)
         teacher = setup.teacher.denoiser

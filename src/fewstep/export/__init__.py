@@ -1,0 +1,1 @@
+"""Export to formats of other programs."""

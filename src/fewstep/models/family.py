@@ -1,0 +1,142 @@
+"""Model families: everything that depends on a model's architecture, behind one interface.
+
+A family is one folder under ``models/``, registered in ``models/families.py`` (or by a plug-in) under the
+``_class_name`` that its folders have in ``model_index.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fewstep.core.registry import load_plugins, model_families
+from fewstep.errors import UserError
+from fewstep.models import vae as vae_tools
+from fewstep.models.denoiser import TransformerDenoiser
+from fewstep.models.key_layout import KeyLayout
+from fewstep.models.text import PromptEncoder
+
+if TYPE_CHECKING:
+    from fewstep.models.generation_config import GenerationConfig
+
+MODEL_INDEX = "model_index.json"
+
+#: A model's components by name: modules, tokenizer, scheduler.
+Components = Mapping[str, Any]
+
+#: What a loader reports: "missing_keys", "unexpected_keys", "mismatched_keys" (key, found shape, expected shape).
+LoadingInfo = Mapping[str, Any]
+
+
+class ModelFamily(ABC):
+    """One architecture.
+
+    Attributes:
+        pipeline_class: ``_class_name`` in ``model_index.json``.
+        modules: names of the components with weights; "transformer", "text_encoder" and "vae" are required.
+        others: names of the components without; "scheduler" is required.
+        patch_size: of the transformer, in latent pixels.
+        lora_target_modules: endings of the names of the linear layers that LoRA adapts by default.
+        quantizable_modules: endings of the names of the linear layers that fp8 quantizes.
+        key_layouts: names of tensors in single files, by format; empty if the family has none.
+        fp16: whether fp16 weights work; they do not where activations overflow.
+    """
+
+    pipeline_class: str
+    modules: tuple[str, ...] = ("transformer", "text_encoder", "vae")
+    others: tuple[str, ...] = ("tokenizer", "scheduler")
+    patch_size: int
+    lora_target_modules: tuple[str, ...]
+    quantizable_modules: tuple[str, ...]
+    key_layouts: Mapping[str, KeyLayout] = {}
+    fp16 = False
+
+    @property
+    def component_names(self) -> tuple[str, ...]:
+        return (*self.modules, *self.others)
+
+    @abstractmethod
+    def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
+        """Load a component with weights from its folder; ``components.load_component`` checks the report."""
+
+    @abstractmethod
+    def load_other(self, name: str, path: Path) -> Any:
+        """Load a component without weights from its folder."""
+
+    @abstractmethod
+    def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
+        """A component with fresh weights from its ``config.json``; without any under ``torch.device("meta")``."""
+
+    @abstractmethod
+    def write_index(self, components: Components, folder: Path) -> None:
+        """Write ``model_index.json``."""
+
+    @abstractmethod
+    def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write an adapter's weights (``adapter_files.adapter_state_dict``) as the family's pipeline loads them."""
+
+    @abstractmethod
+    def denoiser(self, transformer: Any) -> TransformerDenoiser:
+        """The transformer as a denoiser."""
+
+    @abstractmethod
+    def prompt_encoder(self, components: Components, system_prompt: str = "") -> PromptEncoder:
+        """The encoder of prompts; needs "text_encoder" and "tokenizer"."""
+
+    @abstractmethod
+    def prompt_features(self, components: Components) -> int:
+        """Dimension D of encoded prompts [B, L, D], from the transformer's configuration."""
+
+    @abstractmethod
+    def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latent of one image whose sides are multiples of ``latent_multiple``, without the batch."""
+
+    @abstractmethod
+    def latent_multiple(self, components: Components) -> int:
+        """Pixels that the sides of an image must be a multiple of: what one patch of the latent covers."""
+
+    @abstractmethod
+    def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
+        """How a folder without ``fewstep.json`` is sampled, from its scheduler, and the name of the model it is taken
+        for."""
+
+    def shift(self, components: Components) -> float:
+        """The shift of the noise levels (``core.flow.shift_sigma``)."""
+        return float(components["scheduler"].config["shift"])
+
+    def encode_images(self, vae: Any, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> latents [B, *latent_shape]."""
+        return vae_tools.encode_images(vae, images)
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        """Latents [B, *latent_shape] -> images [B, 3, H, W] in [0, 1]."""
+        return vae_tools.decode_latents(vae, latents)
+
+
+def resolve_family(folder: Path) -> ModelFamily:
+    """The family of a model's folder, by ``_class_name`` in its ``model_index.json``.
+
+    Raises:
+        UserError: the file cannot be read, or no family has this name.
+    """
+    file = folder / MODEL_INDEX
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: no _class_name can be read ({error})") from None
+    return get_family(name, where=str(file))
+
+
+def get_family(pipeline_class: str, where: str = "model family") -> ModelFamily:
+    """A family by the name of its pipeline. Raises: UserError that lists the known names."""
+    load_plugins()
+    if pipeline_class not in model_families:
+        known = ", ".join(model_families.names())
+        raise UserError(f"{where}: {pipeline_class!r} is not a supported pipeline; supported: {known}")
+    family: ModelFamily = model_families.get(pipeline_class)
+    return family

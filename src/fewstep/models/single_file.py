@@ -1,0 +1,188 @@
+"""Transformers in single files: safetensors with plain or fp8 weights, and GGUF.
+
+fp8 matrices (plain, or with a scale for each matrix or row) and GGUF's blocks are dequantized. diffusers'
+``from_single_file`` ignores the scales of fp8 matrices, without which images are noise, and only warns about tensors
+that it does not use.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.models.components import format_tensor_names
+from fewstep.models.family import ModelFamily
+from fewstep.models.key_layout import KeyLayout
+
+SCALES = (".scale_weight", ".weight_scale")  # of an fp8 matrix, beside it
+STORAGE = ".comfy_quant"  # beside it too: its storage type, as JSON
+HINTS = (".scale_input", ".input_scale", STORAGE)  # not needed for dequantized weights
+
+#: Reads one tensor of a file.
+Read = Callable[[], Tensor]
+
+
+def read_transformer(
+    file: str | Path, family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Read a transformer from a single file in any of the family's key layouts.
+
+    Weights are read one by one into a model on the meta device: no more memory is used than the model takes.
+
+    Args:
+        config: the transformer's ``config.json``, which a single file does not contain.
+        dtype: of the model's weights.
+
+    Raises:
+        UserError: the file cannot be read, or tensors are missing, unexpected, of other shapes or of an unsupported
+            storage type; names them.
+    """
+    if not family.key_layouts:
+        raise UserError(f"{file}: single files of {family.pipeline_class} are not supported")
+    layout = next(iter(family.key_layouts.values()))  # layouts of one family differ in the prefix they write
+    with _open(Path(file)) as tensors:
+        found = _readers(file, tensors, layout, dtype)
+        with torch.device("meta"):
+            model = family.build("transformer", config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for problem, names in (("missing", shapes.keys() - found.keys()), ("unexpected", found.keys() - shapes)):
+            if names:
+                raise UserError(f"{file}: {format_tensor_names(problem, sorted(names))}")
+        for name, shape in shapes.items():
+            weight = found[name]()
+            if name.endswith(layout.flat_endings) and weight.numel() == math.prod(shape):
+                weight = weight.reshape(shape)
+            if tuple(weight.shape) != shape:
+                raise UserError(f"{file}: {name} is {tuple(weight.shape)}, expected {shape}")
+            _set_weight(model, name, weight)
+    return model.eval()
+
+
+def stored_dtype(file: str | Path) -> torch.dtype:
+    """The dtype to read a file in by default: fp32 if most of its numbers are stored in fp32 or fp16, else bf16.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with _open(Path(file)) as tensors:
+        counts = tensors.storage_types() if isinstance(tensors, _GGUFReader) else _storage_types(tensors)
+        wide = sum(count for storage, count in counts.items() if storage in ("F64", "F32", "F16"))
+        return torch.float32 if 2 * wide > counts.total() else torch.bfloat16
+
+
+class _GGUFReader:
+    """A GGUF file with the interface of safetensors' reader: memory-mapped; tensors are dequantized to fp32."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise UserError(f"{file}: GGUF files need the gguf package; pip install 'fewstep[gguf]'") from None
+        self._tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def storage_types(self) -> Counter[str]:
+        counts = Counter[str]()
+        for tensor in self._tensors.values():
+            counts[tensor.tensor_type.name] += int(tensor.n_elements)
+        return counts
+
+    def get_tensor(self, name: str) -> Tensor:
+        from gguf import dequantize
+
+        tensor = self._tensors[name]
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """A reader with ``keys`` and ``get_tensor``. Raises: UserError if the file cannot be read, also inside."""
+    try:
+        if file.suffix == ".gguf":
+            yield _GGUFReader(file)
+            return
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file}: not a {file.suffix[1:] or 'safetensors'} file, or damaged ({error})") from None
+
+
+def _storage_types(tensors: Any) -> Counter[str]:
+    """How many numbers each storage type holds."""
+    counts = Counter[str]()
+    for key in tensors.keys():  # noqa: SIM118
+        part = tensors.get_slice(key)
+        counts[part.get_dtype()] += math.prod(part.get_shape())
+    return counts
+
+
+def _readers(file: str | Path, tensors: Any, layout: KeyLayout, dtype: torch.dtype) -> dict[str, Read]:
+    """The tensors of a file by diffusers' names, each with its reader."""
+    keys = set(tensors.keys())
+    for key in sorted(key for key in keys if key.endswith(STORAGE)):
+        storage = json.loads(bytes(tensors.get_tensor(key).tolist())).get("format", "")
+        if not storage.startswith("float8"):
+            raise UserError(f"{file}: {key.removesuffix(STORAGE)}: unsupported storage type {storage}; use fp8 or bf16")
+    others = {key for key in keys if layout.other_components and key.startswith(layout.other_components)}
+    if others:
+        warnings.warn(f"{file}: only the transformer is read, not the text encoder and autoencoder", stacklevel=3)
+    keys = {key for key in keys - others if not key.endswith(HINTS)}
+    found: dict[str, Read] = {}
+    for key, bare in sorted(layout.without_prefix(keys).items()):
+        if bare in layout.ignored or key.endswith(SCALES):
+            continue
+        for name, part in layout.to_diffusers(bare):
+            found[name] = _reader(file, tensors, key, keys, dtype, part)
+    return found
+
+
+def _reader(
+    file: str | Path, tensors: Any, key: str, keys: set[str], dtype: torch.dtype, part: tuple[int, int] | None
+) -> Read:
+    """Reads a tensor, or (index, count) of a fused one; fp8 is multiplied by its scale, if the file has one."""
+    stem = key.removesuffix(".weight")
+    scale_key = next((stem + ending for ending in SCALES if stem + ending in keys and stem != key), None)
+
+    def select(rows: Tensor) -> Tensor:
+        # a part is taken before it is dequantized, and copied, so that the rest of the tensor is freed
+        return rows if part is None else rows.chunk(part[1])[part[0]].clone()
+
+    def read() -> Tensor:
+        weight = tensors.get_tensor(key)
+        if not weight.is_floating_point():
+            raise UserError(f"{file}: {key}: unsupported storage type {weight.dtype}; use fp8 or bf16")
+        scale = tensors.get_tensor(scale_key).float() if scale_key is not None else torch.ones(0)
+        if scale.numel() == 0:  # some files have an empty scale for matrices without one
+            return select(weight).to(dtype)
+        if scale.numel() not in (1, len(weight)):
+            raise UserError(f"{file}: {scale_key} is {tuple(scale.shape)}, expected one scale, or one for each row")
+        rows = (len(weight), *[1] * (weight.ndim - 1))
+        scale = scale.reshape(-1, *rows[1:]).expand(rows)
+        return (select(weight).float() * select(scale)).to(dtype)
+
+    return read
+
+
+def _set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Replace a tensor of a model on the meta device."""
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if last in owner._buffers:
+        owner.register_buffer(last, weight)
+    else:
+        owner.register_parameter(last, nn.Parameter(weight, requires_grad=False))

@@ -1,0 +1,80 @@
+"""The Z-Image family: classes, defaults and folder layout of ``ZImagePipeline``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from fewstep.models.family import Components, LoadingInfo, ModelFamily
+from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.text import PromptEncoder
+from fewstep.models.vae import vae_scale_factor
+from fewstep.models.zimage.denoiser import PATCH_SIZE, ZImageDenoiser
+from fewstep.models.zimage.keys import KEY_LAYOUTS
+
+TURBO_SHIFT = 3  # Z-Image-Turbo's shift of the noise levels; Z-Image's is 6
+
+#: The linear layers of a block: attention's four and the feed-forward's three.
+BLOCK_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+
+
+class ZImageFamily(ModelFamily):
+    pipeline_class = "ZImagePipeline"
+    patch_size = PATCH_SIZE
+    lora_target_modules = BLOCK_LINEARS
+    quantizable_modules = BLOCK_LINEARS
+    key_layouts = KEY_LAYOUTS
+
+    def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
+        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+        if name == "text_encoder":
+            return Qwen3Model.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **options)
+        cls = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name]
+        return cls.from_pretrained(path, torch_dtype=dtype, **options)
+
+    def load_other(self, name: str, path: Path) -> Any:
+        return {"tokenizer": Qwen2Tokenizer, "scheduler": FlowMatchEulerDiscreteScheduler}[name].from_pretrained(path)
+
+    def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
+        if name == "text_encoder":
+            return Qwen3Model(Qwen3Config(**config))
+        return {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name].from_config(dict(config))
+
+    def write_index(self, components: Components, folder: Path) -> None:
+        ZImagePipeline(**components).save_config(folder)
+
+    def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        ZImagePipeline.save_lora_weights(folder, transformer_lora_layers=dict(weights))
+
+    def denoiser(self, transformer: ZImageTransformer2DModel) -> ZImageDenoiser:
+        return ZImageDenoiser(transformer)
+
+    def prompt_encoder(self, components: Components, system_prompt: str = "") -> PromptEncoder:
+        # diffusers' pipeline truncates prompts to 512 tokens; longer ones are refused here
+        return PromptEncoder(
+            components["tokenizer"], components["text_encoder"], system_prompt, hidden_state=-2, max_tokens=512
+        )
+
+    def prompt_features(self, components: Components) -> int:
+        dimension: int = components["transformer"].config["cap_feat_dim"]
+        return dimension
+
+    def latent_multiple(self, components: Components) -> int:
+        return vae_scale_factor(components["vae"]) * self.patch_size
+
+    def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, ...]:
+        factor = vae_scale_factor(components["vae"])
+        return components["transformer"].in_channels, height // factor, width // factor
+
+    def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
+        if self.shift(components) == TURBO_SHIFT:
+            return GenerationConfig(steps=8), "Z-Image-Turbo"
+        return GenerationConfig(guidance_scale=4.0), "Z-Image"
+
+
+ZIMAGE = ZImageFamily()
