@@ -62,7 +62,7 @@ def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tm
     assert moved == {"transformer"}
     card = load(tmp_path / "whole" / "student").generation_config
     assert (card.steps, card.guidance_scale, card.guidance_distilled) == (4, 0.0, True)
-    assert card.sigmas == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert card.sigmas == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
     assert card.teacher == str(tiny_folder)
     assert ZImagePipeline.from_pretrained(tmp_path / "whole" / "student").transformer is not None
 
@@ -84,7 +84,7 @@ def test_alignment_is_a_share_of_the_steps(tiny_folder, tmp_path):
     with pytest.raises(
         UserError, match=r"align: it needs evenly spaced anchors .* set align and shield\.regression to 0"
     ):
-        distil(tiny_folder, tmp_path / "other", *more, "student.sampler=renoise")
+        distil(tiny_folder, tmp_path / "other", *more, "student.sampler=sde")
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def changed(name, tensor, model):
     "more",
     [
         ("renoise.schedule=shared",),
-        ("renoise.schedule=constrained", "student.sampler=renoise", "student.steps=2"),
+        ("renoise.schedule=constrained", "student.sampler=sde", "student.steps=2"),
         ("renoise.schedule=full", "shield.enabled=false", "student.anchor_schedule=continuous"),
         ("spear.enabled=false", "fake_follow=0.01", "student.steps=1"),
     ],

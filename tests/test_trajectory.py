@@ -45,7 +45,7 @@ def test_trajectory_is_the_teachers_own_way():
     """The last state is what plain sampling on the fine levels gives; an earlier one is a stop on that way."""
     teacher, noise, prompts = Gaussian(), torch.randn(5, *SHAPE), prompts_of([1.0] * 5)
     states = teacher_trajectory(teacher, noise, ANCHORS, 4, SHIFT, prompts)
-    sigmas = [flow.shift_sigma(u, SHIFT) for u in subdivide(ANCHORS, 4)]
+    sigmas = flow.sigmas_from_timesteps(subdivide(ANCHORS, 4), SHIFT)
     with torch.no_grad():
         whole = sample_euler(teacher, noise, sigmas, prompts)
     assert states.shape == (5, 4, *SHAPE)
@@ -60,7 +60,7 @@ def test_trajectory_is_the_teachers_own_way():
 def test_loss_is_zero_for_a_student_that_walks_the_same_way_and_falls_for_another():
     teacher, noise, prompts = Gaussian(), torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
     states = teacher_trajectory(teacher, noise, ANCHORS, 1, SHIFT, prompts)
-    settings = TrajectorySettings(tuple(flow.shift_sigma(u, SHIFT) for u in ANCHORS))
+    settings = TrajectorySettings(tuple(flow.sigmas_from_timesteps(ANCHORS, SHIFT)))
     same, metrics = TrajectoryDistillation(Gaussian(), settings).student_loss(DistillBatch(noise, prompts, states))
     assert same.item() == pytest.approx(0.0, abs=1e-10)
     assert set(metrics) == {"state_1", "state_2", "state_3", "state_4"}

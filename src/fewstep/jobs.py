@@ -85,7 +85,7 @@ def distill(
     roles = build_models(recipe, teacher, dist)
     if recipe.method == "trajectory":
         assert real is not None
-        sigmas = tuple(flow.shift_sigma(u, teacher.shift) for u in student_timesteps(recipe))
+        sigmas = tuple(flow.sigmas_from_timesteps(student_timesteps(recipe), teacher.shift))
         job = TrainingJob(TrajectoryDistillation(roles.student.denoiser, TrajectorySettings(sigmas)), real)
     else:
         job = dmd_job(recipe, roles, prompts, real, dist)
@@ -146,7 +146,7 @@ def teacher_latent_stats(
     denoiser = ClassifierFreeGuidance(
         teacher.denoiser, teacher.encode([""]), 1 + teacher.generation_config.guidance_scale
     )
-    sigmas = [flow.shift_sigma(u, teacher.shift) for u in flow.uniform_timesteps(REFERENCE_STEPS)]
+    sigmas = flow.get_sigmas(REFERENCE_STEPS, teacher.shift)
     with torch.no_grad():
         parts = batched(count, max_batch_size(height, width))
         latents = torch.cat([sample_euler(denoiser, noise[part], sigmas, shown[part]) for part in parts])

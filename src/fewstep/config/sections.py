@@ -116,12 +116,8 @@ class StudentSettings(Settings):
     anchor_schedule: Literal["fixed", "continuous"] = Field(
         default="fixed", description="continuous: a training step visits random levels in place of the anchors (CDM)."
     )
-    sampler: Literal["euler", "renoise"] = Field(
-        default="euler", description="How a step leads to the next noise level."
-    )
-    eta: Fraction = Field(
-        default=1.0, description="Share of fresh noise in each step of the renoise sampler; 0 is Euler."
-    )
+    sampler: Literal["euler", "sde"] = Field(default="euler", description="How a step leads to the next noise level.")
+    eta: Fraction = Field(default=1.0, description="Share of fresh noise in each step of the sde sampler; 0 is Euler.")
 
 
 class SpearSettings(Settings):

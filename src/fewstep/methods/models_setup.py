@@ -162,7 +162,7 @@ def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipelin
         steps=len(anchors),
         guidance_scale=0.0,
         guidance_distilled=True,
-        sigmas=[flow.shift_sigma(u, teacher.shift) for u in anchors],
+        sigmas=flow.sigmas_from_timesteps(anchors, teacher.shift),
         sampler=recipe.student.sampler,
         eta=recipe.student.eta,
         system_prompt=teacher.generation_config.system_prompt,

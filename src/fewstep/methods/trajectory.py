@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.method import Method, Trainable
-from fewstep.core.samplers import euler_step
+from fewstep.core.samplers import iterate
 from fewstep.data.batch import DistillBatch
 
 
 @dataclass(frozen=True)
 class TrajectorySettings:
-    """sigmas: the student's levels from 1 down, without the final 0."""
+    """sigmas: the student's noise levels from 1 to the terminal 0."""
 
     sigmas: tuple[float, ...]
 
@@ -32,15 +32,11 @@ def trajectory_mse(student: Denoiser, batch: DistillBatch, sigmas: Sequence[floa
 
     Args:
         batch: with the teacher's states.
-        sigmas: the student's levels from 1 down, without the final 0.
+        sigmas: the student's noise levels from 1 to the terminal 0.
     """
     assert batch.states is not None
-    levels, x, distances = [*sigmas, 0.0], batch.noise, list[Tensor]()
-    for index, sigma in enumerate(sigmas):
-        velocity = student(x, torch.full((len(x),), sigma, device=x.device), batch.prompts)
-        x = euler_step(x, sigma, levels[index + 1], velocity)
-        distances.append((x - batch.states[:, index]).square().mean())
-    return distances
+    steps = iterate(student, batch.noise, sigmas, batch.prompts)
+    return [(step.x_next - batch.states[:, step.index]).square().mean() for step in steps]
 
 
 class TrajectoryDistillation(Method):

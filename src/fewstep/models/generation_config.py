@@ -6,7 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
@@ -25,13 +25,21 @@ class GenerationConfig(BaseModel):
     steps: int = Field(50, ge=1, description="Steps it was trained for, or is best sampled with.")
     guidance_scale: float = Field(0.0, ge=0, description="Best guidance as in cond + g (cond - null); 0 is none.")
     guidance_distilled: bool = Field(False, description="Guidance is inside already: more of it over-bakes.")
-    sigmas: list[float] | None = Field(None, description="Its sigmas from 1 down, without the final 0.")
-    sampler: str = Field("euler", description='"euler", or "renoise" between steps.')
-    eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the renoise sampler.")
+    sigmas: list[float] | None = Field(None, description="Its sigmas, falling from 1 to the terminal 0.")
+    sampler: str = Field("euler", description='"euler", or "sde": fresh noise in each step.')
+    eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
     system_prompt: str = Field("", description="The system's turn before every prompt; empty is none.")
     teacher: str | None = Field(None, description="The model it was made from: a folder, or a shipped one's name.")
     height: int = Field(1024, ge=1, description="Pixels.")
     width: int = Field(1024, ge=1, description="Pixels.")
+
+    @field_validator("sigmas")
+    @classmethod
+    def _with_terminal_zero(cls, sigmas: list[float] | None) -> list[float] | None:
+        """Completes a list without the terminal 0, as earlier versions wrote it."""
+        if sigmas is None or (sigmas and sigmas[-1] == 0):
+            return sigmas
+        return [*sigmas, 0.0]
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:

@@ -79,7 +79,7 @@ class DryRun:
             elif recipe.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
         self.latent = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
-        self.sigmas = [flow.shift_sigma(u, teacher.shift) for u in student_timesteps(recipe)]
+        self.sigmas = flow.sigmas_from_timesteps(student_timesteps(recipe), teacher.shift)
 
     def method(self) -> DecoupledDMD:
         settings = dmd_config(self.recipe, self.roles.teacher.shift)
@@ -96,7 +96,7 @@ class DryRun:
     def step(self, learn: Collection[str]) -> dict[str, float]:
         """Memory beyond weights and states, for the trainable that needs most: saved activations and temporaries."""
         noise = torch.empty(self.batch, *self.latent, device="meta")
-        states = noise[:, None].expand(-1, len(self.sigmas), -1, -1, -1)
+        states = noise[:, None].expand(-1, len(self.sigmas) - 1, -1, -1, -1)
         question = DistillBatch(noise, self.prompts(self.batch), states)
         losses: dict[str, list[Callable[[], Tensor]]] = {name: [] for name in learn}
         if self.recipe.method == "trajectory" or self.recipe.align:

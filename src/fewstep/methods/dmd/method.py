@@ -17,10 +17,11 @@ from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser, predict_x0
 from fewstep.core.method import Method, Trainable
+from fewstep.core.samplers import Sampler
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd import monitor
 from fewstep.methods.dmd.renoise import Renoise
-from fewstep.methods.dmd.rollout import AnchorSchedule, Sampler, backward_simulation, sample_rollout_timesteps
+from fewstep.methods.dmd.rollout import AnchorSchedule, backward_simulation, sample_rollout_timesteps
 from fewstep.methods.dmd.terms.cfg_augmentation import cfg_augmentation
 from fewstep.methods.dmd.terms.shields import LossTerm, TrainableTerm, distribution_matching, downsample, upsample_grad
 from fewstep.methods.trajectory import trajectory_mse
@@ -45,7 +46,7 @@ class DMDSettings:
         fake_warmup: steps that the fake learns in before they do; a student that is not aligning meanwhile waits.
         fake_follow: share by which the fake is pulled to the student after each step.
         anchor_schedule: "fixed", or "continuous": levels drawn anew at every step (CDM, arXiv 2605.06376).
-        sampler, eta: how the student will be run; eta is the renoise sampler's share of fresh noise.
+        sampler, eta: how the student will be run; eta is the sde sampler's share of fresh noise.
     """
 
     anchors: tuple[float, ...]
@@ -65,8 +66,8 @@ class DMDSettings:
 
     @property
     def sigmas(self) -> list[float]:
-        """The anchors after the shift."""
-        return [flow.shift_sigma(u, self.renoise.shift) for u in self.anchors]
+        """The anchors after the shift, and the terminal 0."""
+        return flow.sigmas_from_timesteps(self.anchors, self.renoise.shift)
 
 
 def dmd_weight(x0_teacher: Tensor, x: Tensor, floor: float) -> Tensor:

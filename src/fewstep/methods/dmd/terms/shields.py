@@ -107,7 +107,7 @@ class TrajectoryMSETerm:
     teacher made of the same noise. A student of several steps is held all along its way, see ``trajectory.astray``.
 
     Args:
-        sigmas: the student's levels from 1 down, without the final 0.
+        sigmas: the student's noise levels from 1 to the terminal 0.
     """
 
     name, wants_real = "regression", True
