@@ -19,6 +19,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.metrics import frechet_distance
 from fewstep.evaluation.runner import emoji_prompts
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.jobs import dmd_config, prompt_batches
 from fewstep.methods.dmd.method import DecoupledDMD
 from fewstep.models.pipeline import load
@@ -189,7 +190,7 @@ def test_thirty_steps_bring_the_student_nearer_to_its_teacher(tmp_path):
     judge = EmojiClassifier.load()
 
     def seen(model, steps, guidance):
-        return judge(generate(model, prompts, seed=0, steps=steps, guidance_scale=guidance).images).embedding
+        return judge(generate(model, prompts, SamplingParams(steps=steps, guidance_scale=guidance)).images).embedding
 
     target = seen(teacher, 16, teacher.generation_config.guidance_scale)
     before = frechet_distance(seen(teacher, 2, 0), target)

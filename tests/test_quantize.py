@@ -13,6 +13,7 @@ from fewstep.cli.main import app
 from fewstep.config.load import load_recipe
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.methods.models_setup import build_models
 from fewstep.models.adapters import active_adapter, adapter_parameters, add_adapter
 from fewstep.models.pipeline import load
@@ -76,7 +77,7 @@ def test_where_products_are_in_8_bits(tiny_folder, monkeypatch):
     monkeypatch.setattr("fewstep.models.pipeline.supports_fp8_matmul", lambda device: True)
     able = load(tiny_folder, dtype=FP8)
     assert {m.products for m in able.transformer.modules() if isinstance(m, Fp8Linear)} == {True}
-    images = [generate(model, ["a fox", "a dog"], steps=3).images.float() for model in (wide, able)]
+    images = [generate(model, ["a fox", "a dog"], SamplingParams(steps=3)).images.float() for model in (wide, able)]
     assert 0 < (images[0] - images[1]).abs().mean() < 8  # of 255
 
 
@@ -156,9 +157,9 @@ def test_images_are_nearly_the_same(tiny_folder, tmp_path):
     half, eighth = load(tiny_folder, dtype=torch.bfloat16), load(tiny_folder, dtype=FP8)
     saved = sum(p.numel() for p in eighth.transformer.parameters() if p.dtype == FP8)
     assert bytes_of(eighth.transformer) == bytes_of(half.transformer) - saved
-    images = [generate(model, ["a fox", "a dog"], steps=3).images.float() for model in (half, eighth)]
+    images = [generate(model, ["a fox", "a dog"], SamplingParams(steps=3)).images.float() for model in (half, eighth)]
     assert 0 < (images[0] - images[1]).abs().mean() < 6  # of 255
     with pytest.raises(UserError, match="8 bits cannot be saved"):
         eighth.save(tmp_path / "model")
-    command = ["generate", str(tiny_folder), "a fox", "--precision", "fp8", "-o", str(tmp_path / "a.png")]
+    command = ["generate", str(tiny_folder), "a fox", "--dtype", "fp8", "-o", str(tmp_path / "a.png")]
     assert CliRunner().invoke(app, command).exit_code == 0

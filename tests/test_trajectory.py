@@ -16,6 +16,7 @@ from fewstep.data.teacher_trajectories import cache_fingerprint, make_cache, sub
 from fewstep.data.trajectories import INDEX, TrajectoryCache, read_index, shard_file
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.methods.models_setup import build_models
 from fewstep.methods.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.models.noise import initial_noise
@@ -182,9 +183,9 @@ def test_phases_start_from_each_other_and_go_on(tiny_folder, tmp_path):
         return sum((x - y).abs().sum().item() for x, y in pairs)
 
     assert 0 < apart(student, aligned) < apart(student, teacher)
-    before = generate(student, ["a dog"], seed=3).images
+    before = generate(student, ["a dog"], SamplingParams(seed=3)).images
     api.distill(phases_recipe(tiny_folder), tmp_path / "run")  # all is done: nothing changes
-    assert torch.equal(generate(load(made.student), ["a dog"], seed=3).images, before)
+    assert torch.equal(generate(load(made.student), ["a dog"], SamplingParams(seed=3)).images, before)
 
 
 def test_a_phase_leaves_the_room_to_the_next(tiny_folder, tmp_path, monkeypatch):

@@ -24,7 +24,8 @@ from fewstep.data.prompts import training_prompts
 from fewstep.data.trajectories import text_fingerprint
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.errors import UserError
-from fewstep.inference.generate import batched, generate, max_batch_size
+from fewstep.inference.batching import batched, max_batch_size
+from fewstep.inference.generate import generate
 from fewstep.methods.dmd import monitor
 from fewstep.methods.dmd.build_terms import build_terms, real_batches
 from fewstep.methods.dmd.method import DecoupledDMD, DMDSettings
@@ -75,7 +76,7 @@ def distill(
     torch.manual_seed(recipe.train.seed)
     prompts = training_prompts(recipe.prompts)  # first: a mistake there should not wait for the teacher
     dtype = torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16
-    teacher = load(recipe.teacher, dist.device, dtype, offload="parts")
+    teacher = load(recipe.teacher, dist.device, dtype, offload="model")
     teacher.set_resolution(recipe.size)
     # what the teacher is to say beforehand it says before it is sharded among the processes
     real: Batches | None = None

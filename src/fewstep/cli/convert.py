@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Precision
+from fewstep.cli.options import Dtype
 
 
 class To(StrEnum):
@@ -25,7 +25,7 @@ def convert(
         str | None, typer.Option(help="For a single file: the model that has its other parts, and its numbers.")
     ] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Of what is written. [default: the weights' own; bf16 for 8 bits and GGUF]")
+        Dtype | None, typer.Option(help="Of what is written. [default: the weights' own; bf16 for 8 bits and GGUF]")
     ] = None,
 ) -> None:
     """Turn a single file (the original names, ComfyUI's, 8 bits, GGUF) into a folder, or a folder into one."""
@@ -36,13 +36,13 @@ def convert(
 
     if out.exists():
         raise UserError(f"{out}: is there already; choose another --out")
-    if precision is Precision.fp8:
+    if precision is Dtype.fp8:
         raise UserError("--precision fp8: such files are read, not written; take bf16")
-    if precision is Precision.fp16:
+    if precision is Dtype.fp16:
         raise UserError(NO_FP16)
     if to is not To.diffusers and out.suffix != ".safetensors":
         raise UserError(f"{out}: a single file's name ends with .safetensors")
-    single, dtype = model.endswith((".safetensors", ".gguf")), precision.dtype if precision is not None else None
+    single, dtype = model.endswith((".safetensors", ".gguf")), precision.torch_dtype if precision is not None else None
     if single and base is None:
         raise UserError(f"{model}: a single file has the transformer alone; say --base, a model of the same kind")
     if single:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import typer
 
-from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
+from fewstep.cli.options import Overrides, Overwrite, RecipeFile, RunDirectory
 
 
-def train(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def train(
+    recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
     """Train a model from data, as a recipe says. The same command again goes on from the last checkpoint."""
     from fewstep.config.load import load_recipe
     from fewstep.emoji import recipes as schema
@@ -16,9 +18,9 @@ def train(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = N
 
     resolved = load_recipe(recipe, overrides or [])
     if not isinstance(resolved, schema.EmojiRecipe):
-        command = {"cache_trajectories": "cache"}.get(resolved.kind, "distill")
+        command = {"cache_trajectories": "cache-trajectories"}.get(resolved.kind, "distill")
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
-    with RunDir(out or Path("runs") / resolved.name, resolved, fresh=fresh) as run:
+    with RunDir(out or Path("runs") / resolved.name, resolved, fresh=overwrite) as run:
         if isinstance(resolved, schema.VaeRecipe):
             from fewstep.emoji import train_vae as vae
 

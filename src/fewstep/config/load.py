@@ -94,7 +94,7 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error, model)}") from None
+        raise UserError(f"{source}: {explain_errors(error, model)}") from None
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -135,7 +135,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
     """The first of pydantic's complaints, with the nearest known key, and how many more there are."""
     errors = error.errors(include_url=False, include_context=False)
     # An unknown key first: a misspelt required key also shows up as missing, and the spelling is the reason.

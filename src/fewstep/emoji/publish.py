@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.emoji.classifier import EmojiClassifier, correct
 from fewstep.emoji.dataset import LANGUAGES, TEMPLATES, EmojiDataset, EmojiSpec, Split
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import track
 from fewstep.training.tracking import read_metrics
@@ -32,7 +33,7 @@ def accuracy(
     """Shares of images in which the judge sees the name, style and color that were asked for, at 50 steps."""
     world = EmojiDataset.load()
     prompts = [world.prompt(concept, i % len(TEMPLATES["en"])) for i, concept in enumerate(concepts)]
-    images = generate(model, prompts, seeds=range(len(prompts)), steps=STEPS, guidance_scale=guidance).images
+    images = generate(model, prompts, SamplingParams(steps=STEPS, guidance_scale=guidance)).images
     return {key: right.float().mean().item() for key, right in correct(judge(images), concepts).items()}
 
 

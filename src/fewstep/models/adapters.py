@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -79,6 +79,28 @@ def active_adapter(transformer: nn.Module, name: str | None) -> Iterator[None]:
     layers = tuner_layers(transformer)
     with _switched(layers, [([name] if name else [], name is None)] * len(layers)):
         yield
+
+
+def adapter_names(transformer: nn.Module) -> list[str]:
+    return sorted({name for layer in tuner_layers(transformer) for name in layer.lora_A})
+
+
+@contextmanager
+def active_adapters(transformer: nn.Module, adapters: Mapping[str, float]) -> Iterator[None]:
+    """Inside, these adapters are active together, each with its weights' own scale times the given one."""
+    layers = tuner_layers(transformer)
+    scales = [dict(layer.scaling) for layer in layers]
+    states: list[State] = [([name for name in adapters if name in layer.scaling], not adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update(
+                {name: layer.scaling[name] * adapters[name] for name in adapters if name in layer.scaling}
+            )
+        with _switched(layers, states):
+            yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling.update(scale)
 
 
 def capture_adapter_state(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
 
@@ -26,7 +27,7 @@ class GenerationConfig(BaseModel):
     guidance_scale: float = Field(0.0, ge=0, description="Best guidance as in cond + g (cond - null); 0 is none.")
     guidance_distilled: bool = Field(False, description="Guidance is inside already: more of it over-bakes.")
     sigmas: list[float] | None = Field(None, description="Its sigmas, falling from 1 to the terminal 0.")
-    sampler: str = Field("euler", description='"euler", or "sde": fresh noise in each step.')
+    sampler: Sampler = Field("euler", description='"euler", or "sde": fresh noise in each step.')
     eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
     system_prompt: str = Field("", description="The system's turn before every prompt; empty is none.")
     teacher: str | None = Field(None, description="The model it was made from: a folder, or a shipped one's name.")

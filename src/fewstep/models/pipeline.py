@@ -179,7 +179,7 @@ def load(
     path_or_name: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    offload: Literal["none", "parts", "blocks"] = "none",
+    offload: Literal["none", "model", "group"] = "none",
 ) -> TextToImagePipeline:
     """Load a model for inference: all its weights frozen, in eval mode.
 
@@ -188,7 +188,7 @@ def load(
         dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
             rest is bf16 then, and products are in 8 bits where the device is fast at them). Unset, each part's own:
             bf16 where it is stored so, else fp32.
-        offload: "parts": only the transformer is on the device (:meth:`TextToImage.rest`); "blocks": of the transformer
+        offload: "model": only the transformer is on the device (:meth:`TextToImage.rest`); "group": of the transformer
             only the block that speaks.
 
     Raises:
@@ -203,7 +203,7 @@ def load(
     model = TextToImagePipeline(**parts, card=load_generation_config(folder))
     if offload == "none":
         return model.to(device)
-    if offload == "blocks":
+    if offload == "group":
         offload_blocks(model.denoiser, device)
     else:
         model.transformer.to(device)

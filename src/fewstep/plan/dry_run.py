@@ -18,7 +18,7 @@ from fewstep.config.student_schedule import student_timesteps
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.data.batch import DistillBatch
-from fewstep.inference.generate import MAX_DECODE_PIXELS, max_batch_size
+from fewstep.inference.batching import max_batch_size, max_decode_batch_size
 from fewstep.jobs import dmd_config
 from fewstep.methods.dmd.method import DecoupledDMD
 from fewstep.methods.models_setup import Models, build_models
@@ -140,7 +140,7 @@ class DryRun:
         """What drawing takes, and decoding."""
         card, vae = self.roles.teacher.generation_config, self.roles.teacher.vae
         count = max_batch_size(card.height, card.width)
-        decoded = min(count, max(1, MAX_DECODE_PIXELS // (card.height * card.width)))
+        decoded = min(count, max_decode_batch_size(card.height, card.width))
         most = []
         with MemoryTracker() as alive, self.device.region():
             x = torch.empty(count, *self.latent, device="meta")
