@@ -53,7 +53,7 @@ def test_wrong_option_is_named(options, message):
     [
         ({"seeds": (1, 2, 3)}, "seeds: 3 for 2 prompts"),
         ({"height": 65}, "height 65 is not a multiple of 16"),
-        ({"adapters": {"style": 1.0}}, "unknown LoRA adapter 'style'; the model has none"),
+        ({"adapters": {"style": 1.0}}, "adapters: no LoRA adapter named style"),
     ],
 )
 def test_option_that_does_not_fit_the_model_is_named(tiny, options, message):

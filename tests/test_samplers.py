@@ -134,7 +134,7 @@ def test_terminal_step_is_deterministic_and_draws_no_noise(sampler):
 def test_iterate_stopped_early_equals_backward_simulation(sampler, stop):
     model, x, prompts = Gaussian(), torch.randn(2, *SHAPE), prompts_of([0.5, 1.0])
     torch.manual_seed(3)
-    found = backward_simulation(model, x, SIGMAS, stop, prompts, sampler, 0.8)
+    found = backward_simulation(model, x, SIGMAS[: stop + 1], prompts, sampler, 0.8)
     assert len(model.calls) == stop
     torch.manual_seed(3)
     expected = x

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from fewstep.data.images import to_uint8
 from fewstep.errors import UserError
 from fewstep.inference.batching import batched, max_decode_batch_size
 from fewstep.inference.params import ResolvedParams, SamplingParams
-from fewstep.models.adapters import active_adapters, adapter_names
+from fewstep.models.adapters import active_adapters
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline
 
@@ -145,16 +145,16 @@ def _report(callback: Callback, part: slice, step: SamplerStep, steps: int) -> N
         raise GenerationCancelled(f"cancelled after step {step.index + 1} of {steps}")
 
 
-def _adapters(pipeline: TextToImagePipeline, adapters: Mapping[str, float]) -> AbstractContextManager[None]:
+@contextmanager
+def _adapters(pipeline: TextToImagePipeline, adapters: Mapping[str, float]) -> Iterator[None]:
     """Inside, these LoRA adapters are active on the transformer. Raises: UserError for an unknown name."""
-    if not adapters:
-        return nullcontext()
-    known = adapter_names(pipeline.transformer)
-    for name in adapters:
-        if name not in known:
-            there_are = f"known: {', '.join(known)}" if known else "the model has none"
-            raise UserError(f"adapters: unknown LoRA adapter {name!r}; {there_are}")
-    return active_adapters(pipeline.transformer, adapters)
+    with ExitStack() as stack:
+        if adapters:
+            try:
+                stack.enter_context(active_adapters(pipeline.transformer, adapters))
+            except ValueError as error:
+                raise UserError(f"adapters: {error}") from None
+        yield
 
 
 class _PerImageNoise:

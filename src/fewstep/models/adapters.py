@@ -81,14 +81,17 @@ def active_adapter(transformer: nn.Module, name: str | None) -> Iterator[None]:
         yield
 
 
-def adapter_names(transformer: nn.Module) -> list[str]:
-    return sorted({name for layer in tuner_layers(transformer) for name in layer.lora_A})
-
-
 @contextmanager
 def active_adapters(transformer: nn.Module, adapters: Mapping[str, float]) -> Iterator[None]:
-    """Inside, these adapters are active together, each with its weights' own scale times the given one."""
+    """Inside, these adapters are active together, each with its weights' own scale times the given one.
+
+    Raises:
+        ValueError: the transformer has no adapter of one of the names.
+    """
     layers = tuner_layers(transformer)
+    missing = [name for name in adapters if not any(name in layer.scaling for layer in layers)]
+    if missing:
+        raise ValueError(f"no LoRA adapter named {', '.join(missing)} in the transformer")
     scales = [dict(layer.scaling) for layer in layers]
     states: list[State] = [([name for name in adapters if name in layer.scaling], not adapters) for layer in layers]
     try:

@@ -146,7 +146,7 @@ class DecoupledDMD(Method):
 
     def flow_matching(self, x: Tensor, prompts: EncodedPrompts) -> Tensor:
         """How far the fake's velocity is from that between ``x`` and noise, at levels of its own: a scalar."""
-        sigma = self.settings.renoise.anywhere(x)
+        sigma = self.settings.renoise.sample_sigma(x)
         eps = torch.randn_like(x)
         velocity = self.fake(flow.add_noise(x, sigma, eps), sigma, prompts)
         return (velocity - (eps - x)).square().mean()
@@ -156,7 +156,7 @@ class DecoupledDMD(Method):
         settings = self.settings
         anchors = sample_rollout_timesteps(settings.anchors, settings.anchor_schedule)
         sigmas = [flow.shift_sigma(u, settings.renoise.shift) for u in anchors]
-        z = backward_simulation(self.student, noise, sigmas, len(sigmas) - 1, prompts, settings.sampler, settings.eta)
+        z = backward_simulation(self.student, noise, sigmas, prompts, settings.sampler, settings.eta)
         sigma = torch.full((len(z),), sigmas[-1], device=z.device)
         x = predict_x0(self.student, z, sigma, prompts)
         return x, torch.full_like(sigma, anchors[-1])
@@ -165,7 +165,7 @@ class DecoupledDMD(Method):
     def direction(self, x: Tensor, anchor: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, dict[str, Tensor]]:
         """``CA / n_CA + DM / n_DM`` at the student's images ``x`` [B, C, H, W], and metrics of both."""
         settings = self.settings
-        sigma_ca, sigma_dm = settings.renoise.draw(anchor)
+        sigma_ca, sigma_dm = settings.renoise.sample_sigmas(anchor)
         x_ca = flow.add_noise(x, sigma_ca, torch.randn_like(x))
         # plain DMD looks at one noisy image, so that spear and shield add up to its guided teacher less the fake
         same = settings.renoise.schedule == "shared" and settings.spear > 0
@@ -204,7 +204,7 @@ class DecoupledDMD(Method):
 
     def coarse_matching(self, x: Tensor, anchor: Tensor, prompts: EncodedPrompts) -> Tensor:
         """``DM / n_DM`` at the student's images made smaller, with noise of their own."""
-        _, sigma = self.settings.renoise.draw(anchor)
+        _, sigma = self.settings.renoise.sample_sigmas(anchor)
         noisy = flow.add_noise(x, sigma, torch.randn_like(x))
         x0_teacher = predict_x0(self.teacher, noisy, sigma, prompts)
         dm = distribution_matching(x0_teacher, predict_x0(self.fake, noisy, sigma, prompts))

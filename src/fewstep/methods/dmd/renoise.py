@@ -41,7 +41,7 @@ class Renoise:
     low: float = 0.02
     high: float = 0.98
 
-    def draw(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_sigmas(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma_CA, sigma_DM), each [B], for the pre-shift anchors [B] of the student's inputs."""
         bound_ca = anchor if self.schedule in ("constrained", "hybrid") else torch.ones_like(anchor)
         bound_dm = anchor if self.schedule == "constrained" else torch.ones_like(anchor)
@@ -49,7 +49,7 @@ class Renoise:
         u_dm = u_ca if self.schedule == "shared" else torch.rand_like(anchor) * bound_dm
         return self.sigma(u_ca), self.sigma(u_dm)
 
-    def anywhere(self, x: Tensor) -> Tensor:
+    def sample_sigma(self, x: Tensor) -> Tensor:
         """One sigma for each sample of ``x`` [B, ...]: u ~ U(0, 1), shifted and clamped, [B]."""
         return self.sigma(torch.rand_like(x.flatten(1)[:, 0]))
 

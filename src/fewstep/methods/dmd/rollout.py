@@ -38,20 +38,18 @@ def backward_simulation(
     student: Denoiser,
     noise: Tensor,
     sigmas: Sequence[float],
-    stop: int,
     prompts: EncodedPrompts,
     sampler: Sampler = "euler",
     eta: float = 1.0,
 ) -> Tensor:
-    """The student's input at its noise level number ``stop``, reached by its own steps from ``noise``.
+    """The student's input at the last of ``sigmas``, reached by its own steps from ``noise``.
 
     Args:
         noise: [B, C, ..., H, W], pure noise.
-        sigmas: the student's noise levels, from 1 down to number ``stop`` or further.
-        stop: 0 returns the noise.
+        sigmas: falling noise levels from 1; a single one returns the noise.
         sampler, eta: those of inference; the steps are those of :func:`fewstep.core.samplers.iterate`.
 
     Returns:
-        [B, C, ..., H, W] at ``sigmas[stop]``.
+        [B, C, ..., H, W] at ``sigmas[-1]``.
     """
-    return last_state(noise, iterate(student, noise, sigmas[: stop + 1], prompts, sampler=sampler, eta=eta))
+    return last_state(noise, iterate(student, noise, sigmas, prompts, sampler=sampler, eta=eta))

@@ -48,7 +48,7 @@ class GANTerm:
 
     def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
         """The student's: ``softplus(-D(x))``, non-saturating."""
-        sigma = self.renoise.anywhere(x)
+        sigma = self.renoise.sample_sigma(x)
         features = self.extractor.features(flow.add_noise(x, sigma, torch.randn_like(x)), sigma, batch.prompts)
         frozen = {name: weight.detach() for name, weight in self.module.named_parameters()}
         return F.softplus(-functional_call(self.module, frozen, features)).mean()
@@ -56,7 +56,7 @@ class GANTerm:
     def learn(self, x: Tensor, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's: ``softplus(D(x)) + softplus(-D(real)) + penalty (D(real) - D(real + noise))^2``."""
         real = batch.real
-        sigma = self.renoise.anywhere(x)
+        sigma = self.renoise.sample_sigma(x)
         eps = torch.randn_like(x)
         near = real + self.spread * torch.randn_like(real)
         with torch.no_grad():

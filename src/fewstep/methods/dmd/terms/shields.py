@@ -149,7 +149,7 @@ class FeatureMMDTerm:
         self.extractor, self.renoise, self.together = extractor, renoise, together
 
     def loss(self, x: Tensor, batch: DistillBatch) -> Tensor:
-        sigma = self.renoise.anywhere(x)
+        sigma = self.renoise.sample_sigma(x)
         eps = torch.randn_like(x)
         seen = [
             self.together(self.extractor.features(flow.add_noise(images, sigma, eps), sigma, batch.prompts).mean(dim=1))
