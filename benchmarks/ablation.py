@@ -36,6 +36,7 @@ from fewstep.evaluation.features import FeatureNet
 from fewstep.evaluation.images import as_float
 from fewstep.evaluation.runner import emoji_prompts
 from fewstep.inference.generate import generate
+from fewstep.inference.params import parse_params
 from fewstep.models.pipeline import TextToImagePipeline, load
 
 BASE = "micro-decoupled"
@@ -96,7 +97,7 @@ class Yardstick:
         self.concepts = [c for c in map(world.parse, self.prompts) if c is not None]
         self.net, self.judge = FeatureNet(), EmojiClassifier.load()
         if not (kept / "teacher.safetensors").exists():
-            images = generate(teacher, self.prompts, seed=0).images
+            images = generate(teacher, self.prompts).images
             save_file({"features": self.net(images)}, kept / "teacher.safetensors")
         self.features = load_file(kept / "teacher.safetensors")["features"]
         if not (kept / "teacher.json").exists():
@@ -110,8 +111,9 @@ class Yardstick:
         self.teacher: dict[str, dict[str, float | None]] = json.loads((kept / "teacher.json").read_text())
 
     def figures(self, model: TextToImagePipeline, **options: float) -> dict[str, float | None]:
-        images = generate(model, self.prompts, seed=0, **options).images
-        several = generate(model, self.some, seed=len(self.prompts), **options).images
+        params = parse_params(options)
+        images = generate(model, self.prompts, params).images
+        several = generate(model, self.some, params.model_copy(update={"seed": len(self.prompts)})).images
         features = self.net(images)
         pixels = as_float(images)
         right = correct(self.judge(images), self.concepts)

@@ -10,6 +10,7 @@ then is judged. It shows how much of "few steps are bad" belongs to the world, a
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,11 +39,11 @@ def sample(noise: Tensor, known: Tensor, steps: int, guidance: float, shift: flo
     """Euler's method; the null prompt's denoiser knows the images of all prompts."""
     every = known.flatten(0, 1)
     sigmas, x = flow.get_sigmas(steps, shift), noise
-    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         v = velocity(x, sigma, known)
         if guidance:
             v = v + guidance * (v - velocity(x, sigma, every))
-        x = x + (following - sigma) * v
+        x = x + (sigma_next - sigma) * v
     return x
 
 

@@ -57,10 +57,10 @@ def main(folder: str, precision: str, out: str) -> None:
         found = {
             "teacher": held(teacher.denoiser.parameters()),
             "student": held(student.weights.values()),
-            "fake": held(fake.weights.values()),
+            "fake score": held(fake.weights.values()),
             "gradients": held(p.grad for p in fake.weights.values() if p.grad is not None),
             "AdamW": held(v for one in learners for s in one.optimizer.state.values() for v in s.values()),
-            "moving average": held(student.ema.weights.values()) if student.ema else 0,
+            "EMA": held(student.ema.weights.values()) if student.ema else 0,
             "weights received": received.weights,
             "gradients received": received.gradients,
         }

@@ -13,6 +13,7 @@ from fewstep.config.load import load_recipe
 from fewstep.data.trajectories import weights_hash
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.methods.models_setup import build_models
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
 from fewstep.models.adapters import AdapterDenoiser, active_adapters, adapter_parameters, add_adapter, lora_layers
@@ -193,8 +194,10 @@ def test_a_run_resumes_exactly_and_its_files_open_in_diffusers(tiny, tiny_folder
 
     # the adapter alone, loaded by diffusers onto the teacher, gives the images of the merged student
     student = load(made.student)
-    ours = generate(student, ["a dog"], seed=5).images[0]
-    assert (ours.int() - generate(tiny, ["a dog"], seed=5, steps=2, guidance_scale=0).images[0].int()).abs().max() > 2
+    ours = generate(student, ["a dog"], SamplingParams(seed=5)).images[0]
+    assert (
+        ours.int() - generate(tiny, ["a dog"], SamplingParams(seed=5, steps=2, guidance_scale=0)).images[0].int()
+    ).abs().max() > 2
     pipeline = ZImagePipeline.from_pretrained(tiny_folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(tmp_path / "whole" / "lora", adapter_name="turbo")

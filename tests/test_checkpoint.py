@@ -162,7 +162,7 @@ def test_another_recipe_is_refused_showing_what_differs(tmp_path: Path) -> None:
     assert "train.seed: 1 -> 2" in message
     assert "optim.lr: 0.01 -> 0.5" in message
     assert "log_every" not in message
-    assert "--fresh" in message
+    assert "--overwrite" in message
     assert "\n" not in message
     assert (tmp_path / "recipe.yaml").read_text() == before
 
@@ -207,7 +207,7 @@ def test_fresh_deletes_only_what_a_run_makes(tmp_path: Path) -> None:
 
 
 def test_directory_that_is_no_run_keeps_its_files(tmp_path: Path) -> None:
-    """ "--fresh" in somebody's project must not delete their `model` folder."""
+    """ "--overwrite" in somebody's project must not delete their `model` folder."""
     (tmp_path / "model").mkdir()
     for fresh in (False, True):
         with pytest.raises(UserError, match="model is in the way"):

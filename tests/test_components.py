@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.models.components import load_component, resolve_model
 from fewstep.models.pipeline import load
 from fewstep.models.zimage.family import ZIMAGE
@@ -77,7 +78,7 @@ def test_each_component_keeps_its_dtype_by_default(tiny, folder):
     assert found.transformer.dtype == torch.bfloat16
     assert found.vae.dtype == found.text_encoder.dtype == torch.float32  # fp16 overflows in this family
     assert {load(folder, dtype=torch.float32).transformer.dtype} == {torch.float32}
-    assert generate(found, ["a fox"], steps=2).images.float().std() > 1
+    assert generate(found, ["a fox"], SamplingParams(steps=2)).images.float().std() > 1
 
 
 def test_pickled_weights_are_refused(folder):

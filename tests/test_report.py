@@ -24,6 +24,7 @@ from fewstep.evaluation.report import render
 from fewstep.evaluation.runner import ARM_FIGURES, default_settings, emoji_prompts, evaluate
 from fewstep.evaluation.table import columns, format_number, print_summary
 from fewstep.inference.generate import GenerationResult
+from fewstep.inference.params import SamplingParams
 
 
 def model(**card: Any) -> Any:
@@ -40,16 +41,17 @@ def seeds_seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     world = EmojiDataset.load()
     seen: list[list[int]] = []
 
-    def generate(model: Any, prompts: list[str], *, seeds: list[int], steps: int, guidance_scale: float, progress: Any):
-        seen.append(list(seeds))
-        concepts = [world.parse(prompt) or world.sample(1)[0] for prompt in prompts]
+    def generate(model: Any, prompts: list[str], params: SamplingParams, callback: Any):
+        seeds = [params.seed + i for i in range(len(prompts))]
+        seen.append(seeds)
+        concepts = [world.parse(prompt) or world.sample(1, "all")[0] for prompt in prompts]
         images = torch.cat(
             [world.render([c], torch.Generator().manual_seed(s)) for c, s in zip(concepts, seeds, strict=True)]
         )
-        if steps < 50:
+        assert params.steps is not None
+        if params.steps < 50:
             images = F.interpolate(F.avg_pool2d(images, 2 if model is STUDENT else 8), 64)
-        progress(len(images))
-        forwards = steps * (2 if guidance_scale else 1)
+        forwards = params.steps * (2 if params.guidance_scale else 1)
         return GenerationResult(to_uint8(images), forwards, 0.5 * len(images))
 
     monkeypatch.setattr(module, "generate", generate)

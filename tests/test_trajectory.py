@@ -16,6 +16,7 @@ from fewstep.data.teacher_trajectories import cache_fingerprint, make_cache, sub
 from fewstep.data.trajectories import INDEX, TrajectoryCache, read_index, shard_file
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.methods.models_setup import build_models
 from fewstep.methods.trajectory import TrajectoryDistillation, TrajectorySettings
 from fewstep.models.noise import initial_noise
@@ -45,7 +46,7 @@ def test_trajectory_is_the_teachers_own_way():
     """The last state is what plain sampling on the fine levels gives; an earlier one is a stop on that way."""
     teacher, noise, prompts = Gaussian(), torch.randn(5, *SHAPE), prompts_of([1.0] * 5)
     states = teacher_trajectory(teacher, noise, ANCHORS, 4, SHIFT, prompts)
-    sigmas = [flow.shift_sigma(u, SHIFT) for u in subdivide(ANCHORS, 4)]
+    sigmas = flow.sigmas_from_timesteps(subdivide(ANCHORS, 4), SHIFT)
     with torch.no_grad():
         whole = sample_euler(teacher, noise, sigmas, prompts)
     assert states.shape == (5, 4, *SHAPE)
@@ -60,7 +61,7 @@ def test_trajectory_is_the_teachers_own_way():
 def test_loss_is_zero_for_a_student_that_walks_the_same_way_and_falls_for_another():
     teacher, noise, prompts = Gaussian(), torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
     states = teacher_trajectory(teacher, noise, ANCHORS, 1, SHIFT, prompts)
-    settings = TrajectorySettings(tuple(flow.shift_sigma(u, SHIFT) for u in ANCHORS))
+    settings = TrajectorySettings(tuple(flow.sigmas_from_timesteps(ANCHORS, SHIFT)))
     same, metrics = TrajectoryDistillation(Gaussian(), settings).student_loss(DistillBatch(noise, prompts, states))
     assert same.item() == pytest.approx(0.0, abs=1e-10)
     assert set(metrics) == {"state_1", "state_2", "state_3", "state_4"}
@@ -182,9 +183,9 @@ def test_phases_start_from_each_other_and_go_on(tiny_folder, tmp_path):
         return sum((x - y).abs().sum().item() for x, y in pairs)
 
     assert 0 < apart(student, aligned) < apart(student, teacher)
-    before = generate(student, ["a dog"], seed=3).images
+    before = generate(student, ["a dog"], SamplingParams(seed=3)).images
     api.distill(phases_recipe(tiny_folder), tmp_path / "run")  # all is done: nothing changes
-    assert torch.equal(generate(load(made.student), ["a dog"], seed=3).images, before)
+    assert torch.equal(generate(load(made.student), ["a dog"], SamplingParams(seed=3)).images, before)
 
 
 def test_a_phase_leaves_the_room_to_the_next(tiny_folder, tmp_path, monkeypatch):

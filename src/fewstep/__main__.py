@@ -1,4 +1,4 @@
-"""`python -m fewstep` is the same program as `fewstep`."""
+"""``python -m fewstep`` is the ``fewstep`` program."""
 
 from fewstep.cli.main import main
 

@@ -15,8 +15,9 @@ from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.runner import emoji_prompts
 from fewstep.evaluation.runner import evaluate as _evaluate
 from fewstep.evaluation.validation import make_validator
-from fewstep.inference.generate import GenerationResult
+from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
+from fewstep.inference.params import parse_params
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.training.distributed import init_distributed, open_run
 
@@ -43,7 +44,7 @@ def distill(
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
-    fresh: bool = False,
+    overwrite: bool = False,
 ) -> Distilled:
     """Make a few-step student of a teacher; called again, it goes on from the last checkpoint.
 
@@ -51,7 +52,7 @@ def distill(
         recipe: a YAML file, the name of a shipped recipe, or a recipe in memory.
         out: the run's directory; ``runs/<the recipe's name>`` unless given.
         overrides: fields to change, as ``"train.steps=100"``.
-        fresh: start over.
+        overwrite: start over: delete an earlier run's files in ``out``.
 
     Raises:
         UserError: a mistake in the recipe or the directory.
@@ -62,7 +63,7 @@ def distill(
         command = {"cache_trajectories": "cache-trajectories"}.get(resolved.kind, "emoji train")
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     directory = out or Path("runs") / resolved.name
-    with init_distributed() as dist, open_run(dist, directory, resolved, fresh=fresh) as run:
+    with init_distributed() as dist, open_run(dist, directory, resolved, fresh=overwrite) as run:
         watch = partial(make_validator, count=resolved.evaluate.validation_prompts)
         if resolved.kind == "distill":
             from fewstep.jobs import distill as distill_into
@@ -88,14 +89,28 @@ def distill(
     return Distilled(student, metrics, report / "index.html")
 
 
-def generate(model: str | Path | TextToImagePipeline, prompts: str | Sequence[str], **options: Any) -> GenerationResult:
-    """Generate one image a prompt; options as in :func:`fewstep.generate.generate` (seed, steps, ...).
+def generate(
+    model: str | Path | TextToImagePipeline,
+    prompts: str | Sequence[str],
+    *,
+    callback: Callback | None = None,
+    **options: Any,
+) -> GenerationResult:
+    """Generate one image for each prompt.
+
+    Args:
+        callback: called after every step, see :func:`fewstep.inference.generate.generate`; may cancel.
+        options: fields of :class:`fewstep.inference.params.SamplingParams` (seed, steps, guidance_scale, ...).
+
+    Raises:
+        UserError: an unknown option, or a value that the model cannot take.
+        GenerationCancelled: ``callback`` cancelled.
 
     >>> fewstep.generate("micro", "a noto emoji of a red apple on a blue background", seed=1).images.shape
     torch.Size([1, 64, 64, 3])
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return _generate(_loaded(model), texts, **options)
+    return _generate(_loaded(model), texts, parse_params(options), callback)
 
 
 def evaluate(

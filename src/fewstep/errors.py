@@ -1,10 +1,10 @@
-"""The one exception a person is meant to read."""
+"""The exception for mistakes of the user."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line that names the file, key or value, and what to do about it.
+    """A mistake in the user's input: one line that names the file, key or value, and what to do about it.
 
     The command line prints it without a traceback and exits with status 1.
     """

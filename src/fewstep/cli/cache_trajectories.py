@@ -4,10 +4,12 @@ from pathlib import Path
 
 import typer
 
-from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
+from fewstep.cli.options import Overrides, Overwrite, RecipeFile, RunDirectory
 
 
-def cache(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def cache(
+    recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
     """Ask a teacher once, and keep its trajectories. The same command again goes on with what is missing."""
     from fewstep.config.load import load_recipe
     from fewstep.config.recipe import CacheRecipe
@@ -17,4 +19,4 @@ def cache(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = N
     resolved = load_recipe(recipe, overrides or [])
     if not isinstance(resolved, CacheRecipe):
         raise UserError(f"{recipe}: its kind is {resolved.kind}, not cache")
-    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, fresh=fresh))
+    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, fresh=overwrite))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Precision
+from fewstep.cli.options import Dtype
 
 
 class ExportFormat(StrEnum):
@@ -28,7 +28,7 @@ def convert(
         typer.Option(help="For a single file: the model that provides the configuration and the other components."),
     ] = None,
     dtype: Annotated[
-        Precision | None,
+        Dtype | None,
         typer.Option(help="Dtype of the written weights. [default: the stored one; bf16 for fp8 and GGUF]"),
     ] = None,
 ) -> None:
@@ -42,13 +42,13 @@ def convert(
 
     if out.exists():
         raise UserError(f"{out}: already exists; choose another --out")
-    if dtype is Precision.fp8:
+    if dtype is Dtype.fp8:
         raise UserError("--dtype fp8: fp8 files can be read but not written; use bf16")
-    if dtype is Precision.fp16:
+    if dtype is Dtype.fp16:
         raise UserError(NO_FP16)
     if to is not ExportFormat.diffusers and out.suffix != ".safetensors":
         raise UserError(f"{out}: the name of a single file must end with .safetensors")
-    weights_dtype = dtype.dtype if dtype is not None else None
+    weights_dtype = dtype.torch_dtype if dtype is not None else None
     if model.endswith((".safetensors", ".gguf")):
         if components_from is None:
             raise UserError(f"{model}: contains the transformer alone; give --components-from, a model of its family")

@@ -4,20 +4,22 @@ import os
 
 import typer
 
-from fewstep.cli.options import Fresh, Overrides, RecipeFile, RunDirectory
+from fewstep.cli.options import Overrides, Overwrite, RecipeFile, RunDirectory
 
 
-def distill(recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Make a few-step student of a teacher. The same command again goes on from the last checkpoint."""
+def distill(
+    recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
+    """Distill a teacher into a few-step student. The same command again resumes from the last checkpoint."""
     from fewstep import api
 
-    made = api.distill(recipe, out, overrides=overrides or [], fresh=fresh)
+    made = api.distill(recipe, out, overrides=overrides or [], overwrite=overwrite)
     if made.metrics is not None:
         from fewstep.evaluation.table import print_summary
 
         print_summary(made.metrics)
     if os.environ.get("RANK", "0") != "0":
-        return  # one of several processes has said it
+        return  # the main process prints the paths
     typer.echo(f"student: {made.student}")
     if made.report is not None:
         typer.echo(f"report:  {made.report}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Fresh
+from fewstep.cli.options import Overwrite
 
 
 def prompts(
@@ -19,7 +19,7 @@ def prompts(
         int, typer.Option(min=1, max=512, help="Longer prompts, with the chat template, are left out.")
     ] = 512,
     shard_size: Annotated[int, typer.Option(min=1, help="Prompts in a file.")] = 1000,
-    fresh: Fresh = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Read prompts, drop duplicates and what is empty or too long, and encode the rest for distillation.
 
@@ -40,7 +40,7 @@ def prompts(
             column=column,
             max_tokens=max_tokens,
             shard_size=shard_size,
-            fresh=fresh,
+            fresh=overwrite,
             progress=lambda found: show(found.read),
         )
     summary = report.summary()

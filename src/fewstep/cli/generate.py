@@ -1,13 +1,21 @@
 """`fewstep generate`: images from prompts."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fewstep.cli.options import Precision
+from fewstep.cli.options import Device, Dtype, Model
+
+if TYPE_CHECKING:
+    from fewstep.inference.generate import Callback, GenerationResult, GenerationStep
+    from fewstep.models.pipeline import TextToImagePipeline
 
 
 class Offload(StrEnum):
@@ -17,119 +25,152 @@ class Offload(StrEnum):
 
 
 def generate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model's folder, or a shipped one's name (\"micro\").")
-    ],
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One image is made of each.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A text file with more prompts, one a line.")] = None,
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One image for each.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="Text file with further prompts, one a line.")] = None,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="An image file, for a grid of all; or a folder, for a file of each.")
+        Path, typer.Option("-o", "--out", help="Image file for a grid of all images, or folder for one file each.")
     ] = Path("out.png"),
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler. [default: the model's]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. [default: the model's]")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="cond + g (cond - null); 0 is none. [default: the model's]")
+        float | None, typer.Option(min=0, help="g in cond + g (cond - null); 0 is none. [default: the model's]")
     ] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="Negative prompt for classifier-free guidance.")] = "",
     system_prompt: Annotated[
-        str | None, typer.Option(help="The system's turn before every prompt. [default: the model's]")
+        str | None, typer.Option(help="System prompt before every prompt. [default: the model's]")
     ] = None,
-    assistant_prefix: Annotated[
-        str, typer.Option(help="What the text encoder is to have thought of the prompts.")
-    ] = "",
+    assistant_prefix: Annotated[str, typer.Option(help="Text placed inside <think>...</think> after the prompt.")] = "",
     cfg_normalization: Annotated[
-        float, typer.Option(min=0, help="Longest guided velocity, over the unguided one's; 0 is no limit.")
+        float, typer.Option(min=0, help="Bound of the guided velocity's norm over the unguided one's; 0 is none.")
     ] = 0.0,
     cfg_truncation: Annotated[float, typer.Option(min=0, max=1, help="No guidance where 1 - sigma is larger.")] = 1.0,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
-    sampler: Annotated[str | None, typer.Option(help="euler or renoise. [default: the model's]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler or sde. [default: the model's]")] = None,
     eta: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of fresh noise for renoise. [default: the model's]")
+        float | None, typer.Option(min=0, max=1, help="Share of fresh noise in sde steps. [default: the model's]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images sampled together. [default: two million pixels]")
     ] = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
-    precision: Annotated[
-        Precision | None,
-        typer.Option(
-            help="Of the weights: bf16 is as good, and half as large; fp8 is half of that. [default: their own]"
-        ),
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Data type of the weights: fp32, bf16 or fp8. [default: as stored]")
     ] = None,
     offload: Annotated[
         Offload,
-        typer.Option(
-            help="What waits in the CPU's memory: text encoder and autoencoder; or the transformer's blocks too."
-        ),
+        typer.Option(help="Keep in CPU memory what is not in use: text encoder and VAE (model), or also each block."),
     ] = Offload.none,
-    tiling: Annotated[bool, typer.Option("--tiling", help="Decode large images in tiles: less memory.")] = False,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer's blocks: slow first, then faster.")
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode large images in tiles, which needs less memory.")
     ] = False,
-    attention: Annotated[
-        str | None, typer.Option(help="One of diffusers' attention backends, as flash or sage. [default: native]")
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks: a slow start, then faster steps.")
+    ] = False,
+    attention_backend: Annotated[
+        str | None, typer.Option(help="diffusers' attention backend, such as flash or sage. [default: native]")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Generate images from prompts."""
-    import sys
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from fewstep.data.images import grid, to_pil
     from fewstep.data.prompts import read_prompts
     from fewstep.errors import UserError
-    from fewstep.inference.generate import generate as make
+    from fewstep.inference.generate import generate as generate_images
+    from fewstep.inference.params import parse_params
     from fewstep.models.pipeline import load
 
     texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
     if compile and offload is Offload.group:
-        raise UserError("--compile: not together with --offload group, whose weights are elsewhere at every step")
+        raise UserError("--compile: not together with --offload group, which moves the weights of every block")
+    params = parse_params(
+        {
+            "seed": seed,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "system_prompt": system_prompt,
+            "assistant_prefix": assistant_prefix,
+            "cfg_normalization": cfg_normalization,
+            "cfg_truncation": cfg_truncation,
+            "height": height,
+            "width": width,
+            "sampler": sampler,
+            "eta": eta,
+            "batch_size": batch_size,
+        }
+    )
     _check_writable(out)
-    pipeline = load(model, device, precision.dtype if precision else None, offload.value)
-    if attention is not None:
-        pipeline.set_attention_backend(attention)
-    if tiling:
+    pipeline = load(model, device, dtype.torch_dtype if dtype else None, offload.value)
+    _speed_options(pipeline, attention_backend, vae_tiling, compile)
+    with _step_bar(len(texts)) as callback:
+        made = generate_images(pipeline, texts, params, callback)
+    _write(made, out, columns)
+    seconds = made.seconds / len(texts)
+    typer.echo(f"{out}: {len(texts)} images, NFE {made.nfe}, {seconds:.3f} s per image")
+
+
+def _speed_options(
+    pipeline: TextToImagePipeline, attention_backend: str | None, vae_tiling: bool, compile: bool
+) -> None:
+    if attention_backend is not None:
+        pipeline.set_attention_backend(attention_backend)
+    if vae_tiling:
         pipeline.vae.enable_tiling()
     if compile:
         pipeline.denoiser.compile_repeated_blocks()
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("images", total=len(texts))
-        made = make(
-            pipeline,
-            texts,
-            seed=seed,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            system_prompt=system_prompt,
-            assistant_prefix=assistant_prefix,
-            cfg_normalization=cfg_normalization,
-            cfg_truncation=cfg_truncation,
-            height=height,
-            width=width,
-            sampler=sampler,
-            eta=eta,
-            progress=lambda count: progress.advance(task, count),
-        )
+
+
+def _write(made: GenerationResult, out: Path, columns: int | None) -> None:
+    """One grid, or one file for each image in a folder."""
+    from fewstep.data.images import grid, to_pil
+
     if out.suffix:
-        grid(made.images, columns or math.ceil(math.sqrt(len(texts)))).save(out)
+        grid(made.images, columns or math.ceil(math.sqrt(len(made.images)))).save(out)
     else:
         for index, image in enumerate(made.images):
             to_pil(image).save(out / f"{index:04d}.png")
-    each = made.seconds / len(texts)
-    typer.echo(f"{out}: {len(texts)} images, {made.nfe} forwards and {each:.3f} s each")
+
+
+@contextmanager
+def _step_bar(count: int) -> Iterator[Callback]:
+    """A callback that shows the images at work, their step, images per second and the time left, in a terminal."""
+    from time import monotonic
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("left"), console=console, disable=not console.is_terminal) as progress:
+        task, start = progress.add_task(f"image 1 of {count}", total=None, rate=""), monotonic()
+
+        def show(step: GenerationStep) -> None:
+            images = step.images
+            done = images.start + len(images) * step.step / step.steps
+            first, last = images.start + 1, images.stop
+            which = f"image {first}" if first == last else f"images {first}-{last}"
+            progress.update(
+                task,
+                description=f"{which} of {count}, step {step.step}/{step.steps}",
+                completed=done,
+                total=count,
+                rate=f"{done / max(monotonic() - start, 1e-3):.2f} images/s",
+            )
+
+        yield show
 
 
 def _check_writable(out: Path) -> None:
-    """Before minutes are spent on images for it. Raises: UserError."""
+    """Checked before any image is made. Raises: UserError."""
     from PIL import Image
 
     from fewstep.errors import UserError
 
     if out.suffix and out.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"{out}: {out.suffix} is no kind of image; use .png, or a folder")
+        raise UserError(f"{out}: {out.suffix} is not an image format; use .png, or a folder")
     folder = out.parent if out.suffix else out
     try:
         folder.mkdir(parents=True, exist_ok=True)

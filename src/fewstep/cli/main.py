@@ -1,4 +1,4 @@
-"""The `fewstep` program: its commands, and the border at which exceptions become lines and exit codes."""
+"""The `fewstep` program: its commands, and the conversion of exceptions into messages and exit codes."""
 
 import errno
 import sys
@@ -18,45 +18,45 @@ from fewstep.cli.plan import plan
 from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
 
-# What the machine, not the program, is to blame for.
+# Errors of the machine, such as a full disk, rather than of the program.
 _MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
 }
 
 
-class Border(TyperGroup):
-    """Ends the mistakes of users, and the troubles of machines, with one line and a status; bugs keep tracebacks."""
+class ErrorBoundary(TyperGroup):
+    """Turns user errors and errors of the machine into one line and an exit code; bugs keep their tracebacks."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _say(f"error: {error}")
+            _print_line(f"error: {error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
-            _say(str(error) or "interrupted")
+            _print_line(str(error) or "interrupted")
             raise typer.Exit(130) from None
         except OSError as error:
-            # A broken pipe is typer's to end quietly. An error that names no file may well be a bug.
+            # Typer handles broken pipes. An error that names no file may be a bug.
             if error.errno not in _MACHINE_ERRORS or (error.filename is None and error.errno != errno.ENOSPC):
                 raise
-            _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+            _print_line(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
             raise typer.Exit(1) from None
 
 
 app = typer.Typer(
     name="fewstep",
-    cls=Border,
-    help="Turns a multi-step flow-matching text-to-image model into one that needs 8, 4, 2 or 1 steps.",
+    cls=ErrorBoundary,
+    help="Distill multi-step flow-matching text-to-image models into models that need 8, 4, 2 or 1 steps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"fewstep {version('fewstep')}")
@@ -66,18 +66,18 @@ def _version(asked: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    warnings.showwarning = _warn
+    warnings.showwarning = _print_warning
 
 
 app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(plan)
-app.command()(cache)
-app.command()(prompts)
+app.command("cache-trajectories")(cache)
+app.command("encode-prompts")(prompts)
 app.command()(convert)
 try:
     load_plugins()
@@ -88,14 +88,14 @@ for name in commands.names():
 
 
 def main() -> None:
-    """The entry point."""
+    """Entry point of the `fewstep` program."""
     app()
 
 
-def _warn(message: Warning | str, *place: object, **more: object) -> None:
-    """Warnings in one line; where in the code they come from is of no use to who gave the command."""
-    _say(f"warning: {' '.join(str(message).split())}")
+def _print_warning(message: Warning | str, *place: object, **more: object) -> None:
+    """A warning in one line, without its place in the code."""
+    _print_line(f"warning: {' '.join(str(message).split())}")
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -11,19 +11,20 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-RecipeFile = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or the name of a shipped one.")
-]
-RunDirectory = Annotated[
-    Path | None, typer.Option("--out", help="The run's directory; runs/<the recipe's name> unless given.")
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help='Folder of a model, or a bundled one\'s name ("micro").')]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file of a recipe, or a bundled one's name.")]
+RunDirectory = Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/<recipe's name>]")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field: -s train.steps=100")
+    list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a key: -s train.steps=100")
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start over: delete an earlier run's files in the directory.")
+]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, ...")]
 
 
-class Precision(StrEnum):
-    """Of weights; fp16 is there to be refused with its reason."""
+class Dtype(StrEnum):
+    """Data types of weights. fp16 is listed so that it is refused with the reason."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -31,12 +32,9 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
     @property
-    def dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         import torch
 
         names = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "fp16": "float16"}
         dtype: torch.dtype = getattr(torch, names[self.value])
         return dtype
-
-
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete what an earlier run left in the directory.")]

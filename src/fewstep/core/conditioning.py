@@ -1,4 +1,4 @@
-"""Prompts as a denoiser takes them: batches of encoded prompts."""
+"""Conditioning of a denoiser: batches of encoded prompts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class EncodedPrompts:
 
     Attributes:
         features: [B, L, D], zero beyond each prompt's length.
-        lengths: [B], the number of tokens of each; L is at least the largest. They stay on the CPU: a forward decides
-            by them what to compute, and would have to wait for the GPU's answer.
+        lengths: [B], number of tokens of each; L is at least the largest. They stay on the CPU: the shapes of a forward
+            depend on them, and reading them from a GPU would synchronize it.
     """
 
     features: Tensor
@@ -38,10 +38,12 @@ class EncodedPrompts:
         return EncodedPrompts(self.features.repeat(count, 1, 1), self.lengths.repeat(count))
 
     def to(self, device: torch.device | str) -> EncodedPrompts:
+        """The features on ``device``; the lengths stay on the CPU."""
         return EncodedPrompts(self.features.to(device), self.lengths)
 
     @staticmethod
-    def concat(parts: Sequence[EncodedPrompts]) -> EncodedPrompts:
-        longest = max(part.features.shape[1] for part in parts)
-        features = [nn.functional.pad(p.features, (0, 0, 0, longest - p.features.shape[1])) for p in parts]
-        return EncodedPrompts(torch.cat(features), torch.cat([part.lengths for part in parts]))
+    def concat(batches: Sequence[EncodedPrompts]) -> EncodedPrompts:
+        """Several batches as one, padded to the longest prompt."""
+        longest = max(batch.features.shape[1] for batch in batches)
+        features = [nn.functional.pad(b.features, (0, 0, 0, longest - b.features.shape[1])) for b in batches]
+        return EncodedPrompts(torch.cat(features), torch.cat([batch.lengths for batch in batches]))

@@ -1,4 +1,4 @@
-"""What a denoiser is, and guidance: all that algorithms know of a model."""
+"""The denoiser protocol: the only view of a model that algorithms have."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fewstep.core.conditioning import EncodedPrompts
 class Denoiser(Protocol):
     """``denoiser(x, sigma, prompts) -> velocity``.
 
-    ``x`` [B, C, H, W], ``sigma`` [B] in [0, 1] with 1 at noise, ``prompts`` a batch of B encoded prompts; returns the
-    velocity ``eps - x0``, [B, C, H, W].
+    ``x`` [B, C, ..., H, W], ``sigma`` [B] in [0, 1] with 1 at noise, ``prompts`` a batch of B encoded prompts; returns
+    the velocity ``eps - x0``, of the shape of ``x``.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
 
 
 class FeatureExtractor(Protocol):
-    """A denoiser's inner view of noisy images: [B, L, D], L tokens of the image; arguments as a denoiser's."""
+    """A denoiser's intermediate features of noisy images: [B, L, D], L image tokens; arguments as for a denoiser."""
 
     def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
 
 
 def predict_x0(denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-    """The data a denoiser sees in ``x``: ``x - sigma * velocity``."""
+    """The denoiser's data prediction at ``x``: ``x - sigma * velocity``."""
     return flow.x0_from_velocity(x, sigma, denoiser(x, sigma, prompts))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -21,18 +22,18 @@ def append_dims(sigma: Tensor | float, like: Tensor) -> Tensor:
 
 
 def add_noise(x0: Tensor, sigma: Tensor | float, eps: Tensor) -> Tensor:
-    """Data brought to noise level ``sigma``: ``(1 - sigma) x0 + sigma eps``."""
+    """The state at noise level ``sigma``: ``(1 - sigma) x0 + sigma eps``."""
     sigma = append_dims(sigma, x0)
     return (1 - sigma) * x0 + sigma * eps
 
 
 def x0_from_velocity(x: Tensor, sigma: Tensor | float, velocity: Tensor) -> Tensor:
-    """The data that a velocity at ``x`` points to: ``x - sigma * velocity``."""
+    """The data prediction of a velocity at ``x``: ``x - sigma * velocity``."""
     return x - append_dims(sigma, x) * velocity
 
 
 def velocity_from_x0(x: Tensor, sigma: Tensor | float, x0: Tensor) -> Tensor:
-    """The velocity that points from ``x`` to ``x0``: ``(x - x0) / sigma``, for sigma > 0."""
+    """The velocity at ``x`` of a data prediction: ``(x - x0) / sigma``, for sigma > 0."""
     return (x - x0) / append_dims(sigma, x)
 
 
@@ -47,13 +48,18 @@ def unshift_sigma(sigma: Number, shift: float) -> Number:
 
 
 def uniform_timesteps(steps: int) -> list[float]:
-    """``steps`` evenly spaced pre-shift noise levels, from 1 down, without the final 0: ``1, (n-1)/n, ..., 1/n``."""
+    """``steps`` evenly spaced pre-shift noise levels, from 1 down, without the terminal 0: ``1, (n-1)/n, ..., 1/n``."""
     return [1 - i / steps for i in range(steps)]
 
 
-def get_sigmas(steps: int, shift: float) -> list[float]:
-    """The shifted sigmas of ``steps`` steps, from 1 down, without the final 0.
+def sigmas_from_timesteps(timesteps: Iterable[float], shift: float) -> list[float]:
+    """Pre-shift noise levels -> the shifted sigmas of a sampler, with their terminal 0."""
+    return [*(shift_sigma(u, shift) for u in timesteps), 0.0]
 
-    For 8 steps and shift 3 it is Z-Image-Turbo's: 1, .9545, .9, .8333, .75, .6429, .5, .3.
+
+def get_sigmas(steps: int, shift: float) -> list[float]:
+    """The shifted sigmas of ``steps`` steps, from 1 to the terminal 0: ``steps + 1`` numbers.
+
+    For 8 steps and shift 3 it is Z-Image-Turbo's schedule: 1, .9545, .9, .8333, .75, .6429, .5, .3, 0.
     """
-    return [shift_sigma(u, shift) for u in uniform_timesteps(steps)]
+    return sigmas_from_timesteps(uniform_timesteps(steps), shift)

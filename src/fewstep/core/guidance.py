@@ -14,11 +14,10 @@ class ClassifierFreeGuidance:
 
     Args:
         denoiser: the model.
-        null: what guidance leads away from, a batch of one, or one for each sample: the encoded empty prompt, or a
-            negative one.
-        alpha: 1 is no guidance. It is one more than the ``guidance_scale`` that users give.
-        normalization: the guided velocity's norm is at most so many times the unguided one's; 0 leaves it.
-        truncation: below the level ``1 - truncation`` there is no guidance, and no forward for it.
+        null: the null or negative prompt, encoded: a batch of one, or one for each sample.
+        alpha: 1 is no guidance. It is the users' ``guidance_scale`` plus one.
+        normalization: upper bound of the guided velocity's norm, in multiples of the conditional one's; 0 is no bound.
+        truncation: there is no guidance, and no second forward, where ``1 - sigma`` is larger.
     """
 
     def __init__(
@@ -34,8 +33,8 @@ class ClassifierFreeGuidance:
         self._last: tuple[EncodedPrompts, EncodedPrompts] | None = None  # prompts, and these with the null prompts
 
     def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        late = 1 - sigma > self.truncation
-        if self.truncation < 1 and bool(late.all()):
+        truncated = 1 - sigma > self.truncation
+        if self.truncation < 1 and bool(truncated.all()):
             return self.denoiser(x, sigma, prompts)
         if self._last is None or self._last[0] is not prompts:
             null_prompts = self.null if len(self.null) == len(x) else self.null.repeat(len(x))
@@ -44,11 +43,13 @@ class ClassifierFreeGuidance:
         cond, null = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         guided = null + self.alpha * (cond - null)
         if self.normalization:
-            longest = self.normalization * _norm(cond)
-            guided = guided * (longest / _norm(guided).clamp(min=1e-12)).clamp(max=1)
-        return torch.where(late.reshape(-1, *[1] * (x.ndim - 1)), cond, guided) if self.truncation < 1 else guided
+            bound = self.normalization * _norm(cond)
+            guided = guided * (bound / _norm(guided).clamp(min=1e-12)).clamp(max=1)
+        if self.truncation < 1:
+            return torch.where(truncated.reshape(-1, *[1] * (x.ndim - 1)), cond, guided)
+        return guided
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Of each sample: [B, 1, 1, 1]."""
+    """Euclidean norm of each sample: [B, 1, ..., 1]."""
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

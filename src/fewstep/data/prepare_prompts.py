@@ -127,7 +127,7 @@ def prepare(
     if fresh and out.exists():
         _clear(out)
     if (out / INDEX).exists():
-        raise UserError(f"{out}: finished prompts are there; use another --out, or --fresh")
+        raise UserError(f"{out}: finished prompts are there; use another --out, or --overwrite")
     texts = chain.from_iterable(read_texts(source, column) for source in sources)
     out.mkdir(parents=True, exist_ok=True)
     with closing(ProgressDB(out / SEEN, asked)) as ledger:
@@ -180,13 +180,15 @@ class ProgressDB:
             self.base.execute("create table if not exists state (content text)")
             found = self.base.execute("select content from state").fetchone()
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{file}: cannot be read ({error}); use --fresh") from None
+            raise UserError(f"{file}: cannot be read ({error}); use --overwrite") from None
         saved: dict[str, Any] = {"asked": asked, "report": CleaningStats().saved(), "counts": []}
         if found:
             saved = json.loads(found[0])
         differing = [key for key, value in asked.items() if saved["asked"].get(key) != value]
         if differing:
-            raise UserError(f"{file.parent}: prompts with another {', '.join(differing)} were begun there; use --fresh")
+            raise UserError(
+                f"{file.parent}: prompts with another {', '.join(differing)} were begun there; use --overwrite"
+            )
         self.asked, self.report = asked, CleaningStats.of(saved["report"])
         self.counts: list[int] = saved["counts"]
 

@@ -15,7 +15,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.precision import uses_bf16
-from fewstep.core.samplers import euler_step
+from fewstep.core.samplers import iterate
 from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import open_prompts
 from fewstep.data.trajectories import Index, TrajectoryCache, fingerprint, shard_file, write_index, write_shard
@@ -41,20 +41,15 @@ def teacher_trajectory(
     """The teacher's states at the student's levels: Euler with ``substeps`` steps between one anchor and the next.
 
     Args:
-        noise: [B, C, H, W].
-        anchors: K pre-shift levels from 1 down, without the final 0.
+        noise: [B, C, ..., H, W].
+        anchors: K pre-shift levels from 1 down, without the terminal 0.
 
     Returns:
-        [B, K, C, H, W]: at anchors 1 to K - 1, then the data.
+        [B, K, C, ..., H, W]: at anchors 1 to K - 1, then the data.
     """
-    sigmas = [*(flow.shift_sigma(u, shift) for u in subdivide(anchors, substeps)), 0.0]
-    x, states = noise, []
-    for index, sigma in enumerate(sigmas[:-1]):
-        velocity = teacher(x, torch.full((len(x),), sigma, device=x.device), prompts)
-        x = euler_step(x, sigma, sigmas[index + 1], velocity)
-        if (index + 1) % substeps == 0:
-            states.append(x)
-    return torch.stack(states, dim=1)
+    sigmas = flow.sigmas_from_timesteps(subdivide(anchors, substeps), shift)
+    steps = iterate(teacher, noise, sigmas, prompts)
+    return torch.stack([step.x_next for step in steps if (step.index + 1) % substeps == 0], dim=1)
 
 
 def cache_fingerprint(

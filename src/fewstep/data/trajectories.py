@@ -97,7 +97,7 @@ def write_index(folder: Path, index: Index) -> None:
         found = read_index(folder)
         check_fingerprint(folder, index.fingerprint, found.fingerprint)
         if found != index:
-            raise UserError(f"{folder}: a cache of other size or seed is there; use another --out, or --fresh")
+            raise UserError(f"{folder}: a cache of other size or seed is there; use another --out, or --overwrite")
         return
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: has files but no {INDEX}; use another --out")

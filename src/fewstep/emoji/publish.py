@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.emoji.classifier import ACCURACIES, EmojiClassifier, correct
 from fewstep.emoji.dataset import LANGUAGES, NUM_TEMPLATES, EmojiDataset, EmojiSpec, Split
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import track
 from fewstep.training.tracking import read_metrics
@@ -27,7 +28,7 @@ def accuracy(
     """Fractions of images with the right object, style and background by the classifier, at 50 steps."""
     dataset = EmojiDataset.load()
     prompts = [dataset.prompt(spec, i % NUM_TEMPLATES) for i, spec in enumerate(specs)]
-    images = generate(model, prompts, seeds=range(len(prompts)), steps=STEPS, guidance_scale=guidance).images
+    images = generate(model, prompts, SamplingParams(steps=STEPS, guidance_scale=guidance)).images
     return {key: hits.float().mean().item() for key, hits in correct(classifier(images), specs).items()}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +23,7 @@ from fewstep.evaluation.features import FeatureNet
 from fewstep.evaluation.images import as_float, as_uint8
 from fewstep.evaluation.metrics_file import Figures, ImageColumn, Metrics, Samples, targets
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
 
 TEACHER_STEPS = 50
@@ -190,11 +190,12 @@ class _Session:
         """The arm's images, and what is known of how they were made."""
         count = len(self.prompts)
         progress = self.bar(arm.title, count + self.some * (self.seeds - 1))
-        options: dict[str, Any] = {"steps": arm.steps, "guidance_scale": arm.guidance_scale, "progress": progress}
-        main = generate(arm.model, self.prompts, seeds=[self.seed + i for i in range(count)], **options)
+        params = SamplingParams(steps=arm.steps, guidance_scale=arm.guidance_scale, seed=self.seed)
+        callback = lambda step: progress(step.finished)  # noqa: E731
+        main = generate(arm.model, self.prompts, params, callback)
         # The first of a prompt's seeds is its main image; the others are beyond all main seeds.
         some = [prompt for prompt in self.prompts[: self.some] for _ in range(self.seeds - 1)]
-        more = generate(arm.model, some, seeds=[self.seed + count + i for i in range(len(some))], **options)
+        more = generate(arm.model, some, params.model_copy(update={"seed": self.seed + count}), callback)
         others = more.images.unflatten(0, (self.some, self.seeds - 1))
         seeds = torch.cat([main.images[: self.some, None], others], dim=1)
         figures = {

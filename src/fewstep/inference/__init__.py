@@ -1,1 +1,1 @@
-"""Inference: images from prompts."""
+"""Inference: from prompts and sampling parameters to images."""

@@ -191,7 +191,7 @@ def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipelin
         steps=student.steps,
         guidance_scale=0.0,
         guidance_distilled=True,
-        sigmas=[flow.shift_sigma(u, teacher.shift) for u in student.levels],
+        sigmas=flow.sigmas_from_timesteps(student.levels, teacher.shift),
         sampler=student.sampler,
         eta=student.eta,
         system_prompt=config.system_prompt,

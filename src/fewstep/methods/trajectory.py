@@ -19,7 +19,7 @@ from fewstep.core import flow
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.method import BatchSource, Trainable
 from fewstep.core.registry import methods
-from fewstep.core.samplers import euler_step
+from fewstep.core.samplers import iterate
 from fewstep.data.batch import DistillBatch
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
@@ -47,12 +47,8 @@ def trajectory_mse(student: Denoiser, batch: DistillBatch, sigmas: Sequence[floa
         sigmas: the student's K noise levels from 1 down, with the terminal 0.
     """
     assert batch.states is not None
-    x, distances = batch.noise, list[Tensor]()
-    for index, sigma in enumerate(sigmas[:-1]):
-        velocity = student(x, torch.full((len(x),), sigma, device=x.device), batch.prompts)
-        x = euler_step(x, sigma, sigmas[index + 1], velocity)
-        distances.append((x - batch.states[:, index]).square().mean())
-    return distances
+    steps = iterate(student, batch.noise, sigmas, batch.prompts)
+    return [(step.x_next - batch.states[:, step.index]).square().mean() for step in steps]
 
 
 @methods.register("trajectory")
@@ -80,7 +76,7 @@ class TrajectoryDistillation(DistillMethod):
     @classmethod
     def build(cls, setup: MethodSetup) -> Self:
         shift = setup.models.teacher.shift
-        sigmas = [*(flow.shift_sigma(u, shift) for u in setup.recipe.student.levels), 0.0]
+        sigmas = flow.sigmas_from_timesteps(setup.recipe.student.levels, shift)
         return cls(setup.models.student.denoiser, sigmas)
 
     def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,8 +6,9 @@ import json
 import warnings
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
 from fewstep.models.family import resolve_family
@@ -23,13 +24,21 @@ class GenerationConfig(BaseModel):
     steps: int = Field(50, ge=1, description="Number of steps that it was trained for, or gives the best images with.")
     guidance_scale: float = Field(0.0, ge=0, description="Guidance g in cond + g (cond - null); 0 is none.")
     guidance_distilled: bool = Field(False, description="Guidance is distilled into the weights: g must be 0.")
-    sigmas: list[float] | None = Field(None, description="Its sigmas from 1 down, without the final 0.")
-    sampler: str = Field("euler", description='"euler", or "renoise" between steps.')
-    eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the renoise sampler.")
+    sigmas: list[float] | None = Field(None, description="Its sigmas, from 1 down to the terminal 0.")
+    sampler: Sampler = Field("euler", description='"euler", or "sde": fresh noise in each step.')
+    eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
     system_prompt: str = Field("", description="System prompt; empty is none.")
     teacher: str | None = Field(None, description="The model it was distilled from: a folder, or a bundled name.")
     height: int = Field(1024, ge=1, description="Pixels.")
     width: int = Field(1024, ge=1, description="Pixels.")
+
+    @field_validator("sigmas")
+    @classmethod
+    def _with_terminal_zero(cls, sigmas: list[float] | None) -> list[float] | None:
+        """Completes a list without the terminal 0, as earlier versions wrote it."""
+        if sigmas is None or (sigmas and sigmas[-1] == 0):
+            return sigmas
+        return [*sigmas, 0.0]
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:

@@ -115,9 +115,11 @@ class TextToImagePipeline:
             raise UserError(f"attention {backend}: {str(error).splitlines()[0]}") from error
 
     def sigmas(self, steps: int) -> list[float]:
-        """The noise levels of ``steps`` steps, from 1 down, without the final 0: the card's own where they fit."""
-        if self.generation_config.sigmas is not None and len(self.generation_config.sigmas) == steps:
-            return self.generation_config.sigmas
+        """The noise levels of ``steps`` steps, from 1 to the terminal 0: ``steps + 1`` numbers; those of the generation
+        config where it has as many."""
+        sigmas = self.generation_config.sigmas
+        if sigmas is not None and len(sigmas) == steps + 1:
+            return sigmas
         return flow.get_sigmas(steps, self.shift)
 
     def encode(self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = "") -> EncodedPrompts:

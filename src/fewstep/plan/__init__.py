@@ -1,1 +1,1 @@
-"""What a training needs, before any weight is loaded."""
+"""Memory, time and communication of a training, before any weight is loaded."""

@@ -1,8 +1,7 @@
-"""How much memory a computation takes at its worst moment, found without computing it.
+"""The peak memory of a computation, found without computing it.
 
-On torch's meta device tensors have shapes and no contents, and the code that runs there is the real one: its tensors
-are counted while they live. What a GPU does otherwise than the meta device (fused kernels, autocast) is put in their
-place.
+Tensors on torch's meta device have shapes and no contents. The real code runs on it, and the bytes of live tensors are
+counted. Fused kernels and autocast, which the meta device lacks, are emulated.
 """
 
 from __future__ import annotations
@@ -19,90 +18,105 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+DeviceType = Literal["cuda", "cpu"]
+
+#: Any function of tensors.
+Compute = Callable[..., Tensor]
+
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of what is made inside as long as it is alive.
+    """Counts the bytes of live tensors that were created in its context.
 
     Attributes:
-        bytes: now.
-        most: at the worst moment since the last :meth:`mark`.
+        bytes: at present.
+        peak: maximum since the last :meth:`reset_peak`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.most = 0
-        self._held: dict[int, int] = {}
+        self.bytes = self.peak = 0
+        self._live: dict[int, int] = {}
 
-    def mark(self) -> None:
-        self.most = self.bytes
+    def reset_peak(self) -> None:
+        self.peak = self.bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 storage = tensor.untyped_storage()
-                place = storage._cdata
-                if place not in self._held and place not in given:
-                    self._held[place] = storage.nbytes()
+                key = storage._cdata
+                if key not in self._live and key not in inputs:
+                    self._live[key] = storage.nbytes()
                     self.bytes += storage.nbytes()
-                    self.most = max(self.most, self.bytes)
-                    weakref.finalize(storage, self._gone, place)
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self._freed, key)
         return out
 
-    def _gone(self, place: int) -> None:
-        self.bytes -= self._held.pop(place)
+    def _freed(self, key: int) -> None:
+        self.bytes -= self._live.pop(key)
 
 
 class EmulatedDevice(TorchFunctionMode):
-    """Operations on the meta device as they are on another: with its fused kernels and, in bf16, its autocast.
+    """Gives operations on the meta device the memory use of another: its fused kernels and, in bf16, its autocast.
 
     Args:
-        kind: "cuda", or "cpu", by which a test can hold this to real memory.
-        bf16: under autocast.
+        device_type: "cuda", or "cpu", which tests compare with real memory.
+        bf16: whether autocast is on.
 
     Attributes:
-        copies: bf16 copies of weights that learn, each with its weight: autocast keeps them until its region ends.
+        copies: bf16 copies of trainable weights, each with its weight; autocast caches them until its context ends.
     """
 
-    def __init__(self, kind: Literal["cuda", "cpu"], bf16: bool) -> None:
+    def __init__(self, device_type: DeviceType, bf16: bool) -> None:
         super().__init__()
-        self.kind, self.bf16 = kind, bf16
+        self.device_type, self.bf16 = device_type, bf16
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._regions = 0
+        self._depth = 0
 
     @contextmanager
-    def region(self) -> Iterator[None]:
-        """Inside, operations are as there; copies go when the outermost region ends."""
-        self._regions += 1
+    def autocast_region(self) -> Iterator[None]:
+        """The context of emulation; the outermost one frees the bf16 copies at its end."""
+        self._depth += 1
         try:
             with self:
                 yield
         finally:
-            self._regions -= 1
-            if not self._regions:
+            self._depth -= 1
+            if not self._depth:
                 self.copies.clear()
 
+    def wrap(self, compute: Compute) -> Compute:
+        """The function with its own region: a backward pass recomputes blocks outside of the forward's region."""
+
+        def run(*args: Any) -> Tensor:
+            with self.autocast_region():
+                return compute(*args)
+
+        return run
+
     @property
-    def bytes(self) -> int:
+    def copy_bytes(self) -> int:
+        """Bytes of the bf16 copies."""
         return sum(copy.nbytes for _, copy in self.copies.values())
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        named = dict(kwargs or {})
         if self.bf16 and func in _IN_BF16:
             args = [self._cast(arg) for arg in args]
-            given = {name: self._cast(value) for name, value in given.items()}
+            named = {name: self._cast(value) for name, value in named.items()}
         if self.bf16 and func is F.layer_norm:
             args = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
         if func is F.scaled_dot_product_attention:
-            return _ATTENTION[self.kind](*args[:3] or (given["query"], given["key"], given["value"]))[0]
-        if func is F.rms_norm and self.kind == "cuda":
-            return _FusedNorm.apply(args[0], given["weight"])
-        return func(*args, **given)
+            return _ATTENTION[self.device_type](*args[:3] or (named["query"], named["key"], named["value"]))[0]
+        if func is F.rms_norm and self.device_type == "cuda":
+            return _FusedNorm.apply(args[0], named["weight"])
+        return func(*args, **named)
 
     def _cast(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
@@ -123,7 +137,7 @@ _ATTENTION: dict[str, Callable[..., Any]] = {
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The shapes of CUDA's RMS norm: it keeps its input and one number a row."""
+    """The shapes of CUDA's RMS norm, which saves its input and one number for each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

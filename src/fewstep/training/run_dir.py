@@ -139,7 +139,7 @@ class RunDir:
             if changes:
                 shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
                 raise UserError(
-                    f"{self.directory} holds a run of another recipe ({shown}); use another --out, or --fresh"
+                    f"{self.directory} holds a run of another recipe ({shown}); use another --out, or --overwrite"
                 )
         aside = path.with_name("recipe.yaml.partial")
         aside.write_text(dump_recipe(self.recipe), encoding="utf-8")
@@ -175,7 +175,7 @@ def _lock(directory: Path) -> Callable[[], None]:
 
 
 def current_command() -> str:
-    """The command line of this process without --fresh, as one would type it in a shell.
+    """The command line of this process without --overwrite, as one would type it in a shell.
 
     A program around this one (a Makefile) says in FEWSTEP_RESUME_COMMAND what to type instead.
     """
@@ -189,7 +189,7 @@ def current_command() -> str:
         words = [program.name]
     else:
         words = [_short(program)]
-    return shlex.join(words + [word for word in sys.argv[1:] if word != "--fresh"])
+    return shlex.join(words + [word for word in sys.argv[1:] if word != "--overwrite"])
 
 
 def _short(path: Path) -> str:

@@ -77,7 +77,7 @@ class TrainState:
         if self.counters["skipped_in_a_row"] >= MAX_SKIPPED:
             raise UserError(
                 f"{self.name}: {MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; start over "
-                "(--fresh) with a lower learning rate, more warm-up, or precision fp32"
+                "(--overwrite) with a lower learning rate, more warm-up, or precision fp32"
             )
         return {"skipped": 1.0}
 

@@ -256,7 +256,7 @@ class Trainer:
         except (KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.run.checkpoints}: step {found.step} is not of this method and model ({error}); "
-                "use another --out, or --fresh"
+                "use another --out, or --overwrite"
             ) from error
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
         self._means = RunningMeans(found.state["means"])

@@ -11,7 +11,7 @@ from fewstep.core.samplers import sample_euler
 from fewstep.data.image_batches import rendered_image_batches
 from fewstep.data.prompt_batches import prompt_batches
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
-from fewstep.inference.generate import batched, max_batch_size
+from fewstep.inference.batching import batched, max_batch_size
 from fewstep.methods.base import DataSetup, MethodSetup
 from fewstep.methods.dmd import monitor
 from fewstep.methods.dmd.config import DMDConfig

@@ -1,7 +1,7 @@
-"""Renoise schedules: at which noise levels spear and shield look at the student's images.
+"""Renoise schedules: the noise levels sigma_CA and sigma_DM at which the student's samples are scored.
 
-Decoupled-DMD (arXiv 2511.22677): the spear wants levels cleaner than the student's own input, the shield wants
-them all. Levels are drawn before the shift and shifted afterwards: bound first, then shift.
+Decoupled-DMD (arXiv 2511.22677): CFG augmentation works at levels cleaner than the student's input, distribution
+matching at all levels. Levels are drawn before the shift and shifted afterwards: bound first, then shift.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Renoise:
     schedule   u_CA       u_DM
     ========== ========== =============================
     shared     U(0, 1)    the same draw (plain DMD)
-    full       U(0, 1)    U(0, 1), its own draw
-    constrained U(0, u_a) U(0, u_a), its own draw
+    full       U(0, 1)    U(0, 1), independent
+    constrained U(0, u_a) U(0, u_a), independent
     hybrid     U(0, u_a)  U(0, 1)
     ========== ========== =============================
 
     Attributes:
-        schedule: one of the four.
-        shift: of the model's noise levels.
+        schedule: a row of the table; ``u_a`` is the anchor.
+        shift: shift of the model's noise levels.
         low, high: sigmas are clamped to [low, high] after the shift.
     """
 
@@ -42,7 +42,7 @@ class Renoise:
     high: float = 0.98
 
     def sample_sigmas(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-shift anchors [B] of the student's inputs -> (sigma_CA, sigma_DM), each [B]."""
+        """(sigma_CA, sigma_DM), each [B], for the pre-shift anchors [B] of the student's inputs."""
         bound_ca = anchor if self.schedule in ("constrained", "hybrid") else torch.ones_like(anchor)
         bound_dm = anchor if self.schedule == "constrained" else torch.ones_like(anchor)
         u_ca = torch.rand_like(anchor) * bound_ca
@@ -50,8 +50,9 @@ class Renoise:
         return self.sigma(u_ca), self.sigma(u_dm)
 
     def sample_sigma(self, x: Tensor) -> Tensor:
-        """A level for each sample of ``x`` [B, ...]: u ~ U(0, 1), shifted and clamped, [B]."""
+        """One sigma for each sample of ``x`` [B, ...]: u ~ U(0, 1), shifted and clamped, [B]."""
         return self.sigma(torch.rand_like(x.flatten(1)[:, 0]))
 
     def sigma(self, u: Tensor) -> Tensor:
+        """Pre-shift levels -> sigmas, shifted and clamped."""
         return flow.shift_sigma(u, self.shift).clamp(self.low, self.high)

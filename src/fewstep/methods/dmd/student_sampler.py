@@ -38,7 +38,7 @@ class StudentSampler:
     @property
     def sigmas(self) -> list[float]:
         """The student's noise levels after the shift, with the terminal 0."""
-        return [*(flow.shift_sigma(u, self.shift) for u in self.levels), 0.0]
+        return flow.sigmas_from_timesteps(self.levels, self.shift)
 
     def __call__(self, batch: DistillBatch) -> StudentSample:
         """Samples with gradient through the last prediction alone."""

@@ -1,0 +1,116 @@
+"""Sampling parameters: one definition and one validation for the command line, the Python API and servers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fewstep.config.explain import explain
+from fewstep.core.samplers import Sampler
+from fewstep.errors import UserError
+from fewstep.inference.batching import max_batch_size
+from fewstep.models.generation_config import GenerationConfig
+
+
+class SamplingParams(BaseModel):
+    """How images are sampled. What is None is taken from the model's generation config, see :meth:`resolved`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    steps: int | None = Field(None, ge=1, description="Sampling steps.")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="Guidance as in diffusers' Z-Image pipeline, cond + g (cond - null); 0 is none."
+    )
+    negative_prompt: str = Field("", description="Negative prompt for classifier-free guidance.")
+    system_prompt: str | None = Field(None, description='System prompt before every prompt; "" is none.')
+    assistant_prefix: str = Field("", description="Text placed inside <think>...</think> after the prompt.")
+    cfg_normalization: float = Field(
+        0.0, ge=0, description="Upper bound of the guided velocity's norm, over the conditional one's; 0 is no bound."
+    )
+    cfg_truncation: float = Field(1.0, ge=0, le=1, description="No guidance where 1 - sigma is larger.")
+    height: int | None = Field(None, ge=1, description="Pixels.")
+    width: int | None = Field(None, ge=1, description="Pixels.")
+    sampler: Sampler | None = Field(None, description="euler, or sde with fresh noise in each step.")
+    eta: float | None = Field(None, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
+    seed: int = Field(0, ge=0, description="Image i starts from seed + i.")
+    seeds: tuple[int, ...] | None = Field(None, description="One seed for each prompt, in place of seed.")
+    batch_size: int | None = Field(None, ge=1, description="Images sampled together; None fits two million pixels.")
+    adapters: Mapping[str, float] = Field(
+        default_factory=dict, description="LoRA adapters on the transformer, by name, with their scales."
+    )
+
+    def resolved(self, config: GenerationConfig) -> ResolvedParams:
+        """The parameters with no value open.
+
+        Raises:
+            UserError: guidance for a guidance-distilled model.
+        """
+        height, width = self.height or config.height, self.width or config.width
+        defaults = {
+            "steps": config.steps,
+            "guidance_scale": config.guidance_scale,
+            "system_prompt": config.system_prompt,
+            "sampler": config.sampler,
+            "eta": config.eta,
+            "height": height,
+            "width": width,
+            "batch_size": max_batch_size(height, width),
+        }
+        given = self.model_dump(exclude_none=True)
+        found = ResolvedParams.model_validate(defaults | given)
+        if config.guidance_distilled and found.guidance_scale > 0:
+            raise UserError(
+                f"guidance_scale {found.guidance_scale:g}: this model has guidance distilled into it; omit it, or set 0"
+            )
+        self._warn(config, found)
+        return found
+
+    def _warn(self, config: GenerationConfig, found: ResolvedParams) -> None:
+        """Warnings about parameters without effect, or with a bad one."""
+        if config.guidance_distilled and found.steps != config.steps:
+            warnings.warn(
+                f"this model was trained for {config.steps} steps, not {found.steps}: expect worse images", stacklevel=4
+            )
+        unused = ["negative_prompt"] if self.negative_prompt else []
+        unused += ["cfg_normalization"] if self.cfg_normalization else []
+        unused += ["cfg_truncation"] if self.cfg_truncation < 1 else []
+        if found.guidance_scale == 0 and unused:
+            warnings.warn(f"{', '.join(unused)}: no effect without guidance; set guidance_scale", stacklevel=4)
+        if found.sampler == "euler" and self.eta is not None:
+            warnings.warn("eta: no effect on the euler sampler; set sampler to sde", stacklevel=4)
+
+
+class ResolvedParams(SamplingParams):
+    """Sampling parameters of which only ``seeds`` may be None."""
+
+    steps: int
+    guidance_scale: float
+    system_prompt: str
+    height: int
+    width: int
+    sampler: Sampler
+    eta: float
+    batch_size: int
+
+    def image_seeds(self, count: int) -> list[int]:
+        """The seed of each of ``count`` images. Raises: UserError if ``seeds`` has another length."""
+        if self.seeds is None:
+            return [self.seed + i for i in range(count)]
+        if len(self.seeds) != count:
+            raise UserError(f"seeds: {len(self.seeds)} for {count} prompts; give one for each prompt")
+        return list(self.seeds)
+
+
+def parse_params(options: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters from options by name.
+
+    Raises:
+        UserError: an unknown option, with the nearest known one, or a value out of range.
+    """
+    try:
+        return SamplingParams.model_validate(dict(options))
+    except ValidationError as error:
+        raise UserError(explain(error, options, SamplingParams)) from None
