@@ -3,7 +3,7 @@
 Nothing is run or loaded: parameters are counted on torch's meta device, the rest are the formulas of
 `fewstep.plan.communication`, which a test compares with real processes at small size.
 
-    python benchmarks/scaling.py [--steps 8] [--fake-updates 5]
+    python benchmarks/scaling.py [--steps 8] [--fake-score-updates 5]
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def zimage() -> ParamCounts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="steps of the student")
-    parser.add_argument("--fake-updates", type=int, default=5)
+    parser.add_argument("--fake-score-updates", type=int, default=5)
     arguments = parser.parse_args()
-    size, counts = zimage(), forward_counts(arguments.steps, arguments.fake_updates)
+    size, counts = zimage(), forward_counts(arguments.steps, arguments.fake_score_updates)
     print(f"Z-Image: {size.parameters / 1e9:.2f}e9 parameters, {size.block / 1e6:.0f}e6 in each block")
     print(
-        f"a step for a student of {arguments.steps} steps with {arguments.fake_updates} fake-score updates: on average "
+        f"a step for {arguments.steps} student steps and {arguments.fake_score_updates} fake-score updates: on average "
         f"{counts.forwards:g} forward and {counts.backwards:g} backward passes\n"
     )
     names = ["weights", "gradients", "AdamW", "EMA", "all-gather buffers", "total"]

@@ -9,8 +9,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.config.load import load_recipe
+from fewstep.core.method import Shard
 from fewstep.data.prompts import open_prompts
-from fewstep.jobs import dmd_job
+from fewstep.methods.base import DataSetup, MethodSetup
+from fewstep.methods.dmd.method import DMD
 from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
 from fewstep.training.distributed import init_distributed
@@ -40,19 +42,22 @@ class Received(TorchDispatchMode):
 
 
 def main(folder: str, precision: str, out: str) -> None:
-    settings = ("student.steps=1", "fake_updates=2", "shield.regression=0", "align=0", "fake_warmup=0")
+    settings = ("student.steps=1", "method.fake_score_updates=2", "method.fake_score_start=0", "train.on_alert=off")
+    settings += ("method.terms={cfg_augmentation: {}, distribution_matching: {}}",)
     sizes = ("train.batch_size=4", f"train.precision={precision}", "optim.student={lr: 1.0e-4, ema_decay: 0.9}")
     recipe = load_recipe("micro-turbo", [f"teacher={folder}", *settings, *sizes])
     with init_distributed() as dist:
         torch.manual_seed(0)
         teacher = load(folder, dist.device)
-        roles = build_models(recipe, teacher, dist)
-        job = dmd_job(recipe, roles, open_prompts(recipe.prompts).texts("train")[:64], None, dist)
-        learners = [TrainState(p, getattr(recipe.optim, p.name), recipe.train, dist) for p in job.method.trainables]
+        prompts = open_prompts(recipe.prompts).texts("train")[:64]
+        sources = DMD.batch_sources(DataSetup(recipe, teacher, prompts, Path(out).parent / "cache"))
+        models = build_models(recipe, teacher, recipe.method.extra_models(), dist)
+        method = DMD.build(MethodSetup(recipe, models, teacher.encode([""]), sources, prompts, dist))
+        learners = [TrainState(part, recipe.optim[part.name], recipe.train, dist) for part in method.trainables]
         with Received() as received:
             for learner in learners:
                 for update in range(learner.trainable.updates_per_step):
-                    learner.update([dist.shard(job.data(update))], 1)
+                    learner.update([sources["train"](update, Shard(dist.rank, dist.world_size))], 1)
         student, fake = learners
         found = {
             "teacher": held(teacher.denoiser.parameters()),

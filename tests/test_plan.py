@@ -14,19 +14,20 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.method import Trainable
 from fewstep.data.batch import DistillBatch
 from fewstep.errors import UserError
-from fewstep.jobs import dmd_config
-from fewstep.methods.dmd.method import DecoupledDMD
+from fewstep.methods.base import MethodSetup
+from fewstep.methods.dmd.method import DMD
 from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
 from fewstep.plan.dry_run import PROMPT_TOKENS
 from fewstep.plan.estimate import plan
 from fewstep.plan.gpus import parse_gpu
 from fewstep.stages import stage_recipe
+from fewstep.training.distributed import DistContext
 from fewstep.training.train_state import TrainState
 
 
 def recipe_of(folder, *more):
-    return load_recipe("micro-decoupled", [f"teacher={folder}", "train.batch_size=4", *more])
+    return load_recipe("micro-decoupled", [f"teacher={folder}", "train.batch_size=4", "train.on_alert=off", *more])
 
 
 def stages_of(file, folder):
@@ -43,64 +44,68 @@ def bytes_of(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-LORA = ("roles.kind=lora", "roles.rank=4", "roles.fake_rank=2")
+LORA = ("models.train=lora", "models.rank=4", "models.fake_score_rank=2")
 
 
-@pytest.mark.parametrize("more", [(), (*LORA, "roles.base=bf16"), (*LORA, "roles.base=fp8"), ("roles.base=fp8",)])
+@pytest.mark.parametrize(
+    "more", [(), (*LORA, "models.frozen_dtype=bf16"), (*LORA, "models.frozen_dtype=fp8"), ("models.frozen_dtype=fp8",)]
+)
 def test_weights_and_states_equal_those_of_real_models(tiny_folder, more):
     recipe = recipe_of(tiny_folder, *more)
     found = plan(recipe)
     planned = found.memory
-    dtype = torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16
+    dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
     teacher = load(tiny_folder, dtype=dtype)
-    assert found.peaks["loading the teacher"] == {"teacher": bytes_of(teacher.transformer.parameters())}
+    assert found.peaks["loading the teacher"]["teacher"] == bytes_of(teacher.transformer.parameters())
     encoding = found.peaks["encoding prompts"]
     real = bytes_of([*teacher.text_encoder.parameters(), *teacher.text_encoder.buffers()])
     assert encoding["text encoder"] == pytest.approx(real, rel=1e-3)
-    models = build_models(recipe, teacher)
-    if recipe.roles.kind == "copies":
-        made = bytes_of([*models.student.denoiser.parameters(), *models.fake.parameters()])
+    models = build_models(recipe, teacher, ["fake_score"])
+    fake_score = models.extra["fake_score"]
+    if recipe.models.train == "full":
+        made = bytes_of([*models.student.denoiser.parameters(), *fake_score.parameters()])
         assert found.peaks["copying the models"]["copies"] == made
     frozen = [p for name, p in teacher.transformer.named_parameters() if ".lora_" not in name]
     scales = [scale for name, scale in teacher.transformer.named_buffers() if name.endswith("scale")]
-    assert planned["base" if recipe.roles.kind == "lora" else "teacher"] == bytes_of([*frozen, *scales])
-    what = "adapter" if recipe.roles.kind == "lora" else "weights"
-    for name, module in (("student", models.student.denoiser), ("fake", models.fake)):
+    assert planned["base" if recipe.models.train == "lora" else "teacher"] == bytes_of([*frozen, *scales])
+    what = "adapter" if recipe.models.train == "lora" else "weights"
+    for name, module in (("student", models.student.denoiser), ("fake_score", fake_score)):
         loss = lambda _, module=module: (sum(p.square().sum() for p in module.parameters()), {})  # noqa: E731
-        learner = TrainState(Trainable(name, module, loss), getattr(recipe.optim, name), recipe.train)
+        learner = TrainState(Trainable(name, module, loss), recipe.optim[name], recipe.train)
+        label = name.replace("_", " ")
         learner.update([None], 1)
-        assert planned[f"{name} {what}"] == encoding[f"{name} {what}"] == bytes_of(learner.weights.values())
+        assert planned[f"{label} {what}"] == encoding[f"{label} {what}"] == bytes_of(learner.weights.values())
         states = [value for state in learner.optimizer.state.values() for value in state.values() if value.ndim]
-        assert planned[f"{name} AdamW"] == bytes_of(states)
+        assert planned[f"{label} AdamW"] == bytes_of(states)
         if learner.ema is not None:
-            assert planned[f"{name} EMA"] == bytes_of(learner.ema.weights.values())
+            assert planned[f"{label} EMA"] == bytes_of(learner.ema.weights.values())
 
 
-CHECKPOINTED = "gradient_checkpointing=true"
+CHECKPOINTED = "models.gradient_checkpointing=true"
 
 
 @pytest.mark.parametrize(
     "more",
-    [(), (CHECKPOINTED,), LORA, (*LORA, CHECKPOINTED), (*LORA, "roles.base=fp8", CHECKPOINTED)],
-    ids=["copies", "copies, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"],
+    [(), (CHECKPOINTED,), LORA, (*LORA, CHECKPOINTED), (*LORA, "models.frozen_dtype=fp8", CHECKPOINTED)],
+    ids=["full", "full, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"],
 )
 def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
     """Within 2% on a CPU: two real updates of each trainable, after one that creates the optimizer states."""
     fused = lambda query, key, value, backend: dispatch_attention_fn(query, key, value)  # noqa: E731
     monkeypatch.setattr("fewstep.models.zimage.block.attention_fn", fused)  # in bf16 too, as on a GPU
-    recipe = recipe_of(tiny_folder, "train.precision=fp32", "size=128", *more)
+    recipe = recipe_of(tiny_folder, "train.precision=fp32", "resolution=128", *more)
     planned = plan(recipe, device_type="cpu").memory
-    teacher = load(tiny_folder, dtype=torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
+    teacher = load(tiny_folder, dtype=torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16)
     teacher.set_resolution(128)
-    models = build_models(recipe, teacher)
+    models = build_models(recipe, teacher, ["fake_score"])
     width = teacher.transformer.config["cap_feat_dim"]
     prompts = EncodedPrompts(torch.randn(4, PROMPT_TOKENS, width), torch.full((4,), PROMPT_TOKENS))
-    settings = dmd_config(recipe, teacher.shift)
-    method = DecoupledDMD(teacher.denoiser, models.student.denoiser, models.fake, prompts[:1], settings)
+    setup = MethodSetup(recipe, models, prompts[:1], {}, [], DistContext())
+    method = DMD.build(setup)
     batch = DistillBatch(torch.randn(4, *teacher.latent_shape(128, 128)), prompts)
     peaks = []
     for trainable in method.trainables:
-        learner = TrainState(trainable, getattr(recipe.optim, trainable.name), recipe.train)
+        learner = TrainState(trainable, recipe.optim[trainable.name], recipe.train)
         learner.update([batch], 1)
         learner.optimizer.zero_grad()
         peaks.append(most_held(lambda learner=learner: learner.update([batch, batch], 2)))
@@ -138,7 +143,7 @@ def test_flops_of_the_6b_model():
 
 
 def test_checkpointing_saves_less_and_computes_more(tiny_folder):
-    plain, saving = plan(recipe_of(tiny_folder)), plan(recipe_of(tiny_folder, "gradient_checkpointing=true"))
+    plain, saving = plan(recipe_of(tiny_folder)), plan(recipe_of(tiny_folder, "models.gradient_checkpointing=true"))
     name = "saved activations"
     assert saving.memory[name] < 0.6 * plain.memory[name]
     assert saving.flops > plain.flops
@@ -159,18 +164,18 @@ def test_stages_are_planned_one_by_one(tiny_folder, tmp_path):
     file = tmp_path / "two.yaml"
     text = (BUNDLED_RECIPES / "zimage-turbo-8.yaml").read_text()
     file.write_text(
-        text.replace("kind: lora, base: fp8", "kind: copies, base: bf16")
-        .replace("size: 512", "size: 32")
-        .replace("size: 1024", "size: 128")
+        text.replace("train: lora, frozen_dtype: fp8", "train: full, frozen_dtype: bf16")
+        .replace("resolution: 512", "resolution: 32")
+        .replace("resolution: 1024", "resolution: 128")
     )
     words = ["plan", str(file), "-s", f"teacher={tiny_folder}"]
     small, large = (plan(one) for one in stages_of(file, tiny_folder))
     assert (small.height, large.height) == (32, 128)
     assert large.flops > 1.2 * small.flops
     done = CliRunner().invoke(app, [*words, "--gpu", f"{0.99 * small.total / 0.95e9}GB"])
-    assert "with -s stages.0.roles.kind=lora: " in done.output
-    assert CliRunner().invoke(app, [*words, "-s", "stages.1.roles.base=fp8"]).exit_code == 0
-    for wrong in ("stages.2.size=64", "stages.x.size=64", "stages.0=3", "phases=3"):
+    assert "with -s stages.0.models.train=lora: " in done.output
+    assert CliRunner().invoke(app, [*words, "-s", "stages.1.models.frozen_dtype=fp8"]).exit_code == 0
+    for wrong in ("stages.2.resolution=64", "stages.x.resolution=64", "stages.0=3", "phases=3"):
         done = CliRunner().invoke(app, [*words, "-s", wrong])
         assert done.exit_code == 1
         assert len(done.stderr.strip().splitlines()) == 1
@@ -178,17 +183,17 @@ def test_stages_are_planned_one_by_one(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["micro-long", "micro-ca", "micro-dm", "micro-dmd2", "micro-turbo"])
 def test_every_kind_of_distillation_has_a_plan(name):
-    """Trajectories, CA or DM alone, a GAN, a trajectory warm-up; the fake score exists even if it is not trained."""
+    """Trajectories, CA or DM alone, a GAN, a trajectory warm-up; a fake score only where it is trained."""
     done = CliRunner().invoke(app, ["plan", name, "--gpu", "rtx4090"])
     assert done.exit_code == 0, done.output
     assert "rtx4090 (24 GB): fits" in done.output
-    assert "fake weights" in done.output
-    assert ("fake AdamW" in done.output) == (name != "micro-ca")
+    for row in ("fake score weights", "fake score AdamW"):
+        assert (row in done.output) == (name != "micro-ca")
 
 
 def test_gpus_share_weights_and_batches(tiny_folder):
     one, four = plan(recipe_of(tiny_folder)), plan(recipe_of(tiny_folder), gpus=4)
-    for name in ("teacher", "student weights", "fake AdamW"):
+    for name in ("teacher", "student weights", "fake score AdamW"):
         assert four.memory[name] == one.memory[name] / 4
     saved = "saved activations"
     assert four.memory[saved] == pytest.approx(one.memory[saved] / 4, rel=0.05)

@@ -32,7 +32,7 @@ def test_two_processes_hold_and_receive_the_bytes_of_the_formulas(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    layout, counts = ShardingLayout(2, 2), forward_counts(steps=1, fake_updates=2)
+    layout, counts = ShardingLayout(2, 2), forward_counts(steps=1, fake_score_updates=2)
     held, sent = memory(size, layout), communication(size, layout, counts, bf16=precision == "bf16")
     for name in ("teacher", "student", "fake score", "gradients", "AdamW", "EMA"):
         assert found[name] == pytest.approx(held[name], rel=0.02), (
@@ -49,8 +49,8 @@ def test_one_process_holds_everything_and_receives_nothing(size: ParamCounts) ->
 
 
 def test_passes_of_a_step() -> None:
-    assert forward_counts(steps=1, fake_updates=1) == ForwardCounts(1 + 1 + 1 + 2, 2)
-    assert forward_counts(steps=4, fake_updates=5) == ForwardCounts(2.5 + 2 + 5 * 3.5, 6)
+    assert forward_counts(steps=1, fake_score_updates=1) == ForwardCounts(1 + 1 + 1 + 2, 2)
+    assert forward_counts(steps=4, fake_score_updates=5) == ForwardCounts(2.5 + 2 + 5 * 3.5, 6)
 
 
 def test_traffic_between_groups_is_an_all_reduce_of_shards(size: ParamCounts) -> None:

@@ -65,7 +65,7 @@ def print_plan(console: Console, recipe: DistillRecipe, found: Plan, gpus: int) 
 
     console.print(
         f"{recipe.name}: {found.parameters / 1e6:,.4g}e6 parameters, {found.width}x{found.height} px, "
-        f"batch size {recipe.train.batch_size}, {recipe.roles.kind}" + (f", {gpus} GPUs" if gpus > 1 else "")
+        f"batch size {recipe.train.batch_size}, {recipe.models.train} training" + (f", {gpus} GPUs" if gpus > 1 else "")
     )
     table = Table()
     table.add_column("memory" if gpus == 1 else "memory of each GPU")
@@ -103,7 +103,8 @@ def suggest_savings(
     from fewstep.plan.estimate import plan as make_plan
 
     applied: list[str] = []
-    for option in MEMORY_OPTIONS:
+    optimizers = [f"optim.{part}.optimizer=adamw8bit" for part in recipe.optim]
+    for option in [*MEMORY_OPTIONS, *optimizers]:
         changed = with_overrides(recipe, [*applied, option])
         assert isinstance(changed, DistillRecipe)
         with Console(stderr=True).status(f"trying {option} ..."):

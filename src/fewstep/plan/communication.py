@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fewstep.models.zimage.denoiser import get_blocks
+from fewstep.models.denoiser import TransformerDenoiser
 
 BYTES = 4  # of a weight, a gradient or a moment in fp32
 
@@ -26,11 +24,11 @@ class ParamCounts:
     root: int
 
     @classmethod
-    def of(cls, transformer: nn.Module) -> ParamCounts:
-        """Counts of a Z-Image transformer, which may be on the meta device."""
+    def of(cls, denoiser: TransformerDenoiser) -> ParamCounts:
+        """Counts of a denoiser, which may be on the meta device."""
         count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-        blocks = [count(block) for block in get_blocks(transformer)]
-        return cls(count(transformer), max(blocks), count(transformer) - sum(blocks))
+        blocks = [count(block) for block in denoiser.get_blocks()]
+        return cls(count(denoiser), max(blocks), count(denoiser) - sum(blocks))
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,14 @@ class ForwardCounts:
     backwards: float
 
 
-def forward_counts(steps: int, fake_updates: int) -> ForwardCounts:
+def forward_counts(steps: int, fake_score_updates: int) -> ForwardCounts:
     """Passes in one step of Decoupled-DMD for a student of ``steps`` steps, mean over its anchors.
 
     A rollout takes (steps - 1) / 2 forwards in the mean, the data prediction one more. The student's update also
     evaluates teacher and fake score once each; each update of the fake score evaluates the fake score once.
     """
     sample = (steps - 1) / 2 + 1
-    return ForwardCounts(sample + 2 + fake_updates * (sample + 1), 1 + fake_updates)
+    return ForwardCounts(sample + 2 + fake_score_updates * (sample + 1), 1 + fake_score_updates)
 
 
 def memory(size: ParamCounts, layout: ShardingLayout, bf16: bool = False) -> dict[str, float]:

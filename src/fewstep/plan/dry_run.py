@@ -1,4 +1,4 @@
-"""A distillation's models on torch's meta device, and the memory of its losses, previews and forwards there."""
+"""A method on torch's meta device: its models, losses, previews and forwards, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -6,48 +6,39 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config, Qwen3Model
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.method import Shard
+from fewstep.core.registry import methods
+from fewstep.data.batch import DistillBatch
 from fewstep.inference.batching import max_batch_size, max_decode_batch_size
+from fewstep.methods.base import DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models
-from fewstep.models.adapters import capture_adapter_state
-from fewstep.models.components import load_component, read_config
-from fewstep.models.generation_config import load_generation_config
-from fewstep.models.pipeline import TextToImagePipeline
-from fewstep.models.vae import decode_latents
-from fewstep.models.zimage.denoiser import ZImageDenoiser
+from fewstep.models.denoiser import TransformerDenoiser
+from fewstep.models.pipeline import TextToImagePipeline, meta_pipeline
 from fewstep.plan.memory_tracker import DeviceType, EmulatedDevice, MemoryTracker
-from fewstep.plan.step_costs import StepCosts, step_costs
+from fewstep.plan.passes import Passes, count_passes
+from fewstep.training.distributed import DistContext
 
 PROMPT_TOKENS = 64  # a prompt of about 40 words, with the chat template
 
 
 def meta_teacher(recipe: DistillRecipe, folder: Path) -> TextToImagePipeline:
     """The recipe's teacher on the meta device, from the configuration files of a folder; it has no tokenizer."""
-    with torch.device("meta"):
-        transformer = ZImageTransformer2DModel.from_config(read_config(folder, "transformer"))
-        vae = AutoencoderKL.from_config(read_config(folder, "vae"))
-        text_encoder = Qwen3Model(Qwen3Config(**read_config(folder, "text_encoder")))
-    for module in (transformer, vae, text_encoder):
-        # diffusers' own `to` warns about dtypes of real weights
-        nn.Module.to(module, torch.float32 if recipe.roles.base == "fp32" else torch.bfloat16)
-        module.eval().requires_grad_(False)
-    scheduler = load_component(folder, "scheduler")
-    teacher = TextToImagePipeline(transformer, vae, text_encoder, None, scheduler, load_generation_config(folder))
-    teacher.set_resolution(recipe.size)
+    teacher = meta_pipeline(folder, torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16)
+    teacher.set_resolution(recipe.resolution)
     return teacher
 
 
 def meta_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> Models:
     """The models of a distillation on the meta device; :class:`DryRun` applies gradient checkpointing."""
-    later = {"init": None, "compile": False, "gradient_checkpointing": False}
+    plain = recipe.models.model_copy(update={"compile": False, "gradient_checkpointing": False})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build_models(recipe.model_copy(update=later), teacher)
+        changed = recipe.model_copy(update={"init": None, "models": plain})
+        return build_models(changed, teacher, recipe.method.extra_models())
 
 
 def bytes_of(module: nn.Module) -> float:
@@ -69,30 +60,39 @@ class DryRun:
     ) -> None:
         self.models, self.batch_size, teacher = models, batch_size, models.teacher
         self.device, self.decoding = EmulatedDevice(device_type, bf16), EmulatedDevice(device_type, bf16=False)
-        trainable = [teacher.denoiser] if models.shared else [models.student.denoiser, models.fake]
-        for denoiser in trainable:
-            assert isinstance(denoiser, ZImageDenoiser)
-            denoiser.run_block = self.device.wrap(denoiser.run_block)
-            if recipe.gradient_checkpointing and models.shared:
-                denoiser.enable_gradient_checkpointing(capture_adapter_state)
-            elif recipe.gradient_checkpointing:
+        trained = [teacher.denoiser] if models.shares_base else [models.student.denoiser, *models.extra.values()]
+        for denoiser in trained:
+            assert isinstance(denoiser, TransformerDenoiser)
+            for block in denoiser.get_blocks():  # also where a block is recomputed in a backward pass
+                block.contexts.append(lambda _: self.device.autocast_region())
+            if recipe.models.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
         self.latent = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
-        self.costs: StepCosts = step_costs(recipe, models, self.noise(batch_size), self.prompts(batch_size))
+        noise = self.noise(batch_size)
+        states = noise[:, None].expand(-1, recipe.student.steps, *noise.shape[1:])
+        self.batch = DistillBatch(noise, self.prompts(batch_size), states)
+
+        def source(position: int, shard: Shard) -> DistillBatch:
+            return self.batch
+
+        quiet = recipe.model_copy(update={"train": recipe.train.model_copy(update={"on_alert": "off"})})
+        method_class: type[DistillMethod] = methods.get(recipe.method.name)
+        sources = {"train": source, "real": source}
+        setup = MethodSetup(quiet, models, self.prompts(1), sources, [], DistContext(device=torch.device("meta")))
+        self.method = method_class.build(setup)
+        self.passes: Passes = count_passes(method_class, setup, self.batch)
 
     def noise(self, count: int) -> Tensor:
         return torch.empty(count, *self.latent, device="meta")
 
     def prompts(self, count: int) -> EncodedPrompts:
-        width = self.models.teacher.transformer.config["cap_feat_dim"]
+        width = self.models.teacher.family.prompt_features(self.models.teacher.components)
         features = torch.empty(count, PROMPT_TOKENS, width, device="meta")
         return EncodedPrompts(features, torch.full((count,), PROMPT_TOKENS))
 
     def step(self) -> dict[str, float]:
         """Bytes beyond weights and optimizer states, for the loss that needs most: saved activations, temporaries."""
-        found = [
-            self.update(self.costs.modules[name], loss) for name, losses in self.costs.losses.items() for loss in losses
-        ]
+        found = [self.update(part.module, loss) for part, loss in self.method.dry_run(self.batch)]
         worst = max(found, key=lambda rows: sum(rows.values()))
         return {name: size for name, size in worst.items() if size}
 
@@ -106,7 +106,8 @@ class DryRun:
                 value = loss()
                 saved, copies, peak = tracker.bytes, self.device.copy_bytes, tracker.peak
             tracker.reset_peak()
-            value.backward()
+            if value.requires_grad:  # no term may have a weight yet
+                value.backward()
             peak = max(peak, tracker.peak)
         for weight in weights:
             weight.grad = None
@@ -119,16 +120,17 @@ class DryRun:
     @torch.no_grad()
     def preview(self) -> dict[str, float]:
         """Bytes for sampling a batch of previews, or for decoding it, whichever is more."""
-        config, vae = self.models.teacher.generation_config, self.models.teacher.vae
+        teacher = self.models.teacher
+        config = teacher.generation_config
         count = max_batch_size(config.height, config.width)
         decoded = min(count, max_decode_batch_size(config.height, config.width))
         with MemoryTracker() as sampling, self.device.autocast_region():
             self.models.student.denoiser(self.noise(count), torch.empty(count, device="meta"), self.prompts(count))
         with MemoryTracker() as decoding, self.decoding.autocast_region():
-            decode_latents(vae, self.noise(decoded))
+            teacher.family.decode_latents(teacher.vae, self.noise(decoded))
         rows = [
             {"sampling activations": float(sampling.peak)},
-            {"VAE": bytes_of(vae), "decoding activations": float(decoding.peak)},
+            {"VAE": bytes_of(teacher.vae), "decoding activations": float(decoding.peak)},
         ]
         return max(rows, key=lambda one: sum(one.values()))
 

@@ -34,12 +34,10 @@ STEP, PREVIEW = "training step", "sampling previews"
 
 #: Settings that save memory, in the order in which they are suggested.
 MEMORY_OPTIONS = (
-    "gradient_checkpointing=true",
-    "roles.base=bf16",
-    "roles.kind=lora",
-    "roles.base=fp8",
-    "optim.student.optimizer=adamw8bit",
-    "optim.fake.optimizer=adamw8bit",
+    "models.gradient_checkpointing=true",
+    "models.frozen_dtype=bf16",
+    "models.train=lora",
+    "models.frozen_dtype=fp8",
 )
 
 
@@ -88,57 +86,65 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
     teacher = meta_teacher(recipe, BUNDLED_CONFIGS.get(recipe.teacher) or resolve_model(recipe.teacher))
     config, teacher_bytes = teacher.generation_config, bytes_of(teacher.transformer)
     encoding = {"text encoder": bytes_of(teacher.text_encoder), "text-encoder activations": _encoding(teacher)}
-    counts = ParamCounts.of(teacher.transformer)
+    counts = ParamCounts.of(teacher.denoiser)
     found = Plan(counts.parameters, config.height, config.width)
     models = meta_models(recipe, teacher)
     bf16 = recipe.train.precision != "fp32" if device_type == "cuda" else recipe.train.precision == "bf16"
 
     weights = _weights(models)
     if gpus > 1 and bf16:  # all-gathered weights are in bf16 already, autocast makes no copies
-        for module in (models.student.denoiser, models.fake):
+        for module in (models.student.denoiser, *models.extra.values()):
             nn.Module.to(module, torch.bfloat16)
     with torch.random.fork_rng(devices=[]):  # the losses draw noise
         dry_run = DryRun(recipe, models, -(-recipe.train.batch_size // gpus), device_type, bf16)
-        costs = dry_run.costs
-        states = _states(recipe, {name: _count(module) for name, module in costs.modules.items()})
+        states = _states(recipe, {part.name: _count(part.module) for part in dry_run.method.trainables})
         held = {name: size / gpus for name, size in {**weights, **states}.items() if size}
         if gpus > 1:
             held["all-gather buffers"] = (2.0 if bf16 else 4.0) * (2 * counts.block + counts.root)
         found.peaks = {
-            LOADING: {"teacher": teacher_bytes} | (encoding if recipe.asks_teacher_first else {}),
+            LOADING: {"teacher": teacher_bytes} | encoding,
             ENCODING: {name: size / gpus for name, size in weights.items()} | encoding,
             STEP: held | dry_run.step(),
             PREVIEW: held | dry_run.preview(),
         }
         flops = dry_run.flops()
-    if not models.shared:  # one whole copy, before it is sharded
-        found.peaks[COPYING] = {"teacher": teacher_bytes, "copies": 4.0 * counts.parameters * (1 + 1 / gpus)}
-    found.forwards, found.backwards = costs.forwards, costs.backwards
-    recomputed = found.backwards if recipe.gradient_checkpointing else 0
-    passes = costs.forward_batches + 2 * found.backwards + recomputed
-    found.flops = flops * passes * recipe.train.gradient_accumulation_steps
+    if not models.shares_base:  # one whole copy, before it is sharded
+        found.peaks[COPYING] = {
+            "teacher": teacher_bytes,
+            "copies": 4.0 * counts.parameters * (1 + len(models.extra) / gpus),
+        }
+    passes = dry_run.passes
+    found.forwards, found.backwards = passes.forwards, passes.backwards
+    recomputed = found.backwards if recipe.models.gradient_checkpointing else 0
+    batches = passes.forward_batches + 2 * found.backwards + recomputed
+    found.flops = flops * batches * recipe.train.gradient_accumulation_steps
     return found
 
 
 def _weights(models: Models) -> dict[str, float]:
     """Bytes of all weights: adapters and trainable copies are fp32."""
-    trained = {"student": models.student.denoiser, "fake": models.fake}
+    trained = {"student": models.student.denoiser, **models.extra}
     sizes = {name: 4.0 * _count(module) for name, module in trained.items()}
     transformer = bytes_of(models.teacher.transformer)
-    if models.shared:
+    if models.shares_base:
         base = {"base": transformer - sum(sizes.values())}
-        return base | {f"{name} adapter": size for name, size in sizes.items()}
-    return {"teacher": transformer} | {f"{name} weights": size for name, size in sizes.items()}
+        return base | {f"{_label(name)} adapter": size for name, size in sizes.items()}
+    return {"teacher": transformer} | {f"{_label(name)} weights": size for name, size in sizes.items()}
 
 
 def _states(recipe: DistillRecipe, counts: dict[str, int]) -> dict[str, float]:
     """Bytes of gradients (of one trainable at a time), optimizer states and EMA."""
-    optim = {name: getattr(recipe.optim, name) for name in counts}
+    optim = recipe.optim
     return {
         "gradients": 4.0 * max(counts.values()),
-        **{f"{name} AdamW": count * _moments(optim[name]) for name, count in counts.items()},
-        **{f"{name} EMA": 4.0 * count for name, count in counts.items() if optim[name].ema_decay is not None},
+        **{f"{_label(name)} AdamW": count * _moments(optim[name]) for name, count in counts.items()},
+        **{f"{_label(name)} EMA": 4.0 * count for name, count in counts.items() if optim[name].ema_decay is not None},
     }
+
+
+def _label(part: str) -> str:
+    """A trainable part's name in a table."""
+    return part.replace("_", " ")
 
 
 def _encoding(teacher: TextToImagePipeline) -> float:

@@ -89,15 +89,6 @@ class EmulatedDevice(TorchFunctionMode):
             if not self._depth:
                 self.copies.clear()
 
-    def wrap(self, compute: Compute) -> Compute:
-        """The function with its own region: a backward pass recomputes blocks outside of the forward's region."""
-
-        def run(*args: Any) -> Tensor:
-            with self.autocast_region():
-                return compute(*args)
-
-        return run
-
     @property
     def copy_bytes(self) -> int:
         """Bytes of the bf16 copies."""
