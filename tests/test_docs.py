@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from fewstep.config.load import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -32,6 +38,11 @@ def without_code(text: str) -> list[str]:
             fenced, line = not fenced, ""
         lines.append("" if fenced or line.startswith("    ") else line)
     return lines
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
@@ -100,6 +111,43 @@ def test_command_line_has_the_documented_commands() -> None:
     program = typer.main.get_command(app)
     assert set(program.commands) == COMMANDS  # type: ignore[attr-defined]
     assert set(program.commands["emoji"].commands) == EMOJI_COMMANDS  # type: ignore[attr-defined]
+
+
+def test_code_of_the_extension_guide_runs(tiny_folder: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "guides" / "extending.md").read_text(encoding="utf-8")
+    plugins = [tmp_path / f"plugin_{number}.py" for number in range(len(blocks(text, "python")))]
+    for plugin, code in zip(plugins, blocks(text, "python"), strict=True):
+        plugin.write_text(code, encoding="utf-8")
+    (recipe,) = blocks(text, "yaml")
+    (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
+    terms = "method={name: dmd, terms: {cfg_augmentation: {}, latent_norm: {weight: 0.5, target: 1.2}}}"
+    settings = [f"teacher={tiny_folder}", "train.steps=1", "train.batch_size=2", "evaluate.enabled=false"]
+    for number, changes in enumerate([settings, [*settings, terms]]):
+        out = tmp_path / str(number)
+        words = ["distill", tmp_path / "mine.yaml", "--out", out, *(word for each in changes for word in ("-s", each))]
+        done = subprocess.run(
+            [sys.executable, "-m", "fewstep", *map(str, words)],
+            env=os.environ | {"FEWSTEP_PLUGINS": os.pathsep.join(map(str, plugins)), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (out / "student" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_recipes_in_pages_are_valid(page: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
+        tree = yaml.safe_load(block)
+        if page.name == "extending.md":
+            continue  # its method is registered by the code beside it, see above
+        if "kind" not in tree:  # a section: put into a recipe that has the rest
+            base = {"kind": "distill", "name": "example", "teacher": "micro", "train": {"steps": 100, "batch_size": 4}}
+            base["method"] = {"name": "dmd", "terms": {"cfg_augmentation": {}, "distribution_matching": {}}}
+            base["optim"] = {"student": {"lr": 1e-4}, "fake_score": {"lr": 1e-4}}
+            tree = base | tree
+        parse_recipe(tree, relative(page))
 
 
 def test_every_page_is_in_the_index() -> None:
