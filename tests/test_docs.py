@@ -95,6 +95,13 @@ def test_pages_use_the_standard_terms(page: Path) -> None:
         assert [line for line in lines if PAPER_WORDS.search(line)] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_named_files_exist(page: Path) -> None:
+    text = re.sub(r"https?://\S+", "", page.read_text(encoding="utf-8"))
+    named = re.findall(r"(?<![\w/])((?:src/fewstep|tests|benchmarks|examples/cluster)/[\w./-]*\w)", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_named_commands_exist() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in [*PAGES, *ROOT.glob("examples/**/*.*")])
     named = named_commands(text)
