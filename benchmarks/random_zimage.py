@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
+import fewstep
 from fewstep.models.components import BUNDLED_MODELS
-from fewstep.plan import estimate as planning
 
-CONFIGS = Path(planning.__file__).parent / "assets" / "zimage"
+CONFIGS = Path(fewstep.__file__).parent / "assets" / "zimage"
 FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 SHARD = 4e9  # bytes, about
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import fewstep
 from fewstep.config.load import load_recipe, with_overrides
 from fewstep.config.recipe import DistillRecipe, StagesRecipe
 from fewstep.core.conditioning import EncodedPrompts
@@ -41,11 +42,11 @@ from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import Fp8Linear, quantize_fp8_, supports_fp8_matmul
 from fewstep.models.zimage.block import block_forward
-from fewstep.plan import estimate as planning
+from fewstep.plan.estimate import plan
 from fewstep.stages import stage_recipe
 from fewstep.training.train_state import TrainState
 
-ZIMAGE = Path(planning.__file__).parent / "assets" / "zimage"
+ZIMAGE = Path(fewstep.__file__).parent / "assets" / "zimage"
 TINY = {"dim": 192, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 16, 16], "cap_feat_dim": 64}
 TINY_VAE = {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "layers_per_block": 1}
 STEPS, TOKENS = 8, 64
@@ -210,7 +211,7 @@ def iteration_recipe(size: int, *more: str) -> DistillRecipe:
     phases = load_recipe("zimage-turbo-8", [])
     assert isinstance(phases, StagesRecipe)
     recipe = with_overrides(
-        stage_recipe(phases, phases.phases[0]), [f"size={size}", "train.gradient_accumulation_steps=1", *more]
+        stage_recipe(phases, phases.stages[0]), [f"size={size}", "train.gradient_accumulation_steps=1", *more]
     )
     assert isinstance(recipe, DistillRecipe)
     return recipe
@@ -299,7 +300,7 @@ class Counting:
 
 
 def planned(bench: Bench, recipe: DistillRecipe) -> str:
-    return f"{sum(planning.plan(recipe).memory.values()) / 1e9:.1f}" if bench.device.type == "cuda" else "–"
+    return f"{sum(plan(recipe).memory.values()) / 1e9:.1f}" if bench.device.type == "cuda" else "–"
 
 
 def main() -> None:

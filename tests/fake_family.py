@@ -61,7 +61,7 @@ class FakeTextEncoder(ModelMixin, ConfigMixin):
 
 
 class FakeTokenizer:
-    """Bytes; one file says so."""
+    """Splits text into bytes; stored as one file."""
 
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir()

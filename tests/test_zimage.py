@@ -286,14 +286,18 @@ def test_blocks_compose_with_compilation_in_any_order(transformer, order):
 
 
 def test_offloaded_weights_are_on_the_device_where_they_are_recomputed(transformer):
-    """Each block is copied to the device in the forward pass, and again in the backward pass that recomputes it."""
-    denoiser, copies = ZImageDenoiser(copy.deepcopy(transformer)), []
+    """On the device "meta", a block that is recomputed with weights on the CPU raises an error."""
+    denoiser, computed = ZImageDenoiser(transformer.requires_grad_(False)), []
     denoiser.enable_gradient_checkpointing()
-    offload_blocks(denoiser, "cpu")
+    offload_blocks(denoiser, "meta")
     for index, block in enumerate(denoiser.get_blocks()):
-        block.contexts.append(lambda _, index=index: nullcontext(copies.append(index)))
-    denoiser(torch.randn(1, 16, 8, 8), torch.rand(1), prompts_of([5])).sum().backward()
-    assert sorted(copies) == [0, 0, 1, 1, 2, 2, 3, 3]
+        block.contexts.append(lambda _, index=index: nullcontext(computed.append(index)))
+    x = torch.randn(1, 16, 8, 8, device="meta", requires_grad=True)
+    prompts = prompts_of([5])
+    denoiser(x, torch.rand(1, device="meta"), prompts.to("meta")).sum().backward()
+    assert x.grad.shape == x.shape
+    assert sorted(computed) == [0, 0, 1, 2, 2, 3, 3]  # no gradient reaches the caption's block, number 1
+    assert {p.device.type for block in denoiser.get_blocks() for p in block.parameters()} == {"cpu"}
 
 
 def test_state_dict_is_that_of_diffusers(transformer):
