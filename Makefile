@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-gpu lint docs bench clean
 
 demo: $(VENV)/ready
 	FEWSTEP_RESUME_COMMAND="make demo" $(BIN)/fewstep distill recipes/micro-turbo.yaml --out $(DEMO)
@@ -16,10 +16,17 @@ test: $(VENV)/ready lint
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
 
+test-gpu: $(VENV)/ready  # on a machine with a GPU
+	$(BIN)/python -m pytest -m gpu -n 0
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/ready  # docs/recipes.md, from the recipes' models
+	$(BIN)/python -m fewstep.config.reference > docs/recipes.md
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/distill_speed.py

@@ -161,3 +161,11 @@ def test_every_page_is_in_the_index() -> None:
     index = ROOT / "docs" / "README.md"
     listed = {(index.parent / link).resolve() for link in links(index)}
     assert {page for page in PAGES if page.is_relative_to(index.parent)} - {index} <= listed
+
+
+def test_the_recipe_reference_is_current() -> None:
+    """``make docs`` writes it from the recipes' models."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep.config.reference"], capture_output=True, encoding="utf-8", check=True
+    )
+    assert done.stdout == (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

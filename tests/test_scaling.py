@@ -1,4 +1,4 @@
-"""The formulas of docs/scaling.md against the memory and traffic of two real processes."""
+"""The formulas of docs/guides/distributed-training.md against the memory and traffic of two real processes."""
 
 import json
 import os

@@ -18,16 +18,16 @@ from fewstep.core import flow
 
 
 class BestSettings(Settings):
-    metric: str = Field(description='As it is logged in metrics.jsonl, such as "val/object_acc".')
+    metric: str = Field(description="Its name in metrics.jsonl, such as val/object_acc.")
     mode: Literal["max", "min"] = Field(default="max", description="Whether larger or smaller values are better.")
 
 
 class TrainSettings(Settings):
-    steps: int = Field(ge=1, description="Length of the training, in steps of the trainer.")
+    steps: int = Field(ge=1, description="Steps of the training.")
     max_minutes: float | None = Field(
-        default=None, gt=0, description="Ends the training earlier, after so much time of it."
+        default=None, gt=0, description="Ends the training earlier, after this many minutes of it."
     )
-    batch_size: int = Field(ge=1, description="Samples in a batch; every update of a trainable takes new ones.")
+    batch_size: int = Field(ge=1, description="Samples in a batch; every update of a trainable part takes a new batch.")
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="Batches whose gradients are averaged into one update."
     )
@@ -40,26 +40,23 @@ class TrainSettings(Settings):
     )
     sample_every: int = Field(default=0, ge=0, description="Steps between preview images; 0 makes none.")
     save_every: int = Field(default=200, ge=1, description="Steps between checkpoints; the last step always makes one.")
-    save_minutes: float | None = Field(
-        default=None, gt=0, description="Also a checkpoint when this many minutes passed."
-    )
+    save_minutes: float | None = Field(default=None, gt=0, description="Also a checkpoint after this many minutes.")
     max_checkpoints: int = Field(default=2, ge=1, description="Checkpoints to keep; older ones are deleted.")
     keep_best: BestSettings | None = Field(
-        default=None, description="Keeps the checkpoint with the best logged value of a metric besides; null does not."
+        default=None, description="Also keeps the checkpoint with the best logged value of a metric."
     )
     fsdp_shard_size: int | None = Field(
-        default=None, ge=1, description="Processes that share one copy of the weights (hybrid sharding); null is all."
+        default=None, ge=1, description="Processes that shard one copy of the weights (hybrid sharding); null is all."
     )
     on_alert: Annotated[
         Literal["off", "warn", "stop", "rollback"],
         BeforeValidator(lambda given: "off" if given is False else given),  # YAML reads a bare off as false
     ] = Field(
         default="warn",
-        description="When a metric is wrong for long: say so, end the run, or end it at its last good checkpoint.",
+        description="What follows when an alert rule fires: nothing, a warning, the end of the run, or its end at the last "
+        "good checkpoint.",
     )
-    num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of torch; unset leaves torch's own choice."
-    )
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; null is torch's default.")
 
 
 class OptimSettings(Settings):
@@ -81,7 +78,7 @@ class OptimSettings(Settings):
     )
     min_lr_ratio: Fraction = Field(default=0.0, description="Learning rate at the last step over the peak one.")
     max_grad_norm: float | None = Field(
-        default=1.0, gt=0, description="Largest global gradient norm; null does not clip."
+        default=1.0, gt=0, description="Largest global gradient norm; null is no clipping."
     )
     ema_decay: float | None = Field(
         default=None,

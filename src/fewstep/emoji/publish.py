@@ -124,7 +124,7 @@ The guidance scale was selected by the object accuracy on other prompts of the t
 
 ![Training loss](loss.png)
 
-Data: `docs/emoji-dataset.md`. The images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0); the names are Unicode
+Data: `docs/guides/emoji-dataset.md`. The images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0); the names are Unicode
 CLDR (Unicode-3.0).
 
 ```yaml
@@ -135,7 +135,7 @@ TRAINING = """\
 Flow matching, {steps} steps, batch size {batch_size}, {minutes:.0f} minutes on {threads} CPU cores ({cpu}) shared with
 other work, without a GPU.{stages} The autoencoder was trained with the recipes `micro-vae`, `micro-vae-decoder` and
 `micro-vae-core`, the text encoder with `micro-text-encoder` (contrastively with latents, on the training split only).
-`docs/micro.md` lists the commands in order. The recipe of the last stage:"""
+`docs/guides/micro-model.md` lists the commands in order. The recipe of the last stage:"""
 
 
 def percent_row(first: str, values: dict[str, float]) -> str:
