@@ -1,13 +1,17 @@
 """The Python API: four functions, and an import that does not wait for torch."""
 
+import json
 import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import fewstep
-from fewstep.evaluation.runner import emoji_prompts
+from fewstep.config.sections import PromptSettings
+from fewstep.data.prompts import open_prompts
+from fewstep.errors import UserError
 
 PROMPT = "a noto emoji of a red apple on a blue background"
 
@@ -36,16 +40,46 @@ def test_load_and_generate(tiny):
     assert torch.equal(made.images, fewstep.generate("micro", [PROMPT], seed=1, steps=2).images)
 
 
-def test_evaluate(tmp_path):
+def emoji_prompts(count):
+    return list(open_prompts(PromptSettings()).texts("test")[:count])
+
+
+def test_evaluate_beside_the_teacher(tmp_path):
     model = fewstep.load("micro")
     model.generation_config.steps = 3
     metrics = fewstep.evaluate(
         model, emoji_prompts(4), teacher="micro", out=tmp_path, diversity_prompts=2, diversity_seeds=2, many_steps=4
     )
-    assert list(metrics.arms) == ["teacher_4", "teacher_3", "teacher_3_guided", "student_3"]
-    wanted = {"name_top1", "style_top1", "color_top1", "fd_teacher", "fd_real", "mmd_real", "diversity", "saturation"}
-    for figures in metrics.arms.values():
-        assert wanted | {"hf_energy", "seconds_per_image", "forwards"} <= set(figures)
+    assert list(metrics.figures) == ["teacher_4", "teacher_3", "teacher_3_guided", "student_3"]
+    wanted = {"object_acc", "style_acc", "background_acc", "saturation", "hf_energy", "seconds_per_image", "nfe"}
+    wanted |= {f"{key}[open-nsfw]" for key in ("fd_teacher", "fd_real", "mmd_real", "diversity")}
+    for figures in metrics.figures.values():
+        assert wanted <= set(figures)
+    assert metrics.figures["teacher_4"]["object_acc"] >= 0.5
     assert (tmp_path / "metrics.json").is_file()
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href|url\()=?["']?https?:""", page)  # it needs no network
+
+
+def test_distill_validates_and_evaluates(tmp_path):
+    """A short run on the micro teacher, with validation while training and the final report on other prompts."""
+    overrides = [
+        *("train.steps=2", "train.batch_size=2", "train.log_every=1", "train.sample_every=2", "student.steps=1"),
+        *("evaluate.validate_every=1", "evaluate.validation_prompts=3", "evaluate.num_prompts=2"),
+        "train.keep_best={metric: val/object_acc, mode: max}",
+    ]
+    made = fewstep.distill("micro-ca", tmp_path / "run", overrides=overrides)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["val/object_acc"] <= 1 for line in lines)
+    assert made.metrics is not None
+    assert list(made.metrics.figures) == ["teacher_50", "teacher_1", "teacher_1_guided", "student_1"]
+    assert made.metrics.run["prompts"] == 2
+    assert made.report == tmp_path / "run" / "report" / "index.html"
+    assert made.report.is_file()
+
+
+def test_prompts_without_test_prompts_are_refused_before_training(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\n")
+    with pytest.raises(UserError, match=r"0 test prompts.*prompts\.test_source"):
+        fewstep.distill("micro-ca", tmp_path / "run", overrides=[f"prompts.source={tmp_path / 'prompts.txt'}"])
+    assert not (tmp_path / "run").exists()

@@ -19,7 +19,6 @@ from fewstep.data.teacher_trajectories import make_cache
 from fewstep.emoji.classifier import EmojiClassifier
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import frechet_distance
-from fewstep.evaluation.runner import emoji_prompts
 from fewstep.inference.generate import generate
 from fewstep.methods.dmd.method import DMD, WeightedTerm
 from fewstep.methods.dmd.renoise import Renoise
@@ -181,13 +180,13 @@ def test_batches_are_a_pure_function_of_their_position(tiny):
 def test_heldout_prompts_are_not_in_the_training_prompts():
     trained = set(open_prompts(load_recipe("micro-turbo", []).prompts).texts("train"))
     assert len(trained) > 5000
-    assert not trained & set(emoji_prompts(500))
+    assert not trained & set(open_prompts(load_recipe("micro-turbo", []).prompts).texts("test"))
 
 
 def test_thirty_steps_move_the_student_towards_its_teacher(tmp_path):
     """The real micro teacher, a short run: the few-step images move towards the teacher's many-step ones."""
     teacher = load("micro")
-    prompts = emoji_prompts(64)
+    prompts = open_prompts(load_recipe("micro-turbo", []).prompts).texts("test")[:64]
     options = {"teacher=micro", *SHORT, "train.steps=30", "train.batch_size=8", "student.steps=2"}
     more = ["train.save_every=30", "optim.student.lr=3.0e-4", "optim.student.ema_decay=null"]
     made = api.distill("micro-turbo", tmp_path / "run", overrides=[*options, *more])

@@ -189,7 +189,7 @@ def test_scorer_scores_real_images_of_its_prompts(dataset):
         "object_acc"
     ].bool().tolist()
     assert scorer.accuracy["object_acc"] > 0.98
-    assert [scorer.language(prompt) for prompt in prompts] == [spec.language for spec in specs]
+    assert [scorer.group(prompt) for prompt in prompts] == [spec.language for spec in specs]
 
 
 def test_scorer_gives_nan_for_other_prompts():

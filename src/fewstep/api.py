@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fewstep.config.load import load_recipe
-from fewstep.config.recipe import DistillRecipe, StagesRecipe
+from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
+from fewstep.config.sections import PromptSettings
+from fewstep.data.prompts import open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics_file import Metrics
-from fewstep.evaluation.runner import emoji_prompts
 from fewstep.evaluation.runner import evaluate as _evaluate
 from fewstep.evaluation.validation import make_validator
 from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
 from fewstep.inference.params import parse_params
+from fewstep.jobs import distill as _distill
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.stages import run_stages
 from fewstep.training.distributed import init_distributed, open_run
 
-__all__ = ["Distilled", "distill", "evaluate", "generate", "load"]
+__all__ = ["DistillResult", "distill", "evaluate", "generate", "load"]
 
 
 @dataclass(frozen=True)
-class Distilled:
+class DistillResult:
     """What a distillation leaves.
 
     Attributes:
-        student: its folder, which ``fewstep.load`` and ``diffusers.ZImagePipeline.from_pretrained`` open.
-        metrics: the evaluation beside the teacher; None where the recipe says ``evaluate.enabled: false``.
+        student: its folder, which ``fewstep.load`` and diffusers open.
+        metrics: the evaluation beside the teacher; None where ``evaluate.enabled`` is false.
         report: the page that shows it, likewise.
     """
 
@@ -45,48 +47,66 @@ def distill(
     *,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
-) -> Distilled:
-    """Make a few-step student of a teacher; called again, it goes on from the last checkpoint.
+) -> DistillResult:
+    """Distill a teacher into a few-step student; a second call resumes from the last checkpoint.
 
     Args:
-        recipe: a YAML file, the name of a shipped recipe, or a recipe in memory.
-        out: the run's directory; ``runs/<the recipe's name>`` unless given.
+        recipe: a YAML file, the name of a bundled recipe, or a recipe in memory.
+        out: the run's directory; ``runs/<the recipe's name>`` by default.
         overrides: fields to change, as ``"train.steps=100"``.
-        overwrite: start over: delete an earlier run's files in ``out``.
+        overwrite: delete what an earlier run left in the directory.
 
     Raises:
         UserError: a mistake in the recipe or the directory.
-        KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved; its text says how to go on.
+        KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved; its text has the command that resumes.
     """
     resolved = recipe if isinstance(recipe, DistillRecipe | StagesRecipe) else load_recipe(recipe, list(overrides))
     if not isinstance(resolved, DistillRecipe | StagesRecipe):
-        command = {"cache_trajectories": "cache-trajectories"}.get(resolved.kind, "emoji train")
+        command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "emoji train"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     directory = out or Path("runs") / resolved.name
+    settings = resolved.evaluate
+    stage: Stage = resolved if isinstance(resolved, DistillRecipe) else resolved.stages[-1]
+    source = open_prompts(stage.prompts)
+    validation = list(source.texts("validation")[: settings.validation_prompts])
+    test = list(source.texts("test")[: settings.num_prompts]) if settings.enabled else []
+    if settings.enabled and len(test) < 2:
+        raise UserError(
+            f"prompts.source={stage.prompts.source}: {len(test)} test prompts, at least 2 are needed; name a file in "
+            "prompts.test_source, or set evaluate.enabled=false"
+        )
+
+    def validator(student: TextToImagePipeline) -> Callable[[], Mapping[str, float]]:
+        if not validation:
+            raise UserError(
+                f"prompts.source={stage.prompts.source}: no validation prompts; name a file in "
+                "prompts.validation_source, or set evaluate.validate_every=0"
+            )
+        return make_validator(student, validation, settings.scorers)
+
     with init_distributed() as dist, open_run(dist, directory, resolved, fresh=overwrite) as run:
-        watch = partial(make_validator, count=resolved.evaluate.validation_prompts)
-        if resolved.kind == "distill":
-            from fewstep.jobs import distill as distill_into
-
-            student = distill_into(resolved, run, watch, dist)
+        if isinstance(resolved, DistillRecipe):
+            student = _distill(resolved, run, validator, dist)
         else:
-            from fewstep.stages import run_stages
-
-            student = run_stages(resolved, run, watch, dist)
-        if not resolved.evaluate.enabled or not dist.is_main_process:
-            return Distilled(student)
+            student = run_stages(resolved, run, validator, dist)
+        if not settings.enabled or not dist.is_main_process:
+            return DistillResult(student)
         report, curves = run.directory / "report", run.directory / "metrics.jsonl"
         try:
             metrics = evaluate(
-                student,
-                emoji_prompts(resolved.evaluate.num_prompts),
+                load(student, dist.device),
+                test,
                 teacher=resolved.teacher,
+                scorers=settings.scorers,
+                features=settings.features,
                 out=report,
                 curves=curves if curves.exists() else None,
             )
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"the student is made, not yet evaluated; to go on: {run.resume_command}") from None
-    return Distilled(student, metrics, report / "index.html")
+            raise KeyboardInterrupt(
+                f"the student is saved but not evaluated; resume with: {run.resume_command}"
+            ) from None
+    return DistillResult(student, metrics, report / "index.html")
 
 
 def generate(
@@ -99,12 +119,8 @@ def generate(
     """Generate one image for each prompt.
 
     Args:
-        callback: called after every step, see :func:`fewstep.inference.generate.generate`; may cancel.
+        callback: called after every step; it can cancel, see :func:`fewstep.inference.generate.generate`.
         options: fields of :class:`fewstep.inference.params.SamplingParams` (seed, steps, guidance_scale, ...).
-
-    Raises:
-        UserError: an unknown option, or a value that the model cannot take.
-        GenerationCancelled: ``callback`` cancelled.
 
     >>> fewstep.generate("micro", "a noto emoji of a red apple on a blue background", seed=1).images.shape
     torch.Size([1, 64, 64, 3])
@@ -124,20 +140,18 @@ def evaluate(
     """Measure a model on fixed prompts and seeds, beside its teacher where there is one.
 
     Args:
-        prompts: 200 held-out ones of the emoji world unless given.
-        teacher: unset, the one that the model's card names.
-        out: folder of metrics.json and index.html; nothing is written unless given.
-        options: as in :func:`fewstep.evaluate.evaluate.evaluate`.
+        prompts: by default 200 test prompts of the default prompt source.
+        teacher: by default the one in the model's generation config. It is loaded on the model's device and in its
+            dtype.
+        out: folder of metrics.json and index.html; nothing is written by default.
+        options: as in :func:`fewstep.evaluation.runner.evaluate`.
     """
     measured = _loaded(model)
     teacher = teacher if teacher is not None else measured.generation_config.teacher
-    return _evaluate(
-        measured,
-        prompts=emoji_prompts(200) if prompts is None else prompts,
-        teacher=None if teacher is None else _loaded(teacher),
-        out=out,
-        **options,
-    )
+    if teacher is not None and not isinstance(teacher, TextToImagePipeline):
+        teacher = load(teacher, measured.device, measured.transformer.dtype)
+    texts = open_prompts(PromptSettings()).texts("test")[:200] if prompts is None else prompts
+    return _evaluate(measured, prompts=texts, teacher=teacher, out=out, **options)
 
 
 def _loaded(model: str | Path | TextToImagePipeline) -> TextToImagePipeline:

@@ -5,32 +5,49 @@ from typing import Annotated
 
 import typer
 
+from fewstep.cli.options import Dtype
+
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model's folder, or a shipped one's name (\"micro\").")
+        str, typer.Argument(metavar="MODEL", help='A model\'s folder, hub id, or bundled name ("micro").')
     ],
     prompts: Annotated[
-        str, typer.Option(help='"emoji" for held-out prompts of the emoji world, or a text file, one a line.')
+        str, typer.Option(help="A prompt source (emoji), a text file with one prompt per line, or encoded prompts.")
     ] = "emoji",
-    count: Annotated[int, typer.Option(min=2, help="How many of the emoji world's prompts.")] = 200,
-    teacher: Annotated[str | None, typer.Option(help="The model it was made from. [default: as its card says]")] = None,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Number of test prompts.")] = 200,
+    teacher: Annotated[
+        str | None, typer.Option(help="The model it was distilled from. [default: as in its fewstep.json]")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A scorer, such as emoji or clip_score:PATH; may be repeated. [default: all without checkpoint]"
+        ),
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="Feature network: open-nsfw, or clip, dinov2 or inception with :PATH_OR_HUB_ID.")
+    ] = "open-nsfw",
     out: Annotated[Path | None, typer.Option(help="Folder of the report. [default: runs/evaluate-<model>]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. [default: as stored]")] = None,
 ) -> None:
     """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""
     from fewstep import api
-    from fewstep.data.prompts import read_prompts
-    from fewstep.evaluation.runner import emoji_prompts
+    from fewstep.config.sections import PromptSettings
+    from fewstep.data.prompts import open_prompts, read_prompts
     from fewstep.evaluation.table import print_summary
 
-    texts = emoji_prompts(count) if prompts == "emoji" else read_prompts(prompts)
+    is_file = Path(prompts).is_file()
+    texts = read_prompts(prompts) if is_file else open_prompts(PromptSettings(source=prompts)).texts("test")
     folder = out or Path("runs") / f"evaluate-{Path(model).name}"
     measured = api.evaluate(
-        api.load(model, device),
-        texts,
-        teacher=api.load(teacher, device) if teacher else None,
+        api.load(model, device, dtype.torch_dtype if dtype else None),
+        list(texts[:num_prompts]),
+        teacher=teacher,
+        scorers=scorer,
+        features=features,
         out=folder,
         seed=seed,
     )

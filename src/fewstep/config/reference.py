@@ -99,8 +99,8 @@ def _type(annotation: Any) -> str:
         return f"mapping of {_type(parts[0])} to {_type(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
-    return names.get(getattr(annotation, "__name__", ""), str(annotation))
+    plain = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
+    return plain.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
 def _default(field: FieldInfo) -> str:

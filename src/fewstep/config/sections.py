@@ -53,8 +53,8 @@ class TrainSettings(Settings):
         BeforeValidator(lambda given: "off" if given is False else given),  # YAML reads a bare off as false
     ] = Field(
         default="warn",
-        description="What follows when an alert rule fires: nothing, a warning, the end of the run, or its end at the last "
-        "good checkpoint.",
+        description="What follows when an alert rule fires: nothing, a warning, the end of the run, or the end of the "
+        "run at its last good checkpoint.",
     )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; null is torch's default.")
 

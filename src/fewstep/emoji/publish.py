@@ -124,8 +124,8 @@ The guidance scale was selected by the object accuracy on other prompts of the t
 
 ![Training loss](loss.png)
 
-Data: `docs/guides/emoji-dataset.md`. The images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0); the names are Unicode
-CLDR (Unicode-3.0).
+Data: `docs/guides/emoji-dataset.md`. The images are Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0);
+the names are Unicode CLDR (Unicode-3.0).
 
 ```yaml
 {recipe}```

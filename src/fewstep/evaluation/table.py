@@ -1,4 +1,4 @@
-"""The figures of an evaluation in words and columns: shared by the terminal's summary and the report."""
+"""The figures of an evaluation as rows and columns, for the terminal's summary and the report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fewstep.evaluation.feature_networks import with_network
 from fewstep.evaluation.metrics_file import Figures, Metrics, Target, interval
 
 Kind = Literal["percent", "number", "thousandths", "count", "milliseconds"]
@@ -16,7 +17,7 @@ Kind = Literal["percent", "number", "thousandths", "count", "milliseconds"]
 
 @dataclass(frozen=True)
 class Row:
-    """A figure's key ("name_top1", or "en.name_top1" of one language), its name and how it is written."""
+    """A figure's key ("object_acc", or "en.object_acc" of one group of prompts), its label and its format."""
 
     key: str
     label: str
@@ -24,36 +25,48 @@ class Row:
     hint: str = ""
 
 
-ROWS = (
-    Row("name_top1", "name right", "percent", "the judge's first choice among all names"),
-    Row("en.name_top1", "  English prompts", "percent"),
-    Row("zh.name_top1", "  Chinese prompts", "percent"),
-    Row("style_top1", "style right", "percent"),
-    Row("color_top1", "background right", "percent"),
-    Row("fd_teacher", "FD to the teacher", "number", "Fréchet distance to the many-step teacher's images"),
-    Row("fd_real", "FD to real", "number", "Fréchet distance to real images; biased upwards, compare arms only"),
-    Row("mmd_real", "MMD to real", "number", "unbiased; 0 for sets of one distribution"),
-    Row("diversity", "diversity, ×1000", "thousandths", "mean cosine distance between seeds of one prompt"),
-    Row("saturation", "saturation", "number", "mean chroma, 0 to 1"),
-    Row("contrast", "contrast", "number", "standard deviation of luma within an image"),
-    Row("hf_energy", "hf energy, ×1000", "thousandths", "mean square of luma less its 3×3 blur"),
-    Row("forwards", "forwards an image", "count", "passes through the denoiser; guidance doubles them"),
-    Row("seconds_per_image", "time an image", "milliseconds"),
-)
+#: Labels of known scores; others are shown by their key.
+SCORES = {
+    "object_acc": Row("object_acc", "object correct", "percent", "top-1 among all objects, by the classifier"),
+    "style_acc": Row("style_acc", "style correct", "percent"),
+    "background_acc": Row("background_acc", "background correct", "percent"),
+    "clip_score": Row("clip_score", "CLIP score", "number", "100 times the cosine of image and prompt"),
+}
+GROUPS = {"en": "English prompts", "zh": "Chinese prompts"}
 
-#: The same on the judge's own embedding: a network trained for these images, by this project.
-JUDGE_ROWS = (
-    Row("fd_teacher_judge", "FD to the teacher", "number"),
-    Row("fd_real_judge", "FD to real", "number"),
-    Row("mmd_real_judge", "MMD to real", "number"),
-    Row("diversity_judge", "diversity, ×1000", "thousandths"),
-)
+
+def row_list(metrics: Metrics) -> list[Row]:
+    """The rows of an evaluation: its scores, distances on its feature network, pixel statistics, cost."""
+    network, first = metrics.features, next(iter(metrics.figures.values()))
+    found: list[Row] = []
+    for position, key in enumerate(metrics.run.get("scores", [])):
+        found.append(SCORES.get(key, Row(key, key, "number")))
+        if position == 0:
+            for group in first.get("by_group", {}):
+                found.append(Row(f"{group}.{key}", f"  {GROUPS.get(group, group)}", found[-1].kind))
+    fd = "Fréchet distance to the many-step teacher's images"
+    real = "Fréchet distance to real images; biased upwards, compare settings only"
+    return [
+        *found,
+        Row(with_network("fd_teacher", network), f"FD to the teacher ({network})", "number", fd),
+        Row(with_network("fd_real", network), f"FD to real ({network})", "number", real),
+        Row(with_network("mmd_real", network), f"MMD to real ({network})", "number", "unbiased; 0 for equal sets"),
+        Row(
+            *(with_network("diversity", network), f"diversity ×1000 ({network})", "thousandths"),
+            "mean cosine distance between seeds of one prompt",
+        ),
+        Row("saturation", "saturation", "number", "mean chroma, 0 to 1"),
+        Row("contrast", "contrast", "number", "standard deviation of luma within an image"),
+        Row("hf_energy", "hf energy, ×1000", "thousandths", "mean square of luma minus its 3×3 blur"),
+        Row("nfe", "NFE", "count", "transformer evaluations per image; guidance doubles them"),
+        Row("seconds_per_image", "time per image", "milliseconds"),
+    ]
 
 
 def cell(figures: Figures, row: Row) -> str:
     """One figure as text; an en dash where there is none."""
-    language, _, key = row.key.rpartition(".")
-    value = figures.get("by_language", {}).get(language, {}).get(key) if language else figures.get(key)
+    group, _, key = row.key.rpartition(".")
+    value = figures.get("by_group", {}).get(group, {}).get(key) if group else figures.get(key)
     if value is None:
         return "–"
     if row.kind == "percent":
@@ -73,7 +86,7 @@ def format_number(value: float) -> str:
 
 
 def label(name: str, figures: Figures) -> tuple[str, str]:
-    """An arm's column head: who, and how."""
+    """The head of a setting's column: the model, and how it was sampled."""
     if "steps" not in figures:
         return "real", "images"
     guidance = f"guidance {figures['guidance_scale']:g}" if figures["guidance_scale"] else "no guidance"
@@ -81,37 +94,39 @@ def label(name: str, figures: Figures) -> tuple[str, str]:
 
 
 def columns(metrics: Metrics) -> dict[str, Figures]:
-    """The arms, then the real images if there are any."""
-    return metrics.arms | ({"real": metrics.real} if metrics.real else {})
+    """The settings, then the real images if there are any."""
+    return metrics.figures | ({"real": metrics.real} if metrics.real else {})
 
 
-def rows(metrics: Metrics, of: tuple[Row, ...] = ROWS) -> list[tuple[Row, list[str]]]:
+def rows(metrics: Metrics) -> list[tuple[Row, list[str]]]:
     """The rows in which any column has a figure, with their cells."""
-    table = [(row, [cell(figures, row) for figures in columns(metrics).values()]) for row in of]
+    table = [(row, [cell(figures, row) for figures in columns(metrics).values()]) for row in row_list(metrics)]
     return [(row, cells) for row, cells in table if set(cells) != {"–"}]
 
 
 def notes(metrics: Metrics) -> list[str]:
-    """What a reader must know to weigh the figures: the judge's own accuracy, and chance."""
-    said = []
-    if metrics.judge and metrics.settings.get("prompts_judged"):
-        own = metrics.judge
-        said.append(
-            f"The judge itself, on {own['images']:,.0f} real held-out images: name {100 * own['name_top1']:.1f}%, "
-            f"style {100 * own['style_top1']:.1f}%, background {100 * own['color_top1']:.1f}%."
+    """The accuracy of the scorers, and the confidence interval of accuracies."""
+    found: list[str] = []
+    scored = metrics.run.get("prompts_scored", 0)
+    if not scored:
+        return found
+    for name, own in metrics.scorers.items():
+        figures = ", ".join(f"{key} {100 * value:.1f}%" for key, value in own.items() if key != "images")
+        found.append(f"Scorer {name} on {own['images']:,.0f} real images: {figures}.")
+    share = next(iter(metrics.figures.values())).get("object_acc")
+    if share is not None:
+        found.append(
+            f"{scored} prompts: 95% confidence interval of object_acc ±{100 * interval(share, scored):.1f} points."
         )
-        count = metrics.settings["prompts_judged"]
-        share = next(iter(metrics.arms.values()))["name_top1"]
-        said.append(f"{count} prompts fix a name accuracy to about ±{100 * interval(share, count):.1f} points (95%).")
-    return said
+    return found
 
 
-def status(claim: Target) -> str:
-    return {True: "holds", False: "falls short", None: "not measured"}[claim.holds]
+def status(target: Target) -> str:
+    return {True: "pass", False: "fail", None: "not measured"}[target.passed]
 
 
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
-    """The table of arms, the claims with their numbers, and the judge's own accuracy. Fits 80 columns."""
+    """The table of settings, the targets with their values, and the accuracy of the scorers. Fits 80 columns."""
     console = console or Console()
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
@@ -125,10 +140,10 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     if metrics.targets:
         console.print()
         found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        for claim in metrics.targets:
-            style = {True: "green", False: "red", None: "dim"}[claim.holds]
-            value = "–" if claim.value is None else f"{claim.value:.2f}"
-            found.add_row(claim.text, Text(value, justify="right"), claim.target, Text(status(claim), style=style))
+        for target in metrics.targets:
+            style = {True: "green", False: "red", None: "dim"}[target.passed]
+            value = "–" if target.value is None else f"{target.value:.2f}"
+            found.add_row(target.text, Text(value, justify="right"), target.target, Text(status(target), style=style))
         console.print(found)
     for note in notes(metrics):
         console.print(Text(note, style="dim"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -23,14 +23,19 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
 class Classifier(Scorer, Protocol):
     """A scorer that names the content of an image and has a measured accuracy."""
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """The mean of each of its scores on real images."""
+        """The mean of each of its scores on real images, and "images", the number of these."""
         ...
 
     def predictions(self, images: Tensor) -> list[str]:
         """The name of each image's content. images: uint8 [N, H, W, 3]."""
+        ...
+
+    def group(self, prompt: str) -> str | None:
+        """The group of a prompt whose scores are reported apart, such as its language; None is no group."""
         ...

@@ -10,9 +10,9 @@ _NEVER = 2**31 - 1
 
 
 def retain_freed_memory() -> None:
-    """From here on freed memory stays with the process: glibc gives large blocks back to the system at once, and every
-    next tensor is then paid for again, page by page. A Decoupled-DMD step on a CPU takes about a tenth
-    less time without that (docs/lab-notes/performance.md), at the same peak. Elsewhere than on glibc nothing is changed.
+    """Keep freed memory in the process. By default glibc returns large blocks to the system at once, and the next
+    tensor pays for its pages again: a Decoupled-DMD step on a CPU takes about a tenth less time this way, at the same
+    peak (docs/lab-notes/performance.md). Without glibc this changes nothing.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:

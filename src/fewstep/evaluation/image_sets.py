@@ -1,0 +1,173 @@
+"""Sets of images with their features and scores: of each setting, and of real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.registry import image_sources, load_plugins
+from fewstep.evaluation import metrics as measure
+from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
+from fewstep.evaluation.images import as_float, as_uint8
+from fewstep.evaluation.metrics_file import Figures, ImageColumn
+from fewstep.evaluation.settings import Setting
+from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
+from fewstep.rewards.protocol import Classifier, Scorer
+
+#: Starts a progress bar: label, total -> a function that takes the number of further images done.
+Bar = Callable[[str, int], Callable[[int], object]]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """
+    Attributes:
+        main: uint8 [N, H, W, 3], one image of each prompt in ``indices``.
+        seeds: uint8 [P, S, H, W, 3], several seeds of the first P of these.
+        features, seed_features: [N, D] and [P, S, D].
+        scores: float [N] by key, NaN where a score does not apply.
+    """
+
+    main: Tensor
+    seeds: Tensor
+    features: Tensor
+    seed_features: Tensor
+    scores: dict[str, Tensor]
+    indices: list[int]
+
+
+class ImageSets:
+    """Makes image sets of one list of prompts and seeds, and measures them.
+
+    Args:
+        diversity_prompts, diversity_seeds: how many prompts have several seeds, and how many.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        diversity_prompts: int,
+        diversity_seeds: int,
+        network: FeatureNetwork,
+        scorers: Sequence[Scorer],
+        bar: Bar,
+    ) -> None:
+        self.prompts, self.seed, self.network, self.scorers, self.bar = list(prompts), seed, network, scorers, bar
+        self.some, self.num_seeds = min(diversity_prompts, len(prompts)), diversity_seeds
+        load_plugins()
+        sources = [image_sources.get(name)() for name in image_sources.names()]
+        #: the source of real images of each prompt that has one
+        self.real_sources: dict[int, Any] = {
+            index: source for index, prompt in enumerate(prompts) for source in sources if source.knows(prompt)
+        }
+
+    def generated(self, setting: Setting) -> tuple[ImageSet, Figures]:
+        """A setting's images, and how they were made."""
+        count = len(self.prompts)
+        progress = self.bar(setting.title, count + self.some * (self.num_seeds - 1))
+        params = SamplingParams(steps=setting.steps, guidance_scale=setting.guidance_scale, seed=self.seed)
+        callback = lambda step: progress(step.finished)  # noqa: E731
+        main = generate(setting.model, self.prompts, params, callback)
+        # The first of a prompt's seeds is its main image; the others are beyond all main seeds.
+        some = [prompt for prompt in self.prompts[: self.some] for _ in range(self.num_seeds - 1)]
+        more = generate(setting.model, some, params.model_copy(update={"seed": self.seed + count}), callback)
+        others = more.images.unflatten(0, (self.some, self.num_seeds - 1))
+        seeds = torch.cat([main.images[: self.some, None], others], dim=1)
+        figures = {
+            "seconds_per_image": main.seconds / count,
+            "nfe": main.nfe,
+            "steps": setting.steps,
+            "guidance_scale": setting.guidance_scale,
+        }
+        return self._measured(main.images, seeds, list(range(count)), setting.title), figures
+
+    def real(self, size: int, seed: int) -> ImageSet:
+        """Real images of the prompts that have some."""
+        generator = torch.Generator().manual_seed(2**41 + seed)
+        indices = list(self.real_sources)
+        # Several seeds only for the prompts that the settings have several of.
+        some = indices[: self.some] if indices[: self.some] == list(range(self.some)) else []
+        wanted = indices + [index for index in some for _ in range(self.num_seeds - 1)]
+        by_source: dict[int, list[int]] = {}
+        for row, index in enumerate(wanted):
+            by_source.setdefault(id(self.real_sources[index]), []).append(row)
+        images = torch.zeros(len(wanted), size, size, 3, dtype=torch.uint8)
+        for rows in by_source.values():
+            source = self.real_sources[wanted[rows[0]]]
+            images[rows] = as_uint8(source.render([self.prompts[wanted[row]] for row in rows], generator, size))
+        main, others = images[: len(indices)], images[len(indices) :].unflatten(0, (len(some), self.num_seeds - 1))
+        seeds = torch.cat([main[: len(some), None], others], dim=1)
+        return self._measured(main, seeds, indices, "real images")
+
+    def _measured(self, main: Tensor, seeds: Tensor, indices: list[int], label: str) -> ImageSet:
+        groups, rest = seeds.shape[:2], seeds[:, 1:].flatten(0, 1)
+        progress = self.bar(f"{label}: features", len(main) + len(rest))
+        features = self.network(torch.cat([main, rest]), progress)
+        more = features[len(main) :].unflatten(0, (groups[0], groups[1] - 1))
+        prompts = [self.prompts[index] for index in indices]
+        scores = {key: value for scorer in self.scorers for key, value in scorer.score(main, prompts).items()}
+        seed_features = torch.cat([features[: groups[0], None], more], dim=1)
+        return ImageSet(main, seeds, features[: len(main)], seed_features, scores, indices)
+
+    def figures(self, images: ImageSet, reference: ImageSet | None, real: ImageSet | None) -> Figures:
+        """Scores, distances and pixel statistics. Distances compare images of the same prompts on both sides."""
+        pixels = as_float(images.main)
+        diversity = measure.diversity(images.seed_features) if len(images.seeds) else None
+        return {
+            **{key: mean_score(values) for key, values in images.scores.items()},
+            "by_group": self._by_group(images),
+            **self._distances("teacher", images, reference),
+            **self._distances("real", images, real),
+            with_network("diversity", self.network.name): diversity,
+            "saturation": measure.saturation(pixels),
+            "contrast": measure.contrast(pixels),
+            "hf_energy": measure.hf_energy(pixels),
+        }
+
+    def _distances(self, label: str, images: ImageSet, other: ImageSet | None) -> Figures:
+        fd, mmd = (with_network(f"{name}_{label}", self.network.name) for name in ("fd", "mmd"))
+        shared = sorted(set(images.indices) & set(other.indices)) if other is not None else []
+        if other is None or len(shared) < 2:
+            return {fd: None, mmd: None}
+        a, b = (one.features[[one.indices.index(i) for i in shared]] for one in (images, other))
+        return {fd: measure.frechet_distance(a, b), mmd: measure.mmd(a, b)}
+
+    def _by_group(self, images: ImageSet) -> dict[str, Figures]:
+        """Scores of each group of prompts, such as a language, and the number of its images."""
+        found: dict[str, Figures] = {}
+        for scorer in self.scorers:
+            if not isinstance(scorer, Classifier):
+                continue
+            groups = [scorer.group(self.prompts[index]) for index in images.indices]
+            for group in sorted({group for group in groups if group is not None}):
+                rows = [row for row, each in enumerate(groups) if each == group]
+                means = {key: mean_score(values[rows]) for key, values in images.scores.items()}
+                found[group] = means | {"images": len(rows)}
+        return found
+
+    def column(self, images: ImageSet, title: str) -> ImageColumn:
+        """The set as a report shows it: one image for each prompt, gray where the set has none."""
+        main = torch.full((len(self.prompts), *images.main.shape[1:]), 127, dtype=torch.uint8)
+        main[images.indices] = images.main
+        predicted: list[str | None] = [None] * len(self.prompts)
+        for scorer in self.scorers:
+            if not isinstance(scorer, Classifier):
+                continue
+            key = next(iter(scorer.score(images.main[:1], [self.prompts[images.indices[0]]])))
+            names = scorer.predictions(images.main)
+            for index, name, score in zip(images.indices, names, images.scores[key].tolist(), strict=True):
+                if score == 0:
+                    predicted[index] = name
+        return ImageColumn(title, main, images.seeds, predicted)
+
+
+def mean_score(values: Tensor) -> float | None:
+    """The mean over the images that a score applies to; None if there are none."""
+    applies = values[~values.isnan()]
+    return float(applies.mean()) if len(applies) else None

@@ -1,0 +1,43 @@
+"""Evaluation networks from transformers: a local path or a hub id, safetensors only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fewstep.errors import UserError
+from fewstep.models.components import silence_loggers
+
+
+def load_checkpoint(model_class: Any, checkpoint: str) -> nn.Module:
+    """A frozen model of a transformers class, in eval mode and fp32.
+
+    Raises:
+        UserError: it cannot be loaded, or weights are missing.
+    """
+    try:
+        with silence_loggers():
+            model, report = model_class.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"{checkpoint}: cannot be loaded as {model_class.__name__}: {_first_line(error)}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{checkpoint}: {len(missing)} weights of {model_class.__name__} are missing: {missing[0]}, ..."
+        )
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
+
+
+def load_processor(processor_class: Any, checkpoint: str) -> Any:
+    """A checkpoint's own preprocessing. Raises: UserError."""
+    try:
+        with silence_loggers():
+            return processor_class.from_pretrained(checkpoint)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{checkpoint}: no {processor_class.__name__} can be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
