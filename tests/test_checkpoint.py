@@ -114,7 +114,7 @@ def test_training_goes_on_from_the_last_whole_one(tmp_path: Path, capfd: pytest.
     fit(again)
     said = capfd.readouterr().err
     assert "step_00000010: skipped, first.weights.safetensors is damaged" in said
-    assert "going on from step 5" in said
+    assert "resuming from step 5" in said
     assert torch.equal(again.learners[0].weights["0.weight"], expected)
 
 
@@ -195,23 +195,23 @@ def test_recipe_saved_by_an_older_version_is_known_again(tmp_path: Path) -> None
     RunDir(tmp_path, tiny_recipe())
 
 
-def test_fresh_deletes_only_what_a_run_makes(tmp_path: Path) -> None:
+def test_overwrite_deletes_only_what_a_run_makes(tmp_path: Path) -> None:
     fit(tiny_trainer(tmp_path, steps=5))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "student").mkdir()
-    fresh = tiny_trainer(tmp_path, fresh=True, steps=6, seed=3)
+    trainer = tiny_trainer(tmp_path, overwrite=True, steps=6, seed=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "recipe.yaml"]
-    fit(fresh)
-    assert fresh.position == 18
+    fit(trainer)
+    assert trainer.position == 18
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 6]
 
 
 def test_directory_that_is_no_run_keeps_its_files(tmp_path: Path) -> None:
     """ "--overwrite" in somebody's project must not delete their `model` folder."""
     (tmp_path / "model").mkdir()
-    for fresh in (False, True):
+    for overwrite in (False, True):
         with pytest.raises(UserError, match="model is in the way"):
-            RunDir(tmp_path, tiny_recipe(), fresh=fresh)
+            RunDir(tmp_path, tiny_recipe(), overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -229,7 +229,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 
 def test_interruption_outside_of_training_says_how_to_go_on(tmp_path: Path) -> None:
     with (
-        pytest.raises(KeyboardInterrupt, match="to go on: make it"),
+        pytest.raises(KeyboardInterrupt, match="resume with: make it"),
         RunDir(tmp_path, tiny_recipe(), resume_command="make it"),
     ):
         raise KeyboardInterrupt

@@ -85,7 +85,7 @@ def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
     parts[1].write_bytes(data)
     again = distil(tiny_folder, out, 2, "train.steps=4")
     assert f"skipped, {parts[1].name} is damaged" in again.stderr
-    assert "going on from step 2" in again.stderr
+    assert "resuming from step 2" in again.stderr
     assert_close(weights(out), weights(alone))
 
 
@@ -122,7 +122,7 @@ def test_a_full_disk_ends_all_processes_and_leaves_the_last_checkpoint(tiny_fold
     assert "step_00000004: cannot write this checkpoint" in done.stderr
     assert "earlier ones are as they were" in done.stderr
     assert [path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")] == ["step_00000002"]
-    assert "going on from step 2" in distil(tiny_folder, out, 2, "train.steps=4").stderr
+    assert "resuming from step 2" in distil(tiny_folder, out, 2, "train.steps=4").stderr
     assert_close(weights(out), weights(alone))
 
 
@@ -186,7 +186,7 @@ def test_one_killed_ends_all_and_the_run_goes_on(tiny_folder, tmp_path):
         process.kill()
     reached = max(int(path.name[5:]) for path in (tmp_path / "run").glob("checkpoints/step_*"))
     again = distil(tiny_folder, tmp_path / "run", 2, f"train.steps={reached + 100_001}", "train.max_minutes=0.001")
-    assert "going on from step" in again.stderr
+    assert "resuming from step" in again.stderr
 
 
 def test_batches_are_divided_without_overlap():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fewstep import api
 from fewstep.cli.main import app
 from fewstep.data import prepare_prompts as preparing
-from fewstep.data.prepare_prompts import CleaningStats, prepare, script_of
+from fewstep.data.prepare_prompts import CleaningStats, prepare_prompts, script_of
 from fewstep.data.prompt_files import read_texts
 from fewstep.data.prompt_shards import PromptShards
 from fewstep.errors import UserError
@@ -60,7 +60,7 @@ MISTAKES = {
     "none.txt": (None, "no such file"),
     "list.pdf": (b"x", "prompts come from .txt, .jsonl, .csv, .parquet"),
     "bad.jsonl": (b'{"prompt": "a"}\n{"prom', "bad.jsonl, line 2: not JSON"),
-    "other.jsonl": (b'{"text": "a"}\n', "line 1: no 'prompt'; there are text; say --column"),
+    "other.jsonl": (b'{"text": "a"}\n', "line 1: no 'prompt'; there are text; set --column"),
     "other.csv": (b"text,n\na,1\n", "no column 'prompt'; there are text, n"),
     "bytes.txt": (b"\xff\xfe\xfa", "not a UTF-8 text file"),
     "no.parquet": (b"PAR", "not a parquet file"),
@@ -103,7 +103,7 @@ def test_languages(text, expected):
 
 
 def make(source, model, out, **options):
-    return prepare([str(source)], model.encoder, out, **options)
+    return prepare_prompts([str(source)], model.encoder, out, **options)
 
 
 def test_cleaned_and_encoded_as_the_model_would(tmp_path, tiny):
@@ -139,9 +139,9 @@ def test_interrupted_goes_on_and_gives_the_same(tmp_path, tiny, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(file, tiny, tmp_path / "parts", shard_size=10)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="no encoded prompts there"):
+    with pytest.raises(UserError, match="no encoded prompts in it"):
         PromptShards(tmp_path / "parts")
-    with pytest.raises(UserError, match="another max_tokens were begun there"):
+    with pytest.raises(UserError, match="unfinished prompts with another max_tokens"):
         make(file, tiny, tmp_path / "parts", shard_size=10, max_tokens=50)
     parts = make(file, tiny, tmp_path / "parts", shard_size=10)
     assert parts == whole
@@ -155,15 +155,15 @@ def test_interrupted_goes_on_and_gives_the_same(tmp_path, tiny, monkeypatch):
 def test_finished_and_foreign_folders_are_refused(tmp_path, tiny):
     file = write(tmp_path, "txt")
     make(file, tiny, tmp_path / "out")
-    with pytest.raises(UserError, match="finished prompts are there"):
+    with pytest.raises(UserError, match="already holds encoded prompts"):
         make(file, tiny, tmp_path / "out")
-    assert make(file, tiny, tmp_path / "out", fresh=True).kept == 3
+    assert make(file, tiny, tmp_path / "out", overwrite=True).kept == 3
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"mine.txt is no work of fewstep prompts"):
-        make(file, tiny, tmp_path / "out", fresh=True)
+    with pytest.raises(UserError, match=r"mine.txt was not written by fewstep encode-prompts"):
+        make(file, tiny, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     (tmp_path / "blank.txt").write_text("\n\n")
-    with pytest.raises(UserError, match="no prompt is left; 2 were read"):
+    with pytest.raises(UserError, match="none of the 2 prompts was kept"):
         make(tmp_path / "blank.txt", tiny, tmp_path / "none")
 
 
@@ -206,8 +206,8 @@ def test_prompts_do_not_mind_the_precision_of_the_text_encoder(tmp_path, tiny, t
     (tmp_path / "prompts.txt").write_text("a fox\na red apple\n")
     make(tmp_path / "prompts.txt", tiny, tmp_path / "shards")
     overrides = [
-        f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'shards'}", "roles.kind=lora", f"roles.base={base}",
-        "roles.rank=2", "train.steps=1", "train.batch_size=2", "train.sample_every=0", "evaluate.enabled=false",
+        f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'shards'}", "models.train=lora", f"models.frozen_dtype={base}",
+        "models.rank=2", "train.steps=1", "train.batch_size=2", "train.sample_every=0", "evaluate.enabled=false",
     ]  # fmt: skip
     assert api.distill("micro-decoupled", tmp_path / "run", overrides=overrides).student.is_dir()
 
@@ -223,7 +223,7 @@ def test_a_distillation_takes_them(tmp_path, tiny, tiny_folder):
     file = tmp_path / "prompts.txt"
     file.write_text("a fox on a blue background\na red apple\n紫色背景上的红苹果\n", encoding="utf-8")
     arguments = [str(file), "--out", str(tmp_path / "shards"), "--model", str(tiny_folder), "--shard-size", "2"]
-    done = CliRunner().invoke(app, ["prompts", *arguments])
+    done = CliRunner().invoke(app, ["encode-prompts", *arguments])
     assert done.exit_code == 0, done.output
     assert "3 of 3 prompts kept" in done.output
     assert "Latin script 66.7%, Chinese 33.3%" in done.output

@@ -42,7 +42,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
 
     first = tiny_trainer(tmp_path / "parts")
     stop_after(first, 7)
-    with pytest.raises(KeyboardInterrupt, match=r"saved step 7/12; to go on: the same again"):
+    with pytest.raises(KeyboardInterrupt, match=r"saved step 7/12; resume with: the same again"):
         fit(first)
     assert first.step == 7
     torch.manual_seed(99)  # whatever the next process does before it trains
@@ -333,7 +333,7 @@ def test_stopped_from_outside_then_gone_on_with(tmp_path: Path, number: signal.S
     process.send_signal(number)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "to go on: the same again" in message
+    assert "resume with: the same again" in message
     assert "Traceback" not in message
 
     torch.set_num_threads(1)

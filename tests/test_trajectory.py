@@ -122,14 +122,14 @@ def test_other_caches_are_refused(tiny_folder, tmp_path):
         TrajectoryCache(folder, expected_of(tiny_folder, substeps=3))
     with pytest.raises(UserError, match="another sigmas, states"):
         make_cache(cache_recipe(tiny_folder, steps=4), folder)
-    with pytest.raises(UserError, match="other size or seed"):
+    with pytest.raises(UserError, match="another size or seed"):
         make_cache(cache_recipe(tiny_folder, first_seed=7), folder)
     other = load(tiny_folder)
     with torch.no_grad():
         next(other.transformer.parameters()).view(-1)[-1] += 1e-3  # one number of one weight
     with pytest.raises(UserError, match="another transformer"):
         TrajectoryCache(folder, cache_fingerprint(other, flow.uniform_timesteps(2), 2, 2.0))
-    make_cache(cache_recipe(tiny_folder, first_seed=7), folder, fresh=True)
+    make_cache(cache_recipe(tiny_folder, first_seed=7), folder, overwrite=True)
     assert read_index(folder).first_seed == 7
 
 
@@ -141,12 +141,12 @@ def test_damage_and_strangers_end_in_one_line(tiny_folder, tmp_path):
     (folder / INDEX).write_text("{")
     with pytest.raises(UserError, match=INDEX):
         TrajectoryCache(folder, expected_of(tiny_folder))
-    with pytest.raises(UserError, match="no cache there"):
+    with pytest.raises(UserError, match="nowhere is not a cache"):
         TrajectoryCache(tmp_path / "nowhere", {})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="has files but no"):
-        make_cache(cache_recipe(tiny_folder), tmp_path / "mine", fresh=True)
+        make_cache(cache_recipe(tiny_folder), tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 

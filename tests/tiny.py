@@ -52,13 +52,13 @@ def tiny_recipe(**train: object) -> ClassifierRecipe:
     )
 
 
-def tiny_trainer(directory: Path, fresh: bool = False, **train: object) -> Trainer:
+def tiny_trainer(directory: Path, overwrite: bool = False, **train: object) -> Trainer:
     recipe = tiny_recipe(**train)
     optim = {
         "first": OptimSettings(lr=0.01, ema_decay=0.9, warmup_steps=3, lr_schedule="cosine", weight_decay=0.01),
         "second": OptimSettings(lr=0.02),
     }
-    run = RunDir(directory, recipe, fresh=fresh, resume_command="the same again")
+    run = RunDir(directory, recipe, overwrite=overwrite, resume_command="the same again")
     return Trainer(TinyMethod(), tiny_data, run, train=recipe.train, optim=optim)
 
 

@@ -84,7 +84,7 @@ def distill(
             )
         return make_validator(student, validation, settings.scorers)
 
-    with init_distributed() as dist, open_run(dist, directory, resolved, fresh=overwrite) as run:
+    with init_distributed() as dist, open_run(dist, directory, resolved, overwrite=overwrite) as run:
         if isinstance(resolved, DistillRecipe):
             student = _distill(resolved, run, validator, dist)
         else:

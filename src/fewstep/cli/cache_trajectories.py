@@ -1,4 +1,4 @@
-"""`fewstep cache`: a teacher's trajectories, kept on disk."""
+"""`fewstep cache-trajectories`: a teacher's trajectories, kept on disk."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fewstep.cli.options import Overrides, Overwrite, RecipeFile, RunDirectory
 def cache(
     recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, overwrite: Overwrite = False
 ) -> None:
-    """Ask a teacher once, and keep its trajectories. The same command again goes on with what is missing."""
+    """Sample a teacher's trajectories and keep them on disk. Running the same command again resumes."""
     from fewstep.config.load import load_recipe
     from fewstep.config.recipe import CacheRecipe
     from fewstep.data.teacher_trajectories import make_cache
@@ -18,5 +18,5 @@ def cache(
 
     resolved = load_recipe(recipe, overrides or [])
     if not isinstance(resolved, CacheRecipe):
-        raise UserError(f"{recipe}: its kind is {resolved.kind}, not cache")
-    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, fresh=overwrite))
+        raise UserError(f"{recipe}: its kind is {resolved.kind}, not cache_trajectories")
+    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, overwrite=overwrite))

@@ -1,4 +1,4 @@
-"""`fewstep prompts`: other people's prompt lists, cleaned and encoded."""
+"""`fewstep encode-prompts`: prompt lists, cleaned and encoded."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,42 +13,49 @@ def prompts(
         list[str], typer.Argument(help=".txt, .jsonl, .csv or .parquet files, or hf:owner/name[:split].")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the encoded prompts.")],
-    model: Annotated[str, typer.Option(help="Folder or name of the teacher whose text encoder is to be asked.")],
-    column: Annotated[str, typer.Option(help="Where the prompts are, in all but text files.")] = "prompt",
+    model: Annotated[str, typer.Option(help="Folder or name of the model whose text encoder encodes the prompts.")],
+    column: Annotated[str, typer.Option(help="Column or key of the prompts, in all but text files.")] = "prompt",
     max_tokens: Annotated[
         int, typer.Option(min=1, max=512, help="Longer prompts, with the chat template, are left out.")
     ] = 512,
     shard_size: Annotated[int, typer.Option(min=1, help="Prompts in a file.")] = 1000,
     overwrite: Overwrite = False,
 ) -> None:
-    """Read prompts, drop duplicates and what is empty or too long, and encode the rest for distillation.
+    """Read prompts, drop duplicates, empty and long ones, and encode the rest for distillation.
 
-    The same command again goes on where an interrupted one stopped. Use them with -s prompts.source=FOLDER.
+    Running the same command again resumes an interrupted one. Use the prompts with -s prompts.source=FOLDER.
     """
     import torch
 
-    from fewstep.data.prepare_prompts import prepare
+    from fewstep.data.prepare_prompts import CleaningStats, prepare_prompts
     from fewstep.models.pipeline import load_prompt_encoder
-    from fewstep.progress import counter
+    from fewstep.progress import progress_bar
 
     encoder = load_prompt_encoder(model, "cuda" if torch.cuda.is_available() else "cpu")
-    with counter("prompts read") as show:
-        report = prepare(
+    shown = 0
+    with progress_bar(None, "prompts read") as advance:
+
+        def show(stats: CleaningStats) -> None:
+            nonlocal shown
+            advance(stats.read - shown)
+            shown = stats.read
+
+        stats = prepare_prompts(
             sources,
             encoder,
             out,
             column=column,
             max_tokens=max_tokens,
             shard_size=shard_size,
-            fresh=overwrite,
-            progress=lambda found: show(found.read),
+            overwrite=overwrite,
+            progress=show,
         )
-    summary = report.summary()
-    languages = ", ".join(f"{name} {100 * count / report.kept:.1f}%" for name, count in summary["languages"].items())
+    summary = stats.summary()
+    scripts = ", ".join(f"{name} {100 * count / stats.kept:.1f}%" for name, count in summary["languages"].items())
     tokens = ", ".join(f"{name} {count}" for name, count in summary["tokens"].items())
     typer.echo(
-        f"{out}: {report.kept:,} of {report.read:,} prompts kept; left out: {report.empty:,} empty, "
-        f"{report.duplicate:,} duplicates, {report.too_long:,} too long"
+        f"{out}: {stats.kept:,} of {stats.read:,} prompts kept; left out: {stats.empty:,} empty, "
+        f"{stats.duplicate:,} duplicates, {stats.too_long:,} too long"
     )
-    typer.echo(f"languages: {languages}")
+    typer.echo(f"languages: {scripts}")
     typer.echo(f"tokens with the template: {tokens}")

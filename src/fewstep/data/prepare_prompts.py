@@ -1,7 +1,7 @@
-"""From other people's prompt lists to shards of encoded prompts: cleaned, without duplicates, in flat memory.
+"""From prompt lists to shards of encoded prompts: cleaned, without duplicates, in constant memory.
 
-What was seen, and how far it got, is kept in a small database beside the shards while it works; a shard and the step in
-the database that counts it are one transaction, so that an interrupted run goes on where it was.
+Which prompts were read, and how far the work got, is kept in a small database beside the shards; a shard and the
+database row that counts it are one transaction, so an interrupted call resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from fewstep.atomic import is_partial
 from fewstep.data.prompt_files import read_texts
 from fewstep.data.prompt_shards import INDEX, write_prompt_index, write_prompt_shard
-from fewstep.data.trajectories import shard_file, text_fingerprint
+from fewstep.data.trajectories import text_fingerprint
 from fewstep.errors import UserError
 from fewstep.models.text import MAX_TOKENS, PromptEncoder
 
-SEEN = "seen.sqlite"
+PROGRESS = "seen.sqlite"
 
-#: Script of a letter, by the first word of its Unicode name -> what is most likely written in it.
-LANGUAGES = {
+#: First word of a letter's Unicode name -> the script, or the language where one is most likely.
+SCRIPTS = {
     "LATIN": "Latin script",
     "CJK": "Chinese",
     "HIRAGANA": "Japanese",
@@ -45,7 +46,7 @@ LANGUAGES = {
 
 @dataclass
 class CleaningStats:
-    """What became of the prompts that were read."""
+    """How many prompts were read, left out for which reason, and kept."""
 
     read: int = 0
     empty: int = 0
@@ -55,12 +56,12 @@ class CleaningStats:
     languages: Counter[str] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
 
-    def quantile(self, share: float) -> int:
-        """The number of tokens that this share of the kept prompts does not exceed."""
+    def quantile(self, fraction: float) -> int:
+        """The smallest number of tokens that this fraction of the kept prompts does not exceed."""
         reached = 0
         for tokens, count in sorted(self.tokens.items()):
             reached += count
-            if reached >= share * self.kept:
+            if reached >= fraction * self.kept:
                 return tokens
         return 0
 
@@ -70,19 +71,19 @@ class CleaningStats:
         counts = {name: getattr(self, name) for name in names}
         return counts | {"languages": dict(self.languages.most_common()), "tokens": lengths}
 
-    def saved(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {**vars(self), "languages": dict(self.languages), "tokens": dict(self.tokens)}
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any]) -> CleaningStats:
+    def from_json(cls, saved: Mapping[str, Any]) -> CleaningStats:
         tokens = Counter({int(key): count for key, count in saved["tokens"].items()})
         return cls(**{**saved, "languages": Counter(saved["languages"]), "tokens": tokens})
 
 
 def script_of(text: str) -> str:
-    """What a prompt is most likely written in, by the script of most of its letters; kana settles for Japanese."""
+    """The script of most letters of a text, or the most likely language; a single kana makes it Japanese."""
     scripts = Counter(
-        LANGUAGES.get(unicodedata.name(letter, "?").split(" ")[0].split("-")[0], "other")
+        SCRIPTS.get(unicodedata.name(letter, "?").split(" ")[0].split("-")[0], "other")
         for letter in text
         if letter.isalpha()
     )
@@ -92,11 +93,11 @@ def script_of(text: str) -> str:
 
 
 def normalize_prompt(text: str) -> str:
-    """A prompt as it is kept: composed Unicode, white space of any kind as single spaces."""
+    """Composed Unicode (NFC), with white space of any kind as single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def prepare(
+def prepare_prompts(
     sources: Sequence[str],
     encoder: PromptEncoder,
     out: Path,
@@ -104,113 +105,116 @@ def prepare(
     column: str = "prompt",
     max_tokens: int = MAX_TOKENS,
     shard_size: int = 1000,
-    fresh: bool = False,
-    progress: Callable[[CleaningStats], object] = lambda report: None,
+    overwrite: bool = False,
+    progress: Callable[[CleaningStats], object] = lambda stats: None,
 ) -> CleaningStats:
-    """Reads, cleans and encodes prompts into ``out``; goes on where an interrupted call left off.
+    """Read, clean and encode prompts into ``out``; resumes an interrupted call.
 
     Args:
         sources: see ``read_texts``.
         max_tokens: with the chat template; longer prompts are left out.
-        progress: told the report so far, after each shard.
+        overwrite: delete prompts that are in ``out`` already.
+        progress: called with the statistics so far, after each shard.
 
     Raises:
-        UserError: a mistake in a source, other prompts in ``out``, or none left.
+        UserError: a mistake in a source, other prompts in ``out``, or no prompt is left.
     """
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "sources": list(sources),
         "column": column,
         "max_tokens": max_tokens,
         "shard_size": shard_size,
+        "fingerprint": text_fingerprint(encoder),
     }
-    asked |= {"fingerprint": text_fingerprint(encoder)}
-    if fresh and out.exists():
-        _clear(out)
+    if overwrite and out.exists():
+        _delete_prompts(out)
     if (out / INDEX).exists():
-        raise UserError(f"{out}: finished prompts are there; use another --out, or --overwrite")
+        raise UserError(f"{out} already holds encoded prompts; use another --out, or --overwrite")
     texts = chain.from_iterable(read_texts(source, column) for source in sources)
     out.mkdir(parents=True, exist_ok=True)
-    with closing(ProgressDB(out / SEEN, asked)) as ledger:
-        report, counts = ledger.report, ledger.counts
-        for kept in _batched(_clean(islice(texts, report.read, None), report, ledger, encoder, max_tokens), shard_size):
-            write_prompt_shard(out, len(counts), kept, encoder.encode_uncached(kept))
-            counts.append(len(kept))
-            ledger.commit()
-            progress(report)
+    with closing(ProgressDB(out / PROGRESS, settings)) as database:
+        stats, counts = database.stats, database.counts
+        unread = islice(texts, stats.read, None)
+        for prompts in _batched(_clean(unread, stats, database, encoder, max_tokens), shard_size):
+            write_prompt_shard(out, len(counts), prompts, encoder.encode_uncached(prompts))
+            counts.append(len(prompts))
+            database.commit()
+            progress(stats)
         if not counts:
-            raise UserError(f"{', '.join(sources)}: no prompt is left; {report.read} were read")
-    write_prompt_index(out, asked["fingerprint"], counts, report.summary())
-    (out / SEEN).unlink()
-    return report
+            raise UserError(f"{', '.join(sources)}: none of the {stats.read} prompts was kept")
+    write_prompt_index(out, settings["fingerprint"], counts, stats.summary())
+    (out / PROGRESS).unlink()
+    return stats
 
 
 def _clean(
-    texts: Iterable[str], report: CleaningStats, ledger: ProgressDB, encoder: PromptEncoder, max_tokens: int
+    texts: Iterable[str], stats: CleaningStats, database: ProgressDB, encoder: PromptEncoder, max_tokens: int
 ) -> Iterator[str]:
-    """The prompts to keep; what becomes of each is counted as it passes."""
+    """The prompts to keep; ``stats`` counts every prompt as it passes."""
     for text in texts:
-        report.read += 1
+        stats.read += 1
         prompt = normalize_prompt(text)
         if not prompt:
-            report.empty += 1
-        elif not ledger.is_new(prompt):
-            report.duplicate += 1
+            stats.empty += 1
+        elif not database.add_if_new(prompt):
+            stats.duplicate += 1
         elif (tokens := encoder.count(prompt)) > max_tokens:
-            report.too_long += 1
+            stats.too_long += 1
         else:
-            report.kept += 1
-            report.tokens[tokens] += 1
-            report.languages[script_of(prompt)] += 1
+            stats.kept += 1
+            stats.tokens[tokens] += 1
+            stats.languages[script_of(prompt)] += 1
             yield prompt
 
 
 def _batched(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Lists of so many, the last one shorter; nothing is read before it is asked for."""
+    """Lists of ``size`` texts, the last one shorter, read lazily."""
     while part := list(islice(texts, size)):
         yield part
 
 
 class ProgressDB:
-    """What was seen, and how far it got, on disk: memory stays flat however many prompts there are."""
+    """The prompts read so far, as hashes, and the progress, on disk: memory stays constant."""
 
-    def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
-        self.base = sqlite3.connect(file)
+    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+        self.connection = sqlite3.connect(file)
         try:
-            self.base.execute("create table if not exists seen (digest blob primary key) without rowid")
-            self.base.execute("create table if not exists state (content text)")
-            found = self.base.execute("select content from state").fetchone()
+            self.connection.execute("create table if not exists seen (digest blob primary key) without rowid")
+            self.connection.execute("create table if not exists state (content text)")
+            row = self.connection.execute("select content from state").fetchone()
         except sqlite3.DatabaseError as error:
             raise UserError(f"{file}: cannot be read ({error}); use --overwrite") from None
-        saved: dict[str, Any] = {"asked": asked, "report": CleaningStats().saved(), "counts": []}
-        if found:
-            saved = json.loads(found[0])
-        differing = [key for key, value in asked.items() if saved["asked"].get(key) != value]
-        if differing:
+        saved = json.loads(row[0]) if row else {}
+        started_with = saved.get("settings", settings)
+        changed = [key for key, value in settings.items() if started_with.get(key) != value]
+        if changed:
             raise UserError(
-                f"{file.parent}: prompts with another {', '.join(differing)} were begun there; use --overwrite"
+                f"{file.parent} holds unfinished prompts with another {', '.join(changed)}; use another --out, or "
+                "--overwrite"
             )
-        self.asked, self.report = asked, CleaningStats.of(saved["report"])
-        self.counts: list[int] = saved["counts"]
+        self.settings = settings
+        self.stats = CleaningStats.from_json(saved["stats"]) if saved else CleaningStats()
+        self.counts: list[int] = saved.get("counts", [])
 
-    def is_new(self, text: str) -> bool:
-        """Whether the text comes for the first time; it is not, from then on."""
+    def add_if_new(self, text: str) -> bool:
+        """Whether the text was not in the database; it is from then on."""
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return self.base.execute("insert or ignore into seen values (?)", (digest,)).rowcount > 0
+        return self.connection.execute("insert or ignore into seen values (?)", (digest,)).rowcount > 0
 
     def commit(self) -> None:
-        content = json.dumps({"asked": self.asked, "report": self.report.saved(), "counts": self.counts})
-        self.base.execute("delete from state")
-        self.base.execute("insert into state values (?)", (content,))
-        self.base.commit()
+        content = json.dumps({"settings": self.settings, "stats": self.stats.to_json(), "counts": self.counts})
+        self.connection.execute("delete from state")
+        self.connection.execute("insert into state values (?)", (content,))
+        self.connection.commit()
 
     def close(self) -> None:
-        self.base.close()
+        self.connection.close()
 
 
-def _clear(out: Path) -> None:
-    """Deletes what a run of this kind left in a folder; anything else there is refused."""
-    own = {INDEX, SEEN, f"{SEEN}-journal"}
+def _delete_prompts(out: Path) -> None:
+    """Delete what an earlier call left in a folder. Raises: UserError for any other file there."""
+    own = {INDEX, PROGRESS, f"{PROGRESS}-journal"}
     for path in out.iterdir():
-        if path.name not in own and path.name != shard_file(out, 0).name and not path.name.startswith("shard-"):
-            raise UserError(f"{path} is no work of fewstep prompts; use another --out")
+        if path.name not in own and not path.name.startswith("shard-") and not is_partial(path):
+            raise UserError(f"{path} was not written by fewstep encode-prompts; use another --out")
     shutil.rmtree(out)

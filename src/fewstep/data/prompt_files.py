@@ -1,4 +1,4 @@
-"""Prompts out of other people's files, one by one: however long a list is, it is never in memory as a whole."""
+"""Prompts from files and datasets, one by one: a long list is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ HUB = "hf:"
 
 
 def read_texts(source: str, column: str = "prompt") -> Iterator[str]:
-    """The prompts of a source in their order; what is no text, such as a missing value, comes as "".
+    """The prompts of a source in their order; a value that is not text, such as a missing one, becomes "".
 
     Args:
-        source: a .txt file with one a line, a .jsonl, .csv or .parquet file, or ``hf:owner/name[:split]``, a Hugging
+        source: a .txt file with one per line, a .jsonl, .csv or .parquet file, or ``hf:owner/name[:split]``, a Hugging
             Face dataset, which is streamed.
-        column: where the prompts are, in all but text files.
+        column: column or key of the prompts, in all but text files.
 
     Raises:
         UserError: no such file, format or column, or a line that cannot be read, with its number.
@@ -58,14 +58,14 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         if isinstance(row, dict) and column not in row:
-            raise UserError(f"{path}, line {number}: no {column!r}; there are {_listed(row)}; say --column")
+            raise UserError(f"{path}, line {number}: no {column!r}; there are {_listed(row)}; set --column")
         yield _as_text(row[column] if isinstance(row, dict) else row)
 
 
 def _csv(path: Path, column: str) -> Iterator[str]:
     rows = csv.DictReader(line + "\n" for _, line in _lines(path))
     if column not in (rows.fieldnames or ()):
-        raise UserError(f"{path}: no column {column!r}; there are {_listed(rows.fieldnames or ())}; say --column")
+        raise UserError(f"{path}: no column {column!r}; there are {_listed(rows.fieldnames or ())}; set --column")
     try:
         for row in rows:
             yield _as_text(row[column])
@@ -84,7 +84,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     except ArrowInvalid as error:
         raise UserError(f"{path}: not a parquet file ({error})") from None
     if column not in file.schema_arrow.names:
-        raise UserError(f"{path}: no column {column!r}; there are {_listed(file.schema_arrow.names)}; say --column")
+        raise UserError(f"{path}: no column {column!r}; there are {_listed(file.schema_arrow.names)}; set --column")
     for batch in file.iter_batches(batch_size=1024, columns=[column]):
         yield from map(_as_text, batch.column(0).to_pylist())
 
@@ -101,7 +101,7 @@ def _hub(source: str, column: str) -> Iterator[str]:
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
     for number, row in enumerate(rows):
         if column not in row:
-            raise UserError(f"{source}, row {number}: no {column!r}; there are {_listed(row)}; say --column")
+            raise UserError(f"{source}, row {number}: no {column!r}; there are {_listed(row)}; set --column")
         yield _as_text(row[column])
 
 

@@ -1,7 +1,7 @@
-"""Encoded prompts on disk, in numbered shards, of which only what is asked for is read.
+"""Encoded prompts on disk, in numbered shards; only the requested prompts are read.
 
-    index.json              fingerprint of the text encoder, prompts in each shard, the report of the clean-up
-    shard-00000.safetensors features [tokens, D] of all its prompts in a row, ends [n]; their texts in its metadata
+    index.json              fingerprint of the text encoder, prompts in each shard, statistics of the cleaning
+    shard-00000.safetensors features [tokens, D] of all its prompts in a row, ends [n]; their texts as metadata
 
 Prompts that another text encoder or prompt template encoded are refused, never silently used.
 """
@@ -20,10 +20,10 @@ from typing import Any, overload
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fewstep.atomic import write_tensors, write_text
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.data.trajectories import check_fingerprint, shard_file
 from fewstep.errors import UserError
@@ -34,29 +34,25 @@ KIND = "prompts"
 
 
 def write_prompt_shard(folder: Path, number: int, texts: Sequence[str], features: Sequence[Tensor]) -> None:
-    """A shard of prompts and their features [L_i, D], written aside and moved into place."""
-    file = shard_file(folder, number)
-    aside = file.with_suffix(".partial")
+    """Write a shard of prompts and their features [L_i, D]; the file is complete or absent."""
     ends = torch.tensor(list(accumulate(len(feature) for feature in features)))
-    tensors = {"features": torch.cat(list(features)).cpu().contiguous(), "ends": ends}
-    save_file(tensors, aside, {"prompts": json.dumps(list(texts), ensure_ascii=False)})
-    aside.replace(file)
+    tensors = {"features": torch.cat(list(features)), "ends": ends}
+    write_tensors(shard_file(folder, number), tensors, {"prompts": json.dumps(list(texts), ensure_ascii=False)})
 
 
 def write_prompt_index(
     folder: Path, fingerprint: Mapping[str, object], counts: Sequence[int], report: Mapping[str, Any]
 ) -> None:
-    aside = folder / "index.partial"
+    """Write the index, which makes the folder complete."""
     index = {"format": FORMAT, "kind": KIND, "fingerprint": fingerprint, "counts": list(counts), "report": report}
-    aside.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
-    aside.replace(folder / INDEX)
+    write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
 
 
 class PromptShards(Sequence[str]):
     """The prompts of a folder as a sequence of texts; :meth:`encoded` gives their features.
 
     Raises:
-        UserError: nothing of the kind is there, or it cannot be read.
+        UserError: the folder holds no finished prompts, or they cannot be read.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -64,11 +60,13 @@ class PromptShards(Sequence[str]):
         try:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             if index["format"] != FORMAT or index["kind"] != KIND:
-                raise ValueError("it is of another kind or format")
+                raise ValueError("another kind or format")
             self.fingerprint, self._ends = index["fingerprint"], list(accumulate(index["counts"]))
             self._rows: Sequence[int] | np.ndarray = range(self._ends[-1] if self._ends else 0)
         except FileNotFoundError:
-            raise UserError(f"{folder}: no encoded prompts there; fewstep prompts makes them, or goes on") from None
+            raise UserError(
+                f"{folder}: no encoded prompts in it; make them with fewstep encode-prompts, or resume it"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / INDEX}: cannot be read ({error})") from None
         self._open = lru_cache(maxsize=16)(self._open_shard)
@@ -94,7 +92,7 @@ class PromptShards(Sequence[str]):
         return self._texts(shard)[row]
 
     def check(self, fingerprint: Mapping[str, object]) -> None:
-        """Raises: UserError if another text encoder or template than the model's encoded them."""
+        """Raises: UserError if the prompts were encoded by another text encoder or template."""
         check_fingerprint(self.folder, fingerprint, self.fingerprint)
 
     def encoded(self, rows: Sequence[int]) -> EncodedPrompts:
@@ -120,7 +118,7 @@ class PromptShards(Sequence[str]):
             tensors = safe_open(file, "pt")
             return tensors, tensors.get_tensor("ends").tolist()
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: missing or damaged ({error}); make the prompts again") from None
+            raise UserError(f"{file}: missing or damaged ({error}); run fewstep encode-prompts --overwrite") from None
 
     def _read_texts(self, shard: int) -> list[str]:
         return json.loads(self._open(shard)[0].metadata()["prompts"])

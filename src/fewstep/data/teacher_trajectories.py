@@ -1,8 +1,8 @@
-"""The teacher's own way from noise to image, asked for once and kept: for `fewstep cache`, and for a distillation."""
+"""The teacher's trajectories from noise to image, sampled once and cached: for `fewstep cache-trajectories`, and for
+distillation."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,14 +18,23 @@ from fewstep.core.precision import uses_bf16
 from fewstep.core.samplers import iterate
 from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import open_prompts
-from fewstep.data.trajectories import Index, TrajectoryCache, fingerprint, shard_file, write_index, write_shard
+from fewstep.data.trajectories import (
+    INDEX,
+    Index,
+    TrajectoryCache,
+    delete_cache,
+    fingerprint,
+    shard_file,
+    write_index,
+    write_shard,
+)
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import track
 
 
 def subdivide(anchors: list[float], substeps: int) -> list[float]:
-    """Pre-shift levels with each interval between anchors, and the last one to 0, cut into ``substeps`` equal parts."""
+    """Pre-shift levels: each interval between anchors, the last one down to 0, in ``substeps`` equal parts."""
     ends = [*anchors[1:], 0.0]
     return [
         start + (end - start) * part / substeps
@@ -45,7 +54,7 @@ def teacher_trajectory(
         anchors: K pre-shift levels from 1 down, without the terminal 0.
 
     Returns:
-        [B, K, C, ..., H, W]: at anchors 1 to K - 1, then the data.
+        [B, K, C, ..., H, W]: at anchors 1 to K - 1, then at 0.
     """
     sigmas = flow.sigmas_from_timesteps(subdivide(anchors, substeps), shift)
     steps = iterate(teacher, noise, sigmas, prompts)
@@ -61,15 +70,16 @@ def cache_fingerprint(
 
 
 def make_cache(
-    recipe: CacheRecipe, out: Path, *, fresh: bool = False, teacher: TextToImagePipeline | None = None
+    recipe: CacheRecipe, out: Path, *, overwrite: bool = False, teacher: TextToImagePipeline | None = None
 ) -> Path:
-    """Fill ``out`` with the teacher's trajectories; what is there already from an earlier call is kept.
+    """Fill ``out`` with the teacher's trajectories; shards from an earlier call are kept.
 
     Args:
-        teacher: the recipe's, where it is loaded already.
+        overwrite: delete a cache that is in ``out``.
+        teacher: the recipe's, if it is loaded already.
 
     Raises:
-        UserError: another cache in ``out``, or a mistake in the recipe.
+        UserError: another cache or other files in ``out``, or a mistake in the recipe.
     """
     if teacher is None:
         teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
@@ -78,8 +88,8 @@ def make_cache(
     guidance = teacher.generation_config.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_timesteps(recipe.steps)
     made_by = cache_fingerprint(teacher, anchors, recipe.teacher_steps_per_student_step, guidance)
-    if fresh and (out / "index.json").exists():
-        shutil.rmtree(out)
+    if overwrite and (out / INDEX).exists():
+        delete_cache(out)
     index = Index(made_by, recipe.num_trajectories, recipe.shard_size, recipe.first_seed)
     write_index(out, index)
 
@@ -90,19 +100,19 @@ def make_cache(
     height, width = teacher.generation_config.height, teacher.generation_config.width
     missing = [n for n in range(index.shards) if not shard_file(out, n).exists()]
     for shard in track(missing, "the teacher's trajectories"):
-        members = index.members(shard)
-        shown = [texts[_draw(recipe.first_seed + i, len(texts))] for i in members]
-        prompts, states = teacher.encode(shown), []
-        for start in range(0, len(members), recipe.batch_size):
+        samples = index.sample_range(shard)
+        chosen = [texts[_draw_prompt(recipe.first_seed + i, len(texts))] for i in samples]
+        prompts, states = teacher.encode(chosen), []
+        for start in range(0, len(samples), recipe.batch_size):
             part = slice(start, start + recipe.batch_size)
-            noise = initial_noise(teacher, [recipe.first_seed + i for i in members[part]], height, width)
+            noise = initial_noise(teacher, [recipe.first_seed + i for i in samples[part]], height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
                 states.append(
                     teacher_trajectory(
                         denoiser, noise, anchors, recipe.teacher_steps_per_student_step, teacher.shift, prompts[part]
                     )
                 )
-        write_shard(shard_file(out, shard), torch.cat(states), prompts, shown)
+        write_shard(shard_file(out, shard), torch.cat(states), prompts, chosen)
     return out
 
 
@@ -129,14 +139,14 @@ def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, f
         teacher_steps_per_student_step=substeps,
         guidance_scale=guidance,
         num_trajectories=settings.num_trajectories,
-        shard_size=64,  # one batch a file: an interruption loses seconds
+        shard_size=64,  # one batch per file: an interruption loses seconds
         precision=recipe.train.precision,
     )
     return TrajectoryCache(make_cache(cache, folder, teacher=teacher), made_by)
 
 
 def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> BatchSource:
-    """Batch number -> noise, prompts, and the teacher's states from there."""
+    """Batches of ``size`` cached trajectories: noise, prompts and the teacher's states."""
     height, width = teacher.generation_config.height, teacher.generation_config.width
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
@@ -149,6 +159,6 @@ def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: 
     return source
 
 
-def _draw(seed: int, count: int) -> int:
-    """Which prompt a sample shows: by its own seed, so that a longer cache begins as a shorter one."""
+def _draw_prompt(seed: int, count: int) -> int:
+    """The prompt of a sample, from its own seed: a longer cache starts with the samples of a shorter one."""
     return int(torch.randint(count, (), generator=torch.Generator().manual_seed(2**33 + seed)))

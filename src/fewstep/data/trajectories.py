@@ -1,7 +1,7 @@
-"""What a teacher said, kept on disk: encoded prompts and the teacher's way from noise to image, in numbered shards.
+"""A teacher's trajectories on disk: encoded prompts and the states from noise to image, in numbered shards.
 
     index.json              fingerprint, number of samples, size of a shard
-    shard-00000.safetensors states [n, K, C, H, W] (fp16), features, lengths; the prompts' texts in its metadata
+    shard-00000.safetensors states [n, K, C, ..., H, W] (fp16), features, lengths; the prompts' texts as metadata
 
 Sample i starts from the noise of seed ``first_seed + i``, which is not stored. A cache of another teacher, prompt
 template or schedule is refused, never silently used.
@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.atomic import is_partial, write_tensors, write_text
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
 from fewstep.models.pipeline import TextToImagePipeline
@@ -31,7 +32,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Index:
-    """What a cache holds. ``fingerprint``: what made it; two caches with equal ones hold the same for equal samples."""
+    """Contents of a cache. ``fingerprint``: what made it; caches with equal ones agree on equal samples."""
 
     fingerprint: Mapping[str, object]
     samples: int
@@ -43,14 +44,14 @@ class Index:
     def shards(self) -> int:
         return -(-self.samples // self.shard_size)
 
-    def members(self, shard: int) -> range:
+    def sample_range(self, shard: int) -> range:
         """The numbers of a shard's samples."""
         return range(shard * self.shard_size, min(self.samples, (shard + 1) * self.shard_size))
 
 
 def weights_hash(module: nn.Module) -> str:
-    """A hash of a module's weights: names, shapes, values. LoRA stacks on it do not count, nor does the precision in
-    which the same weights were loaded."""
+    """A hash of a module's weights: names, shapes, values in bf16. LoRA adapters are left out, and the data type in
+    which the weights were loaded makes no difference."""
     total = hashlib.blake2b(digest_size=16)
     weights = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
     for name, tensor in sorted(weights.items()):
@@ -63,7 +64,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def fingerprint(teacher: TextToImagePipeline, sigmas: Sequence[float], **settings: object) -> dict[str, object]:
-    """What the contents of a cache depend on: the teacher's weights, the words around a prompt, the noise levels."""
+    """What the contents of a cache depend on: the teacher's weights, the prompt template, the noise levels."""
     return {
         "transformer": weights_hash(teacher.transformer),
         **text_fingerprint(teacher.encoder),
@@ -73,7 +74,7 @@ def fingerprint(teacher: TextToImagePipeline, sigmas: Sequence[float], **setting
 
 
 def text_fingerprint(encoder: PromptEncoder) -> dict[str, object]:
-    """What encoded prompts depend on: the text encoder's weights, the tokenizer, the words around a prompt."""
+    """What encoded prompts depend on: the text encoder's weights, the tokenizer, the prompt template."""
     vocabulary = json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
     template = encoder.template("prompt") + vocabulary
     return {
@@ -87,24 +88,21 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Claim a folder for a cache, or find it claimed by the same one.
+    """Make a folder a cache, unless it is the same one already.
 
     Raises:
-        UserError: another cache is there, or other files.
+        UserError: the folder holds another cache, or other files.
     """
     file = folder / INDEX
     if file.exists():
         found = read_index(folder)
         check_fingerprint(folder, index.fingerprint, found.fingerprint)
         if found != index:
-            raise UserError(f"{folder}: a cache of other size or seed is there; use another --out, or --overwrite")
+            raise UserError(f"{folder} holds a cache of another size or seed; use another --out, or --overwrite")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not all(is_partial(path) for path in folder.iterdir()):
         raise UserError(f"{folder}: has files but no {INDEX}; use another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(asdict(index), indent=1), encoding="utf-8")
-    aside.replace(file)
+    write_text(file, json.dumps(asdict(index), indent=1))
 
 
 def read_index(folder: Path) -> Index:
@@ -113,41 +111,45 @@ def read_index(folder: Path) -> Index:
     try:
         index = Index(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no cache there ({INDEX} is missing); make it with fewstep cache") from None
+        raise UserError(
+            f"{folder} is not a cache ({INDEX} is missing); make one with fewstep cache-trajectories"
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     if index.format != FORMAT:
-        raise UserError(f"{file}: has format {index.format}, this version reads {FORMAT}")
+        raise UserError(f"{file}: has format {index.format}, this version reads format {FORMAT}")
     return index
 
 
+def delete_cache(folder: Path) -> None:
+    """Delete a cache. Raises: UserError, before anything is deleted, if the folder holds other files."""
+    for path in folder.iterdir():
+        if path.name != INDEX and not path.name.startswith("shard-") and not is_partial(path):
+            raise UserError(f"{path} was not written by fewstep cache-trajectories; use another --out")
+    shutil.rmtree(folder)
+
+
 def check_fingerprint(folder: Path, wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
-    """Raises: UserError that names what differs."""
+    """Raises: UserError that names the keys that differ."""
     differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differing:
         raise UserError(f"{folder}: was made with another {', '.join(differing)}; make a new one")
 
 
 def write_shard(file: Path, states: Tensor, prompts: EncodedPrompts, texts: Sequence[str]) -> None:
-    """Write a shard aside and move it into place: it is whole or not there."""
-    aside = file.with_suffix(".partial")
+    """Write a shard; the file is complete or absent. ``states``: [n, K, C, ..., H, W]."""
     tensors = {"states": states.half(), "features": prompts.features, "lengths": prompts.lengths}
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        aside,
-        {"prompts": json.dumps(list(texts), ensure_ascii=False)},
-    )
-    aside.replace(file)
+    write_tensors(file, tensors, {"prompts": json.dumps(list(texts), ensure_ascii=False)})
 
 
 class TrajectoryCache:
-    """A finished cache, read by sample numbers; only what is asked for is read from disk.
+    """A complete cache, read by sample numbers; only the requested samples are read from disk.
 
     Args:
-        expected: the fingerprint that the reader's own teacher and schedule give.
+        expected: the fingerprint of the reader's teacher and schedule.
 
     Raises:
-        UserError: no cache, an unfinished one, a damaged shard, or one of another fingerprint.
+        UserError: no cache, an incomplete or damaged one, or one of another fingerprint.
     """
 
     def __init__(self, folder: str | Path, expected: Mapping[str, object]) -> None:
@@ -157,25 +159,26 @@ class TrajectoryCache:
         missing = [n for n in range(self.index.shards) if not shard_file(self.folder, n).exists()]
         if missing:
             raise UserError(
-                f"{self.folder}: {len(missing)} of {self.index.shards} shards are missing; fewstep cache goes on"
+                f"{self.folder}: {len(missing)} of {self.index.shards} shards are missing; resume fewstep "
+                "cache-trajectories"
             )
         self._shards = [self._open(n) for n in range(self.index.shards)]
 
     def __len__(self) -> int:
         return self.index.samples
 
-    def _open(self, shard: int):  # type: ignore[no-untyped-def]  # safetensors names no type for it
+    def _open(self, shard: int):  # type: ignore[no-untyped-def]  # safetensors has no public type for it
         file = shard_file(self.folder, shard)
         try:
             return safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: damaged ({error}); delete it and let fewstep cache go on") from None
+            raise UserError(f"{file}: damaged ({error}); delete it and resume fewstep cache-trajectories") from None
 
     def seeds(self, samples: Sequence[int]) -> list[int]:
         return [self.index.first_seed + i for i in samples]
 
     def read(self, samples: Sequence[int]) -> tuple[Tensor, EncodedPrompts]:
-        """States [B, K, C, H, W] in fp32, and the encoded prompts of these samples."""
+        """States [B, K, C, ..., H, W] in fp32, and the encoded prompts of these samples."""
         states, prompts = [], []
         for sample in samples:
             shard, row = divmod(sample, self.index.shard_size)

@@ -75,7 +75,7 @@ def train(
         command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "distill"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     trainer = importlib.import_module(TRAINERS[resolved.kind])
-    with RunDir(out or Path("runs") / resolved.name, resolved, fresh=overwrite) as run:
+    with RunDir(out or Path("runs") / resolved.name, resolved, overwrite=overwrite) as run:
         typer.echo(trainer.train(resolved, run))
 
 

@@ -1,11 +1,11 @@
-"""The directory of one run: its recipe, metrics, checkpoints and what came out.
+"""The directory of one run: its recipe, metrics, checkpoints and results.
 
 runs/<name>/
     recipe.yaml             as resolved
     metrics.jsonl, events.out.tfevents.*
     checkpoints/  previews/
     model/ or student/  report/
-    stages/                 a run each, where the recipe has several
+    stages/                 a run for each stage of a recipe with several
 """
 
 import os
@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from PIL import Image
 
+from fewstep.atomic import write_text
 from fewstep.config.load import dump_recipe, parse_recipe, read_yaml
 from fewstep.config.recipe import Recipe
 from fewstep.errors import UserError
@@ -30,13 +31,13 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# What a run writes into its directory besides recipe.yaml: all that `fresh` may delete.
+# What a run writes into its directory besides recipe.yaml: all that `overwrite` may delete.
 RUN_FILES = (
     *("checkpoints", "previews", "metrics.jsonl", "events.out.tfevents.*"),
     *("model", "student", "student-best", "report", "vae", "text_encoder", "tokenizer", "cache", "stages", "lora"),
 )
 
-# Keys that may change between sittings: they don't change what one step does.
+# Keys that may change when a run is resumed: they do not change what one step does.
 RESUMABLE_KEYS = (
     *("train.log_every", "train.sample_every", "train.save_every", "train.save_minutes"),
     *("train.max_checkpoints", "train.keep_best", "train.num_threads", "train.on_alert", "train.max_minutes"),
@@ -45,16 +46,16 @@ RESUMABLE_KEYS = (
 
 
 class RunDir:
-    """One run in `directory`, new or gone on with; a context manager that closes the logs and lets the directory go.
+    """One run in `directory`, new or resumed; a context manager that closes the logs and unlocks the directory.
 
-    recipe: goes to recipe.yaml. A directory that holds a run of another recipe is refused; more steps, another
-        cadence of logs and checkpoints, and another evaluation are no other recipe.
-    fresh: deletes what an earlier run left in the directory, and nothing else there.
-    resume_command: the command that goes on when the run was interrupted; by default the present one.
-    read_only: the directory is another process's, which this one works with: nothing is written or locked.
+    recipe: saved as recipe.yaml. A directory that holds a run of another recipe is refused; more steps, another
+        cadence of logs and checkpoints, and another evaluation do not make it another recipe.
+    overwrite: deletes the files of an earlier run in the directory, and nothing else there.
+    resume_command: the command that resumes the run after an interruption; by default that of this process.
+    read_only: the main process owns the directory: nothing is written or locked here.
 
-    Raises: UserError for another recipe, a directory with other people's files under a run's names, or one in which
-    another process is at work.
+    Raises: UserError for another recipe, a directory with other files under a run's names, or one that another process
+    is using.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class RunDir:
         directory: str | Path,
         recipe: Recipe,
         *,
-        fresh: bool = False,
+        overwrite: bool = False,
         resume_command: str | None = None,
         read_only: bool = False,
     ) -> None:
@@ -77,7 +78,7 @@ class RunDir:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._unlock = weakref.finalize(self, _lock(self.directory))
             try:
-                self._claim(fresh)
+                self._claim(overwrite)
             except BaseException:
                 self._unlock()
                 raise
@@ -89,14 +90,14 @@ class RunDir:
         return self.directory / "checkpoints"
 
     def track(self, step: int) -> None:
-        """Opens the logs, to go on from `step`."""
+        """Opens the logs, after `step` finished steps."""
         if self._tracker is not None:
             self._tracker.close()
         self._tracker = Tracker(self.directory, step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics; `track` comes first."""
-        assert self._tracker is not None, "Run.track comes before Run.log"
+        """One line of metrics; call `track` first."""
+        assert self._tracker is not None, "RunDir.track comes before RunDir.log"
         self._tracker.log(step, metrics)
 
     def preview(self, step: int, image: Image.Image) -> None:
@@ -121,33 +122,31 @@ class RunDir:
     ) -> None:
         self.close()
         if isinstance(error, KeyboardInterrupt) and not error.args:
-            # Not the trainer's own, which has saved and said so: the interruption came before or after the training.
-            raise KeyboardInterrupt(f"interrupted; to go on: {self.resume_command}") from None
+            # Before or after the training: the trainer saves a checkpoint and raises with a message.
+            raise KeyboardInterrupt(f"interrupted; resume with: {self.resume_command}") from None
 
-    def _claim(self, fresh: bool) -> None:
+    def _claim(self, overwrite: bool) -> None:
         path = self.directory / "recipe.yaml"
         own = [found for pattern in RUN_FILES for found in sorted(self.directory.glob(pattern))]
         if own and not path.exists():
             raise UserError(
                 f"{own[0]} is in the way: {self.directory} is not a run (no recipe.yaml); use another --out"
             )
-        if fresh:
+        if overwrite:
             for found in own:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
-        elif own:  # a recipe that has made nothing yet gives way to another
+        elif own:  # without files of a run, another recipe is fine
             changes = diff_recipes(_resolved(path), self.recipe.model_dump(mode="json"))
             if changes:
                 shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
                 raise UserError(
                     f"{self.directory} holds a run of another recipe ({shown}); use another --out, or --overwrite"
                 )
-        aside = path.with_name("recipe.yaml.partial")
-        aside.write_text(dump_recipe(self.recipe), encoding="utf-8")
-        aside.replace(path)
+        write_text(path, dump_recipe(self.recipe))
 
 
 def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys in which two resolved recipes differ so much that one cannot go on with the other's run."""
+    """The dotted keys in which two resolved recipes differ, without those that may change when a run is resumed."""
     before, after = _flat(old), _flat(new)
     changed = {
         key: (before.get(key, "(none)"), after.get(key, "(none)"))
@@ -160,7 +159,7 @@ def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 
 def _lock(directory: Path) -> Callable[[], None]:
-    """Keeps other processes' runs out of the directory until what it returns is called."""
+    """Locks the directory against other processes; returns a function that unlocks it."""
     if fcntl is None:
         return lambda: None
     descriptor = os.open(directory, os.O_RDONLY)
@@ -168,19 +167,19 @@ def _lock(directory: Path) -> Callable[[], None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"{directory}: another process is at work on this run; wait for it, or stop it") from None
+        raise UserError(f"{directory}: another process is using this run; wait for it, or stop it") from None
     except OSError:
         pass  # a file system without locks
     return lambda: os.close(descriptor)
 
 
 def current_command() -> str:
-    """The command line of this process without --overwrite, as one would type it in a shell.
+    """The command line of this process without --overwrite, quoted for a shell.
 
-    A program around this one (a Makefile) says in FEWSTEP_RESUME_COMMAND what to type instead.
+    A program around this one, such as a Makefile, sets FEWSTEP_RESUME_COMMAND to the command to type instead.
     """
-    if told := os.environ.get("FEWSTEP_RESUME_COMMAND"):
-        return told
+    if command := os.environ.get("FEWSTEP_RESUME_COMMAND"):
+        return command
     program = Path(sys.argv[0])
     found = shutil.which(program.name)
     if program.name == "__main__.py":
@@ -193,7 +192,7 @@ def current_command() -> str:
 
 
 def _short(path: Path) -> str:
-    """A path from the present directory if it lies below."""
+    """A path relative to the working directory if it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: one JSON object a line, and TensorBoard."""
+"""The metrics of a run: one JSON object per line, and TensorBoard."""
 
 import json
 import math
@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fewstep.atomic import write_text
+
 
 class RunningMeans:
-    """Running means of metrics, since they were last taken."""
+    """Means of metrics since the last `take`."""
 
     def __init__(self, state: Mapping[str, tuple[float, int]] | None = None) -> None:
         self._sums: dict[str, tuple[float, int]] = {key: (total, n) for key, (total, n) in (state or {}).items()}
@@ -33,12 +35,11 @@ class RunningMeans:
 class Tracker:
     """Appends to metrics.jsonl and to TensorBoard events in `directory`.
 
-    `step` is the step that the run goes on from: later lines, of an interrupted sitting, are dropped, since those steps
-    will be taken again.
+    `step` is the step that the run resumes from: later lines are dropped, since those steps are taken again.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
-        # Imported here: it costs a second, which commands that only read a run need not pay.
+        # Imported here: it takes a second, and commands that only read a run do not need it.
         from torch.utils.tensorboard import SummaryWriter
 
         path = directory / "metrics.jsonl"
@@ -64,7 +65,7 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off while it was written is left out."""
+    """The lines of a metrics.jsonl; an incomplete last line is left out."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -78,6 +79,4 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.config.sections import OptimSettings, TrainSettings
 from fewstep.core.method import Batch, Method
 from fewstep.errors import UserError
-from fewstep.progress import display, log_line
+from fewstep.progress import log_line, training_display
 from fewstep.training import checkpoint
 from fewstep.training.alerts import Alert, AlertMonitor, AlertRule
 from fewstep.training.distributed import DistContext
@@ -90,7 +90,7 @@ class Trainer:
         stopping = 0.0
         sitting = time.monotonic() - self.seconds
         with ExitStack() as stack:
-            shown = display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
+            shown = training_display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
             show = stack.enter_context(shown) if self.dist.is_main_process else None
             stop = stack.enter_context(_stop_requests())
             while not self.done:
@@ -104,7 +104,9 @@ class Trainer:
                     break
         if stopping:
             self._save()
-            raise KeyboardInterrupt(f"saved step {self.step}/{self.train.steps}; to go on: {self.run.resume_command}")
+            raise KeyboardInterrupt(
+                f"saved step {self.step}/{self.train.steps}; resume with: {self.run.resume_command}"
+            )
 
     @property
     def done(self) -> bool:
@@ -246,7 +248,7 @@ class Trainer:
         if found is not None:
             self._load_state(found)
             if self.dist.is_main_process:
-                log_line(f"{self.run.directory}: going on from step {self.step}")
+                log_line(f"{self.run.directory}: resuming from step {self.step}")
 
     def _load_state(self, found: checkpoint.Checkpoint) -> None:
         """Everything as it was when the checkpoint was made."""
