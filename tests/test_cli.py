@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,9 +23,10 @@ RECIPE = """\
 kind: distill
 name: tiny
 teacher: micro
-optim: {student: {lr: 0.01}, fake: {lr: 0.02}}
+method: {name: dmd, terms: {cfg_augmentation: {}, distribution_matching: {}}}
+optim: {student: {lr: 0.01}, fake_score: {lr: 0.02}}
 train: {steps: 6, batch_size: 4, log_every: 1}
-evaluate: {enabled: false}
+evaluate: {enabled: false, validate_every: 0}
 """
 
 
@@ -39,27 +38,22 @@ def fewstep(*words: str | Path) -> Result:
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe in the working directory, and a distillation of two linear layers in place of the real one."""
     monkeypatch.chdir(tmp_path)
-    replace_distillation(monkeypatch.setitem)
+    monkeypatch.setattr("fewstep.api._distill", distill_two_layers)
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE)
     return path
 
 
-def replace_distillation(setitem: Callable[[dict[str, types.ModuleType], str, types.ModuleType], None]) -> None:
-    def distill(recipe: DistillRecipe, run: RunDir, watch: object, dist: object) -> Path:
-        method = TinyMethod()
-        method.pause = float(os.environ.get("PAUSE", 0))
-        if recipe.teacher == "bug":
-            raise ZeroDivisionError("a bug")
-        if recipe.teacher == "full":
-            raise OSError(28, "No space left on device", str(run.directory / "x"))
-        optim = {"first": recipe.optim.student, "second": recipe.optim.fake}
-        Trainer(method, tiny_data, run, train=recipe.train, optim=optim).fit()
-        return run.directory / "student"
-
-    module = types.ModuleType("fewstep.jobs")
-    module.distill = distill  # type: ignore[attr-defined]
-    setitem(sys.modules, "fewstep.jobs", module)
+def distill_two_layers(recipe: DistillRecipe, run: RunDir, validator: object, dist: object) -> Path:
+    method = TinyMethod()
+    method.pause = float(os.environ.get("PAUSE", 0))
+    if recipe.teacher == "bug":
+        raise ZeroDivisionError("a bug")
+    if recipe.teacher == "full":
+        raise OSError(28, "No space left on device", str(run.directory / "x"))
+    optim = {"first": recipe.optim["student"], "second": recipe.optim["fake_score"]}
+    Trainer(method, tiny_data, run, train=recipe.train, optim=optim).fit()
+    return run.directory / "student"
 
 
 def test_run_has_its_directory_and_resumes(recipe: Path) -> None:
@@ -74,13 +68,13 @@ def test_run_has_its_directory_and_resumes(recipe: Path) -> None:
 
 def test_other_recipe_is_refused_unless_overwritten(recipe: Path) -> None:
     assert fewstep("distill", recipe, "--out", "here").exit_code == 0
-    refused = fewstep("distill", recipe, "--out", "here", "-s", "optim.fake.lr=0.5", "--set", "train.seed=3")
+    refused = fewstep("distill", recipe, "--out", "here", "-s", "optim.fake_score.lr=0.5", "--set", "train.seed=3")
     assert refused.exit_code == 1
-    assert "optim.fake.lr: 0.02 -> 0.5" in refused.stderr
+    assert "optim.fake_score.lr: 0.02 -> 0.5" in refused.stderr
     assert "train.seed: 0 -> 3" in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert "--overwrite" in refused.stderr
-    anew = fewstep("distill", recipe, "--out", "here", "-s", "optim.fake.lr=0.5", "--overwrite")
+    anew = fewstep("distill", recipe, "--out", "here", "-s", "optim.fake_score.lr=0.5", "--overwrite")
     assert anew.exit_code == 0
     assert "from step" not in anew.stderr
 
@@ -238,8 +232,8 @@ def test_resume_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def test_ctrl_c_saves_and_shows_the_resume_command(recipe: Path) -> None:
     """The program in another process is interrupted; the same command in this one resumes."""
     program = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cli, fewstep.cli.main as m; "
-        "test_cli.replace_distillation(dict.__setitem__); sys.argv[0] = 'fewstep'; m.main()"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cli, fewstep.api; "
+        "import fewstep.cli.main as m; fewstep.api._distill = test_cli.distill_two_layers; sys.argv[0] = 'fewstep'; m.main()"
     )
     words = [sys.executable, "-c", program, "distill", "tiny.yaml", "--overwrite"]
     process = subprocess.Popen(words, env=os.environ | {"PAUSE": "0.5"}, stderr=subprocess.PIPE, text=True)
@@ -259,10 +253,10 @@ def test_ctrl_c_saves_and_shows_the_resume_command(recipe: Path) -> None:
 
 
 def test_ctrl_c_before_the_first_step(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def distill(recipe: DistillRecipe, run: RunDir, watch: object, dist: object) -> Path:
+    def distill(recipe: DistillRecipe, run: RunDir, validator: object, dist: object) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fewstep.jobs"], "distill", distill)
+    monkeypatch.setattr("fewstep.api._distill", distill)
     monkeypatch.setenv("FEWSTEP_RESUME_COMMAND", "make demo")
     done = fewstep("distill", recipe)
     assert done.exit_code == 130
@@ -271,9 +265,9 @@ def test_ctrl_c_before_the_first_step(recipe: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_user_error_during_a_run_is_one_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def distill(recipe: DistillRecipe, run: RunDir, watch: object, dist: object) -> Path:
+    def distill(recipe: DistillRecipe, run: RunDir, validator: object, dist: object) -> Path:
         raise UserError("no such teacher")
 
-    monkeypatch.setattr(sys.modules["fewstep.jobs"], "distill", distill)
+    monkeypatch.setattr("fewstep.api._distill", distill)
     done = fewstep("distill", recipe)
     assert (done.exit_code, done.stderr) == (1, "error: no such teacher\n")

@@ -13,6 +13,7 @@ from fewstep.cli.main import app
 from fewstep.config.load import load_recipe
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.methods.models_setup import build_models
 from fewstep.models.adapters import active_adapters, adapter_parameters, add_adapter
 from fewstep.models.pipeline import load
@@ -77,7 +78,7 @@ def test_fp8_products_are_used_where_they_are_fast(tiny_folder, monkeypatch):
     monkeypatch.setattr("fewstep.models.pipeline.supports_fp8_matmul", lambda device: True)
     able = load(tiny_folder, dtype=FP8)
     assert {m.dynamic_activation_quant for m in able.transformer.modules() if isinstance(m, Fp8Linear)} == {True}
-    images = [generate(model, ["a fox", "a dog"], steps=3).images.float() for model in (wide, able)]
+    images = [generate(model, ["a fox", "a dog"], SamplingParams(steps=3)).images.float() for model in (wide, able)]
     assert 0 < (images[0] - images[1]).abs().mean() < 8  # of 255
 
 
@@ -132,20 +133,21 @@ def test_adapters_train_as_on_the_dequantized_base(tiny, checkpointed):
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "copies"])
-def test_a_distillation_with_an_fp8_teacher(tiny_folder, tmp_path, kind):
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_distillation_with_an_fp8_teacher(tiny_folder, tmp_path, train):
     overrides = [
-        f"teacher={tiny_folder}", f"roles.kind={kind}", "roles.base=fp8", "roles.rank=4", "train.steps=2", "align=0",
+        f"teacher={tiny_folder}", f"models.train={train}", "models.frozen_dtype=fp8", "models.rank=4", "train.steps=2",
         "train.batch_size=2", "train.precision=bf16", "train.sample_every=0", "evaluate.enabled=false",
-        "fake_warmup=0", "shield.regression=0", "optim.student={lr: 0.01}",
+        "method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0",
+        "optim.student={lr: 0.01}",
     ]  # fmt: skip
-    roles = build_models(load_recipe("micro-turbo", overrides), load(tiny_folder, dtype=torch.bfloat16))
-    assert any(p.dtype == FP8 for p in roles.teacher.transformer.parameters())
-    assert {p.dtype for p in roles.student.denoiser.parameters()} == {torch.float32}
+    models = build_models(load_recipe("micro-turbo", overrides), load(tiny_folder, dtype=torch.bfloat16))
+    assert any(p.dtype == FP8 for p in models.teacher.transformer.parameters())
+    assert {p.dtype for p in models.student.denoiser.parameters()} == {torch.float32}
 
     made = api.distill("micro-turbo", tmp_path / "run", overrides=overrides)
     student = load(made.student, dtype=torch.float32)
-    if kind == "lora":  # the adapter is merged into the stored weights of the teacher
+    if train == "lora":  # the adapter is merged into the stored weights of the teacher
         lora = load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")
         name = "layers.0.attention.to_q"
         added = lora[f"transformer.{name}.lora_B.weight"] @ lora[f"transformer.{name}.lora_A.weight"]
@@ -158,9 +160,9 @@ def test_images_in_fp8_are_close_to_bf16(tiny_folder, tmp_path):
     half, eighth = load(tiny_folder, dtype=torch.bfloat16), load(tiny_folder, dtype=FP8)
     saved = sum(p.numel() for p in eighth.transformer.parameters() if p.dtype == FP8)
     assert bytes_of(eighth.transformer) == bytes_of(half.transformer) - saved
-    images = [generate(model, ["a fox", "a dog"], steps=3).images.float() for model in (half, eighth)]
+    images = [generate(model, ["a fox", "a dog"], SamplingParams(steps=3)).images.float() for model in (half, eighth)]
     assert 0 < (images[0] - images[1]).abs().mean() < 6  # of 255
     with pytest.raises(UserError, match="fp8 cannot be saved"):
         eighth.save(tmp_path / "model")
-    command = ["generate", str(tiny_folder), "a fox", "--precision", "fp8", "-o", str(tmp_path / "a.png")]
+    command = ["generate", str(tiny_folder), "a fox", "--dtype", "fp8", "-o", str(tmp_path / "a.png")]
     assert CliRunner().invoke(app, command).exit_code == 0
