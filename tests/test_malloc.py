@@ -22,12 +22,12 @@ print(megabytes() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
 @pytest.mark.parametrize(
     ("keep", "back", "low", "high"), [(False, False, -50, 50), (True, False, 400, 600), (True, True, -50, 50)]
 )
-def test_freed_memory_stays_until_it_is_given_back(keep: bool, back: bool, low: float, high: float) -> None:
-    """Of 480 MB that were given back; in a process of its own, because there is no way back."""
+def test_freed_memory_is_retained_until_trimmed(keep: bool, back: bool, low: float, high: float) -> None:
+    """480 MB are freed, in a separate process: the setting cannot be undone."""
     script = HELD.format(keep=keep, back=back)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert low < float(done.stdout) < high

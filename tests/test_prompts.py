@@ -206,8 +206,9 @@ def test_prompts_do_not_mind_the_precision_of_the_text_encoder(tmp_path, tiny, t
     (tmp_path / "prompts.txt").write_text("a fox\na red apple\n")
     make(tmp_path / "prompts.txt", tiny, tmp_path / "shards")
     overrides = [
-        f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'shards'}", "models.train=lora", f"models.frozen_dtype={base}",
-        "models.rank=2", "train.steps=1", "train.batch_size=2", "train.sample_every=0", "evaluate.enabled=false",
+        f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'shards'}", "models.train=lora", "models.rank=2",
+        f"models.frozen_dtype={base}", "train.steps=1", "train.batch_size=2", "train.sample_every=0",
+        "evaluate.enabled=false",
     ]  # fmt: skip
     assert api.distill("micro-decoupled", tmp_path / "run", overrides=overrides).student.is_dir()
 

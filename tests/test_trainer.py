@@ -1,4 +1,4 @@
-"""The loop: resuming, skipping, clipping, averaging, stopping."""
+"""The training loop: resuming, skipping, clipping, averaging, collecting, stopping."""
 
 import copy
 import json
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import TinyMethod, assert_same, everything, fit, tiny_trainer
+from tiny import CollectingMethod, TinyMethod, assert_same, everything, fit, tiny_trainer
 from torch import nn
 
 from fewstep.config.sections import OptimSettings, TrainSettings
-from fewstep.core.method import Trainable
+from fewstep.core.method import Loss, Trainable
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
-from fewstep.training.train_state import MAX_SKIPPED, TrainState
+from fewstep.training.train_state import MAX_NONFINITE_SKIPS, TrainState
 from fewstep.training.trainer import Trainer
 
 
@@ -35,17 +35,17 @@ def stop_after(trainer: Trainer, step: int) -> None:
     trainer.method.after_step = after_step
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
+def test_resume_is_bit_exact(tmp_path: Path) -> None:
     whole = tiny_trainer(tmp_path / "whole")
     fit(whole)
     expected = everything(whole)
 
     first = tiny_trainer(tmp_path / "parts")
     stop_after(first, 7)
-    with pytest.raises(KeyboardInterrupt, match=r"saved step 7/12; resume with: the same again"):
+    with pytest.raises(KeyboardInterrupt, match=r"saved step 7/12; resume with: the same command"):
         fit(first)
     assert first.step == 7
-    torch.manual_seed(99)  # whatever the next process does before it trains
+    torch.manual_seed(99)  # as another process may, before it trains
     second = tiny_trainer(tmp_path / "parts")
     fit(second)
 
@@ -61,16 +61,16 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     assert [line["step"] for line in lines[0]] == [4, 8, 12]
 
 
-def test_stop_in_the_last_step_is_heard(tmp_path: Path) -> None:
-    """What comes after the training, an evaluation perhaps, must not start."""
+def test_stop_in_the_last_step_is_obeyed(tmp_path: Path) -> None:
+    """What follows the training, such as an evaluation, must not start."""
     trainer = tiny_trainer(tmp_path)
     stop_after(trainer, 12)
     with pytest.raises(KeyboardInterrupt, match="saved step 12/12"):
         fit(trainer)
 
 
-def test_killed_between_checkpoints(tmp_path: Path) -> None:
-    """Steps after the last checkpoint are taken again, and their log lines are not there twice."""
+def test_killed_run_repeats_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
+    """Steps after the last checkpoint are taken again, and logged once."""
     whole = tiny_trainer(tmp_path / "whole", log_every=1)
     fit(whole)
     expected = everything(whole)
@@ -91,7 +91,7 @@ def test_killed_between_checkpoints(tmp_path: Path) -> None:
     assert steps == list(range(1, 13))
 
 
-def test_finished_run_is_loaded_not_trained(tmp_path: Path) -> None:
+def test_finished_run_is_loaded_and_takes_no_step(tmp_path: Path) -> None:
     first = tiny_trainer(tmp_path)
     fit(first)
     again = tiny_trainer(tmp_path)
@@ -100,23 +100,23 @@ def test_finished_run_is_loaded_not_trained(tmp_path: Path) -> None:
     assert_same(everything(again), everything(first))
 
 
-def test_only_what_is_trainable_is_saved_and_moved(tmp_path: Path) -> None:
+def test_only_trainable_weights_are_saved_and_updated(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
-    frozen = trainer.learners[0].module[3].bias.clone()
+    frozen = trainer.train_states[0].module[3].bias.clone()
     fit(trainer)
-    assert torch.equal(trainer.learners[0].module[3].bias, frozen)
+    assert torch.equal(trainer.train_states[0].module[3].bias, frozen)
     saved = checkpoint.load(checkpoint.list_checkpoints(trainer.run.checkpoints)[-1]).read("first.weights")
     assert "3.bias" not in saved
     assert {"0.weight", "2.running_mean"} <= saved.keys()
 
 
-def test_previews_have_averaged_weights_and_leave_no_trace(tmp_path: Path) -> None:
+def test_previews_use_averaged_weights_and_do_not_change_the_training(tmp_path: Path) -> None:
     plain = tiny_trainer(tmp_path / "plain")
     fit(plain)
     expected = everything(plain)
 
     seen = tiny_trainer(tmp_path / "seen", sample_every=5)
-    first = seen.learners[0]
+    first = seen.train_states[0]
     shown: list[tuple[int, bool, bool]] = []
 
     def preview(step: int) -> Image.Image:
@@ -137,30 +137,30 @@ def test_previews_have_averaged_weights_and_leave_no_trace(tmp_path: Path) -> No
     assert_same(everything(seen), expected)
 
 
-def test_watched_metrics_are_logged_and_leave_no_trace(tmp_path: Path) -> None:
+def test_validation_is_logged_and_does_not_change_the_training(tmp_path: Path) -> None:
     plain = tiny_trainer(tmp_path / "plain")
     fit(plain)
     seen = tiny_trainer(tmp_path / "seen")
-    seen.watch, seen.watch_every = lambda: {"quality/name": torch.randn(()).item()}, 5
+    seen.validate, seen.validate_every = lambda: {"val/name": torch.randn(()).item()}, 5
     fit(seen)
     assert_same(everything(seen), everything(plain))
     lines = [json.loads(line) for line in (tmp_path / "seen" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "quality/name" in line] == [5, 10, 12]
+    assert [line["step"] for line in lines if "val/name" in line] == [5, 10, 12]
 
 
 @pytest.mark.parametrize(("mode", "best"), [("max", 6), ("min", 3)])
-def test_best_checkpoint_is_kept_and_can_be_recalled(tmp_path: Path, mode: str, best: int) -> None:
-    """The metric is best at step 6 (or 3), which the newest two, 11 and 12, would have pushed out."""
+def test_best_checkpoint_is_kept_and_loads(tmp_path: Path, mode: str, best: int) -> None:
+    """The metric is best at step 6 (or 3), which the newest two, 11 and 12, would have replaced."""
     values = dict(zip(range(1, 13), [5, 4, 1, 8, 5, 9, 9, 2, 3, 4, 5, 6], strict=True))
-    settings = {"save_every": 1, "max_checkpoints": 2, "keep_best": {"metric": "quality/name", "mode": mode}}
+    settings = {"save_every": 1, "max_checkpoints": 2, "keep_best": {"metric": "val/name", "mode": mode}}
 
     def trainer(steps: int) -> Trainer:
         made = tiny_trainer(tmp_path, steps=steps, **settings)
-        made.watch, made.watch_every = lambda: {"quality/name": float(values[made.step])}, 1
+        made.validate, made.validate_every = lambda: {"val/name": float(values[made.step])}, 1
         return made
 
     fit(trainer(7))
-    ended = fit(trainer(12))  # the best so far is remembered by the checkpoint
+    ended = fit(trainer(12))  # the checkpoint holds the best so far
     kept = [int(path.name[5:]) for path in checkpoint.list_checkpoints(ended.run.checkpoints)]
     assert kept == [best, 11, 12]
     assert ended.best == [best, values[best]] or ended.best == (best, values[best])
@@ -168,18 +168,18 @@ def test_best_checkpoint_is_kept_and_can_be_recalled(tmp_path: Path, mode: str, 
     assert ended.load_best()
     assert ended.step == best
     with ended.ema_weights():
-        for name, weight in ended.learners[0].weights.items():
+        for name, weight in ended.train_states[0].weights.items():
             assert weight.equal(expected[name])
 
 
-def test_nothing_is_recalled_where_the_last_is_best(tmp_path: Path) -> None:
+def test_last_step_is_not_loaded_again_if_it_is_the_best(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, keep_best={"metric": "steps"})  # counts up
     fit(trainer)
     assert trainer.best is not None
     assert not trainer.load_best()
 
 
-def test_time_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
+def test_max_minutes_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=10_000, max_minutes=0.005)
     trainer.method.pause = 0.02
     fit(trainer)
@@ -189,69 +189,126 @@ def test_time_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
     assert again.step == trainer.step
 
 
-def test_accumulated_batches_are_one_large_batch() -> None:
+def test_collected_batch_is_shared_within_a_step(tmp_path: Path) -> None:
+    """Two accumulated batches a step are collected once each, for both trainables and both inner epochs."""
+    method = CollectingMethod()
+    trainer = tiny_trainer(tmp_path, method=method, steps=3, gradient_accumulation_steps=2)
+    collected: list[int] = []
+    used: dict[str, list[int]] = {"first": [], "second": []}
+    original = method.collect
+
+    def collect(batch: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        result = original(batch)
+        collected.append(id(result))
+        kept.append(result)
+        return result
+
+    kept: list[torch.Tensor] = []
+    method.collect = collect  # type: ignore[method-assign]
+    for part in method.trainables:
+
+        def loss(batch: torch.Tensor, part: Trainable = part, inner: Loss = part.loss) -> object:
+            used[part.name].append(id(batch))
+            return inner(batch)
+
+        part.loss = loss  # type: ignore[assignment]
+    fit(trainer)
+    assert trainer.position == len(collected) == 6
+    assert used["first"] == collected
+    steps = [collected[i : i + 2] for i in (0, 2, 4)]
+    assert used["second"] == [each for pair in steps for each in pair * 2]
+
+
+def test_trainables_without_collected_batches_use_new_ones(tmp_path: Path) -> None:
+    method = CollectingMethod()
+    method.trainables[1].uses_collected = False
+    assert fit(tiny_trainer(tmp_path, method=method, steps=3)).position == 3 * (1 + 2)
+
+
+def test_resume_is_bit_exact_for_a_method_with_state_that_collects(tmp_path: Path) -> None:
+    whole = fit(tiny_trainer(tmp_path / "whole", method=CollectingMethod()))
+    expected = everything(whole)
+    first = tiny_trainer(tmp_path / "parts", method=CollectingMethod())
+    stop_after(first, 7)
+    with pytest.raises(KeyboardInterrupt):
+        fit(first)
+    torch.manual_seed(99)
+    second = fit(tiny_trainer(tmp_path / "parts", method=CollectingMethod()))
+    assert (second.step, second.position) == (12, 12)
+    assert_same(everything(second), expected)
+    assert expected["method.mean"].abs().max() > 0
+
+
+def test_checkpoint_without_the_methods_state_is_refused(tmp_path: Path) -> None:
+    fit(tiny_trainer(tmp_path, steps=5))
+    with pytest.raises(UserError, match="step 5 is not of this method and model"):
+        fit(tiny_trainer(tmp_path, method=CollectingMethod(), steps=8))
+
+
+def test_accumulated_batches_equal_one_large_batch() -> None:
     torch.manual_seed(0)
     data, start = torch.randn(8, 3), nn.Linear(3, 1)
-    moved = []
+    updated = []
     for parts in (1, 4):
         module = copy.deepcopy(start)
         trainable = Trainable("one", module, lambda batch, module=module: (module(batch).square().mean(), {}))
-        learner = TrainState(trainable, OptimSettings(lr=0.1), TrainSettings(steps=9, batch_size=8))
-        metrics = [learner.update(data.chunk(parts), step) for step in range(1, 4)]
-        moved.append((module.weight.detach(), torch.tensor([m["loss"] for m in metrics])))
-    torch.testing.assert_close(moved[0], moved[1])
-    assert not torch.equal(moved[0][0], start.weight)
+        state = TrainState(trainable, OptimSettings(lr=0.1), TrainSettings(steps=9, batch_size=8))
+        metrics = [state.update(data.chunk(parts), step) for step in range(1, 4)]
+        updated.append((module.weight.detach(), torch.tensor([m["loss"] for m in metrics])))
+    torch.testing.assert_close(updated[0], updated[1])
+    assert not torch.equal(updated[0][0], start.weight)
 
 
-def test_average_is_the_recurrence(tmp_path: Path) -> None:
+def test_ema_follows_its_recurrence(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=3)
-    learner = trainer.learners[0]
-    average = learner.weights["0.weight"].detach().clone()
+    state = trainer.train_states[0]
+    average = state.weights["0.weight"].detach().clone()
     track: list[torch.Tensor] = []
-    trainer.method.after_step = lambda step: track.append(learner.weights["0.weight"].detach().clone()) or {}
+    trainer.method.after_step = lambda step: track.append(state.weights["0.weight"].detach().clone()) or {}
     fit(trainer)
     for t, weight in enumerate(track):
         decay = min(0.9, (1 + t) / (10 + t))
         average = decay * average + (1 - decay) * weight
-    live = learner.weights["0.weight"].detach().clone()
+    live = state.weights["0.weight"].detach().clone()
     with trainer.ema_weights():
-        torch.testing.assert_close(learner.weights["0.weight"].detach(), average)
-        assert not torch.equal(learner.weights["0.weight"], live)
-    assert torch.equal(learner.weights["0.weight"], live)
+        torch.testing.assert_close(state.weights["0.weight"].detach(), average)
+        assert not torch.equal(state.weights["0.weight"], live)
+    assert torch.equal(state.weights["0.weight"], live)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, where: str) -> None:
+def test_nonfinite_update_is_skipped_and_counted(tmp_path: Path, where: str) -> None:
     trainer = tiny_trainer(tmp_path, steps=4)
-    second = trainer.learners[1]
+    second = trainer.train_states[1]
     before = second.weights["weight"].detach().clone()
 
     def broken(batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         total = second.module(batch).sum()
-        # The square root's value at 0 is finite, its slope is not.
+        # the square root is finite at 0, its derivative is not
         return (total * float("nan") if where == "loss" else (total * 0).sqrt()), {}
 
     second.trainable.loss = broken
     fit(trainer)
     assert torch.equal(second.weights["weight"], before)
-    assert second.counters == {"updates": 0, "skipped": 8, "skipped_in_a_row": 8}
-    assert trainer.learners[0].counters["updates"] == 4
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["second/skipped"] == 1.0
+    assert second.counters == {"updates": 0, "nonfinite_skips": 8, "nonfinite_skips_in_a_row": 8}
+    assert trainer.train_states[0].counters["updates"] == 4
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["second/nonfinite_skips"] == 1.0
 
 
-def test_divergence_ends_with_advice(tmp_path: Path) -> None:
+def test_divergence_ends_with_an_error_that_suggests_settings(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=100)
-    second = trainer.learners[1]
+    second = trainer.train_states[1]
     second.trainable.loss = lambda batch: (second.module(batch).sum() * float("inf"), {})
-    with pytest.raises(UserError, match=r"second: 20 updates in a row.*lower learning rate"):
+    with pytest.raises(UserError, match=r"second: 20 updates in a row.*lower optim.second.lr"):
         fit(trainer)
-    assert second.counters["skipped"] == MAX_SKIPPED
-    assert len(checkpoint.list_checkpoints(trainer.run.checkpoints)) == 1  # of step 5: what was written stays
+    assert second.counters["nonfinite_skips"] == MAX_NONFINITE_SKIPS
+    assert len(checkpoint.list_checkpoints(trainer.run.checkpoints)) == 1  # of step 5: it is kept
 
 
 def test_clipping_bounds_the_global_norm(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=1)
-    second = trainer.learners[1]
+    second = trainer.train_states[1]
     norms: list[float] = []
 
     def spy(*_: object) -> None:
@@ -264,25 +321,25 @@ def test_clipping_bounds_the_global_norm(tmp_path: Path) -> None:
     assert norms == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
-def test_a_players_gradient_does_not_outlive_its_update(tmp_path: Path) -> None:
+def test_gradients_are_cleared_after_each_update(tmp_path: Path) -> None:
     """A loss that reaches another trainable by mistake leaves no gradient for that one's optimizer."""
     trainer = tiny_trainer(tmp_path, steps=2)
     method = trainer.method
     assert isinstance(method, TinyMethod)
-    first, second = trainer.learners
+    first, second = trainer.train_states
     second.trainable.loss = lambda batch: ((second.module(batch) - method.first(batch)).square().mean(), {})
     fit(trainer)
     assert all(p.grad is None for p in first.module.parameters())
 
 
-def test_a_player_that_waits_lets_the_others_go_first(tmp_path: Path) -> None:
+def test_start_step_delays_a_trainable(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", steps=3, log_every=1)
-    trainer.learners[0].trainable.start_step = 2
-    start = [p.detach().clone() for p in trainer.learners[0].module.parameters()]
+    trainer.train_states[0].trainable.start_step = 2
+    start = [p.detach().clone() for p in trainer.train_states[0].module.parameters()]
     moved: list[bool] = []
 
     def check(step: int) -> dict[str, float]:
-        pairs = zip(trainer.learners[0].module.parameters(), start, strict=True)
+        pairs = zip(trainer.train_states[0].module.parameters(), start, strict=True)
         moved.append(any(not torch.equal(now, then) for now, then in pairs))
         return {}
 
@@ -297,30 +354,30 @@ def test_a_player_that_waits_lets_the_others_go_first(tmp_path: Path) -> None:
 def test_bf16_keeps_master_weights(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=2, precision="bf16")
     seen: list[torch.dtype] = []
-    trainer.learners[1].module.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.train_states[1].module.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     fit(trainer)
     assert set(seen) == {torch.bfloat16}
-    assert trainer.learners[1].weights["weight"].dtype == torch.float32
+    assert trainer.train_states[1].weights["weight"].dtype == torch.float32
 
 
 def test_changed_model_is_refused(tmp_path: Path) -> None:
     fit(tiny_trainer(tmp_path))
     trainer = tiny_trainer(tmp_path, steps=20)
-    wider = Trainable("second", torch.nn.Linear(3, 5), trainer.learners[1].trainable.loss)
-    trainer.learners[1] = TrainState(wider, OptimSettings(lr=0.1), trainer.train)
+    wider = Trainable("second", torch.nn.Linear(3, 5), trainer.train_states[1].trainable.loss)
+    trainer.train_states[1] = TrainState(wider, OptimSettings(lr=0.1), trainer.train)
     with pytest.raises(UserError, match="step 12 is not of this method and model"):
         fit(trainer)
 
 
-def test_time_between_checkpoints(tmp_path: Path) -> None:
+def test_save_minutes_adds_checkpoints(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=6, save_every=1000, save_minutes=1e-9, max_checkpoints=3)
     fit(trainer)
     assert [path.name[-1] for path in checkpoint.list_checkpoints(trainer.run.checkpoints)] == ["4", "5", "6"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_from_outside_then_gone_on_with(tmp_path: Path, number: signal.Signals) -> None:
-    """A real process, a real signal: it saves, says how to go on, exits with 130; going on gives the same weights."""
+def test_signal_saves_a_checkpoint_and_resume_is_bit_exact(tmp_path: Path, number: signal.Signals) -> None:
+    """A real process and signal: it saves, prints how to resume, exits with 130; resuming gives the same weights."""
     directory = tmp_path / "stopped"
     script = [sys.executable, str(Path(__file__).parent / "tiny.py"), str(directory), "40"]
     process = subprocess.Popen([*script, "0.1"], stderr=subprocess.PIPE, text=True)
@@ -333,7 +390,7 @@ def test_stopped_from_outside_then_gone_on_with(tmp_path: Path, number: signal.S
     process.send_signal(number)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "resume with: the same again" in message
+    assert "resume with: the same command" in message
     assert "Traceback" not in message
 
     torch.set_num_threads(1)

@@ -1,21 +1,22 @@
-"""A training of a few milliseconds a step, for the tests of the trainer; also a program that tests can interrupt."""
+"""A training of a few milliseconds per step, for the tests of the trainer; also a program that tests interrupt."""
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.config.sections import OptimSettings
-from fewstep.core.method import Batch, Method, Trainable
+from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.emoji.recipes import ClassifierRecipe
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
 
 class TinyMethod(Method):
-    """Two linear trainables; the second learns from the first. Dropout and noise draw on the global RNG."""
+    """Two linear trainables; the second is trained towards the first. Dropout and noise use the global generator."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -41,8 +42,29 @@ class TinyMethod(Method):
         return {"steps": float(step)}
 
 
-def tiny_data(position: int) -> Tensor:
-    return torch.randn(8, 3, generator=torch.Generator().manual_seed(position))
+class CollectingMethod(TinyMethod):
+    """Both trainables use what is collected; the second in two inner epochs. A running mean is the method's state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(3)
+        for part in self.trainables:
+            part.uses_collected = True
+
+    def collect(self, batch: Batch) -> Tensor:
+        noisy = batch + torch.randn_like(batch)
+        self.mean = 0.9 * self.mean + 0.1 * noisy.mean(dim=0)
+        return noisy - self.mean
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.mean = state["mean"].clone()
+
+
+def tiny_source(position: int, shard: Shard) -> Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(position))[shard.rows(8)]
 
 
 def tiny_recipe(**train: object) -> ClassifierRecipe:
@@ -52,29 +74,30 @@ def tiny_recipe(**train: object) -> ClassifierRecipe:
     )
 
 
-def tiny_trainer(directory: Path, overwrite: bool = False, **train: object) -> Trainer:
+def tiny_trainer(directory: Path, overwrite: bool = False, method: Method | None = None, **train: object) -> Trainer:
     recipe = tiny_recipe(**train)
     optim = {
         "first": OptimSettings(lr=0.01, ema_decay=0.9, warmup_steps=3, lr_schedule="cosine", weight_decay=0.01),
         "second": OptimSettings(lr=0.02),
     }
-    run = RunDir(directory, recipe, overwrite=overwrite, resume_command="the same again")
-    return Trainer(TinyMethod(), tiny_data, run, train=recipe.train, optim=optim)
+    run = RunDir(directory, recipe, overwrite=overwrite, resume_command="the same command")
+    return Trainer(TinyMethod() if method is None else method, tiny_source, run, train=recipe.train, optim=optim)
 
 
 def fit(trainer: Trainer) -> Trainer:
-    """Trains, and lets the directory go as the end of a process would."""
+    """Trains, and unlocks the directory as the end of a process does."""
     with trainer.run:
         trainer.fit()
     return trainer
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, EMA, moments and random state, by name."""
+    """Weights, EMA, moments, the method's state and the random state, by name."""
     tensors = {"random": torch.get_rng_state()}
-    for learner in trainer.learners:
-        for part, named in learner.tensors().items():
-            tensors |= {f"{learner.name}.{part}.{name}": tensor.clone() for name, tensor in named.items()}
+    tensors |= {f"method.{name}": tensor.clone() for name, tensor in trainer.method.state_dict().items()}
+    for state in trainer.train_states:
+        for part, named in state.tensors().items():
+            tensors |= {f"{state.name}.{part}.{name}": tensor.clone() for name, tensor in named.items()}
     return tensors
 
 

@@ -66,9 +66,9 @@ def distill(
         train=recipe.train,
         optim=recipe.optim,
         preview=make_preview(models.student, (source.texts("validation") or prompts)[:PREVIEW_IMAGES]),
-        watch=validator(models.student) if validator is not None and every else None,
-        watch_every=every,
-        alarms=method_class.alert_rules,
+        validate=validator(models.student) if validator is not None and every else None,
+        validate_every=every,
+        alert_rules=method_class.alert_rules,
         dist=dist,
     )
     trainer.fit()

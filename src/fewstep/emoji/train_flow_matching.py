@@ -13,7 +13,7 @@ from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
-from fewstep.core.method import Batch, Method, Trainable
+from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.core.samplers import sample_euler
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
@@ -118,15 +118,15 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     encoded = model.encode([dataset.prompt(spec, template) for spec in specs for template in range(NUM_TEMPLATES)])
     null = model.encode([""])
 
-    def data(position: int) -> tuple[Tensor, EncodedPrompts]:
+    def data(position: int, shard: Shard = Shard()) -> tuple[Tensor, EncodedPrompts]:  # noqa: B008  # frozen
         generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
         size = recipe.train.batch_size
         chosen = torch.randint(len(specs), (size,), generator=generator)
         template = torch.randint(NUM_TEMPLATES, (size,), generator=generator)
-        prompts = encoded[chosen * NUM_TEMPLATES + template]
         dropped = torch.rand(size, generator=generator) < recipe.prompt_dropout
-        prompts = replace_prompts(prompts, dropped, null)
-        return bank.draw([specs[i] for i in chosen.tolist()], generator), prompts
+        rows = shard.rows(size)
+        prompts = replace_prompts(encoded[(chosen * NUM_TEMPLATES + template)[rows]], dropped[rows], null)
+        return bank.draw([specs[i] for i in chosen.tolist()], generator)[rows], prompts
 
     shown = dataset.sample(PREVIEW_IMAGES, "validation")
     shown_prompts = model.encode([dataset.prompt(spec, i % NUM_TEMPLATES) for i, spec in enumerate(shown)])

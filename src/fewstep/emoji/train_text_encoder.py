@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from fewstep.core.method import Batch, Method, Trainable
+from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.emoji.dataset import NUM_TEMPLATES, STYLES, EmojiDataset
 from fewstep.emoji.latents import build_bank, image_key
 from fewstep.emoji.recipes import TextEncoderRecipe, TextEncoderSettings
@@ -149,15 +149,17 @@ def train(recipe: TextEncoderRecipe, run: RunDir) -> Path:
     text_encoder = build_text_encoder(recipe.model, tokenizer)
     model = EmojiCLIP(text_encoder, bank.latents.shape[2], recipe.model.hidden_size, recipe.temperature)
 
-    def data(position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def data(position: int, shard: Shard = Shard()) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: B008  # frozen
         generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
         chosen = torch.randint(len(specs), (recipe.train.batch_size,), generator=generator).tolist()
         batch = [specs[i] for i in chosen]
         templates = torch.randint(NUM_TEMPLATES, (len(batch),), generator=generator).tolist()
-        texts = [apply_chat_template(tokenizer, dataset.prompt(s, t)) for s, t in zip(batch, templates, strict=True)]
+        rows = shard.rows(len(batch))
+        pairs = zip(batch[rows], templates[rows], strict=True)
+        texts = [apply_chat_template(tokenizer, dataset.prompt(spec, template)) for spec, template in pairs]
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        image = torch.tensor([bank.row[image_key(spec)] for spec in batch])
-        return tokens.input_ids, tokens.attention_mask, bank.draw(batch, generator), image
+        image = torch.tensor([bank.row[image_key(spec)] for spec in batch[rows]])
+        return tokens.input_ids, tokens.attention_mask, bank.draw(batch, generator)[rows], image
 
     trainer = Trainer(ContrastiveTraining(model), data, run, train=recipe.train, optim={"text_encoder": recipe.optim})
     trainer.fit()

@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.core.method import Batch, Method, Trainable
+from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.emoji.recipes import VAELossSettings, VAERecipe
@@ -104,14 +104,15 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
         ).requires_grad_(True)
     vae.encoder.requires_grad_(recipe.train_encoder)
 
-    def data(position: int) -> Tensor:
+    def data(position: int, shard: Shard = Shard()) -> Tensor:  # noqa: B008  # frozen
         generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
         chosen = torch.rand(recipe.train.batch_size, 2, generator=generator).tolist()
         batch = [
             pool[int(place * len(pool))]
             for pool, place in ((core_specs if kind < recipe.core_fraction else specs, p) for kind, p in chosen)
         ]
-        return (dataset.render(batch, generator) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        images = dataset.render(batch, generator)[shard.rows(len(batch))]
+        return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
 
     generator = torch.Generator().manual_seed(0)
     shown = dataset.render([specs[i] for i in range(0, len(specs), len(specs) // 16)][:16], generator) * 2 - 1

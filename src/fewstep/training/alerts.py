@@ -1,4 +1,4 @@
-"""Alarms: a metric that has been wrong for a while, and what may be the cause."""
+"""Alerts: a metric that has been wrong for a while, and what may be the cause."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class AlertRule:
-    """Goes off when a logged metric has been past its bound for `steps` steps without a break.
+    """Raises an alert when a logged metric has been above its bound for `steps` steps without a break.
 
-    kind: "above" compares with `bound`; "grows" with `bound` times the first value that was logged.
-    cause: what it may mean and what to try, for a person to read.
+    kind: "above" compares with `bound`; "relative" with `bound` times the first logged value.
+    cause: the likely cause and what to try, for the user.
     """
 
     metric: str
-    kind: Literal["above", "grows"]
+    kind: Literal["above", "relative"]
     bound: float
     steps: int
     cause: str
@@ -24,38 +24,38 @@ class AlertRule:
 
 @dataclass(frozen=True)
 class Alert:
-    """An alarm that went off: `since` is the last step at which all was well."""
+    """An alert: `since` is the last step at which the metric was within its bound."""
 
-    alarm: AlertRule
+    rule: AlertRule
     value: float
     since: int
 
     def __str__(self) -> str:
-        alarm = self.alarm
-        bound = f"{alarm.bound:g} times its first value" if alarm.kind == "grows" else f"{alarm.bound:g}"
-        return f"{alarm.metric} is {self.value:.3g}, above {bound} since step {self.since}: {alarm.cause}"
+        rule = self.rule
+        bound = f"{rule.bound:g} times its first value" if rule.kind == "relative" else f"{rule.bound:g}"
+        return f"{rule.metric} is {self.value:.3g}, above {bound} since step {self.since}: {rule.cause}"
 
 
 class AlertMonitor:
-    """Looks at every line of metrics. Each alarm goes off once; a new sitting starts with fresh eyes."""
+    """Checks every line of metrics. Each rule raises one alert; a resumed run starts anew."""
 
-    def __init__(self, alarms: Sequence[AlertRule], step: int) -> None:
-        self._well = dict.fromkeys(alarms, step)  # alarm -> the last step at which all was well
+    def __init__(self, rules: Sequence[AlertRule], step: int) -> None:
+        self._good = dict.fromkeys(rules, step)  # rule -> the last step within its bound
         self._first: dict[str, float] = {}
 
     def check(self, step: int, metrics: Mapping[str, float]) -> Alert | None:
-        """The first alarm that goes off at this line, if any."""
-        for alarm, well in list(self._well.items()):
-            value = metrics.get(alarm.metric)
+        """The first alert at this line, if any."""
+        for rule, good in list(self._good.items()):
+            value = metrics.get(rule.metric)
             if value is None:
-                if alarm.metric not in self._first:
-                    self._well[alarm] = step  # nothing is known of it yet, such as of spear and shield in an alignment
+                if rule.metric not in self._first:
+                    self._good[rule] = step  # not logged yet, such as CA and DM while their weights are 0
                 continue
-            first = self._first.setdefault(alarm.metric, value)
-            bound = alarm.bound * first if alarm.kind == "grows" else alarm.bound
+            first = self._first.setdefault(rule.metric, value)
+            bound = rule.bound * first if rule.kind == "relative" else rule.bound
             if value <= bound:
-                self._well[alarm] = step
-            elif step - well >= alarm.steps:
-                del self._well[alarm]
-                return Alert(alarm, value, well)
+                self._good[rule] = step
+            elif step - good >= rule.steps:
+                del self._good[rule]
+                return Alert(rule, value, good)
         return None

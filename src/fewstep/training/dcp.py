@@ -1,7 +1,9 @@
-"""Tensors of several processes on disk, by torch's distributed checkpoint (DCP): each process writes its own part, and
-any number of processes reads them again. In safetensors files, without the pickled index that DCP writes by default."""
+"""Tensors on disk by torch's distributed checkpoint (DCP): each process writes its own part, and any number of
+processes reads them again. In safetensors files, without the pickled index that DCP writes by default."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,33 +15,52 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
 def write(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Every process's part of named groups of tensors, as ``shard-*.safetensors`` in a folder that is there.
+    """Write this process's part of named groups of tensors, as ``shard-*.safetensors`` in an existing folder.
 
-    Raises: dcp.CheckpointException, on every process, if one cannot write.
+    Every process calls it. Raises: dcp.CheckpointException, on every process, if one cannot write.
     """
-    flat = {_key(group, name): tensor.detach() for group, tensors in groups.items() for name, tensor in tensors.items()}
-    dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    flat = {
+        _key(group, name): tensor.detach().contiguous()
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+    with _one_process_is_fine():
+        dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=_alone())
 
 
 def shapes(folder: Path, group: str) -> dict[str, torch.Size]:
-    """Names and whole shapes of a group's tensors."""
+    """Names and global shapes of a group's tensors; empty for a group that was not written."""
     return {name: meta.size for name, meta in _index(folder, group).items()}
 
 
 def read(folder: Path, group: str) -> dict[str, Tensor]:
-    """A group's tensors, put together, on every process."""
+    """A group's whole tensors, on the CPU of every process."""
     tensors = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in _index(folder, group).items()
     }
-    fill(folder, group, tensors)
+    load_into(folder, group, tensors)
     return tensors
 
 
-def fill(folder: Path, group: str, live: Mapping[str, Tensor]) -> None:
-    """Copies a group into `live`, of which each process has its part, or the only one all of it."""
-    alone = not dist.is_initialized()
+def load_into(folder: Path, group: str, live: Mapping[str, Tensor]) -> None:
+    """Copy a group into tensors of the same names and shapes, sharded or not. Every process calls it."""
+    if not live:
+        return
     targets = {_key(group, name): tensor.detach() for name, tensor in live.items()}
-    dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    with _one_process_is_fine():
+        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=_alone())
+
+
+def _alone() -> bool:
+    return not dist.is_initialized()
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without DCP's warning about a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _index(folder: Path, group: str) -> dict[str, TensorStorageMetadata]:

@@ -1,14 +1,14 @@
-"""Several processes as one: started by torchrun, weights sharded by FSDP2, batches divided, random draws as of one.
+"""Distributed training: processes started by torchrun, weights sharded by FSDP2, batches and random draws divided.
 
-A training on N processes takes the steps that one process would take with the same batches: each holds a part of every
-batch, gradients are averaged, and noise is drawn for the whole batch before each keeps its own part.
+A training on N processes takes the same steps as on one process with the same batches: each process computes its rows
+of every batch, gradients are averaged, and noise is drawn for the whole batch before each process keeps its rows.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 
 from fewstep.config.recipe import Recipe
+from fewstep.core.global_rng import GlobalBatchRNG
+from fewstep.core.method import Shard
 from fewstep.errors import UserError
 from fewstep.training.run_dir import RunDir
 
@@ -30,7 +31,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class DistContext:
-    """Who this process is among `world`; the only one, unless torchrun says otherwise."""
+    """The rank and device of this process among `world_size`; by default the only one."""
 
     rank: int = 0
     world_size: int = 1
@@ -40,24 +41,14 @@ class DistContext:
     def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def shard(self, batch: Any) -> Any:
-        """This process's rows of a batch: of each part, if it is a tuple.
+    @property
+    def shard(self) -> Shard:
+        """This process's part of every batch."""
+        return Shard(self.rank, self.world_size)
 
-        Raises:
-            UserError: the batch cannot be divided.
-        """
-        if self.world_size == 1:
-            return batch
-        if isinstance(batch, tuple | list):
-            return tuple(self.shard(part) for part in batch)
-        if len(batch) % self.world_size:
-            raise UserError(f"train.batch_size {len(batch)} is no multiple of the {self.world_size} processes")
-        each = len(batch) // self.world_size
-        return batch[self.rank * each : (self.rank + 1) * each]
-
-    def global_rng(self) -> Any:
-        """A context in which `torch.randn_like` and `rand_like` draw for all processes and give this one's rows."""
-        return GlobalBatchRNG(self) if self.world_size > 1 else nullcontext()
+    def global_rng(self) -> AbstractContextManager[object]:
+        """A context in which random draws are this process's rows of those of the whole batch."""
+        return GlobalBatchRNG(self.shard) if self.world_size > 1 else nullcontext()
 
     def all_reduce_mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Means over the processes; all must have the same names."""
@@ -84,13 +75,13 @@ class DistContext:
         return found
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """All processes' rows of a batch, in order, with gradient: for losses that are no mean over samples."""
+        """All processes' rows of a batch, in order, with gradient: for losses that are not a mean over samples."""
         if self.world_size == 1:
             return rows
         return torch.cat(all_gather(rows.contiguous()))
 
     def sync_unsharded_grads(self, weights: Iterable[Tensor]) -> None:
-        """Averages over the processes what FSDP has not averaged: gradients of weights that each holds whole."""
+        """Averages the gradients of unsharded weights over the processes; FSDP averages the others."""
         if self.world_size == 1:
             return
         for weight in weights:
@@ -99,14 +90,14 @@ class DistContext:
                 weight.grad /= self.world_size
 
     def broadcast(self, module: nn.Module) -> None:
-        """Gives a module that every process holds whole the first one's weights."""
+        """Copies the main process's weights of an unsharded module to the others."""
         if self.world_size > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The first process goes through alone, the others after it: they find what it has written."""
+        """The main process runs the block first, the others after it: they find the files it wrote."""
         if not self.is_main_process:
             self.barrier()
         yield
@@ -114,15 +105,16 @@ class DistContext:
             self.barrier()
 
     def barrier(self) -> None:
-        """Until all are here."""
+        """Waits for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
     def mesh(self, group: int | None = None) -> DeviceMesh:
-        """All processes in a row; or, with `group`, copies side by side, each sharded over so many (hybrid sharding).
+        """All processes as one dimension; or, with `group`, replicas each sharded over `group` processes (hybrid
+        sharding).
 
         Raises:
-            UserError: the processes cannot be divided so.
+            UserError: `group` does not divide the number of processes.
         """
         if group is None or group == self.world_size:
             return init_device_mesh(self.device.type, (self.world_size,))
@@ -134,42 +126,17 @@ class DistContext:
 
 
 @contextmanager
-def open_run(ranks: DistContext, directory: str | Path, recipe: Recipe, **options: Any) -> Iterator[RunDir]:
-    """The run in a directory for several processes: the first claims it, the others follow."""
-    with ranks.main_process_first():
-        run = RunDir(directory, recipe, read_only=not ranks.is_main_process, **options)
+def open_run(dist: DistContext, directory: str | Path, recipe: Recipe, **options: Any) -> Iterator[RunDir]:
+    """The run in a directory for several processes: the main process locks it, the others only read."""
+    with dist.main_process_first():
+        run = RunDir(directory, recipe, read_only=not dist.is_main_process, **options)
     with run:
         yield run
 
 
-class GlobalBatchRNG(TorchFunctionMode):
-    """Draws of noise like a tensor, as one process would make them for the whole batch."""
-
-    _draws: Mapping[Any, Callable[..., Tensor]] = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
-
-    def __init__(self, ranks: DistContext) -> None:
-        super().__init__()
-        self.ranks = ranks
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func not in self._draws:
-            return func(*args, **(kwargs or {}))
-        distribute_like: Tensor = args[0]
-        count = len(distribute_like)
-        full_tensor = self._draws[func](
-            count * self.ranks.world_size,
-            *distribute_like.shape[1:],
-            dtype=distribute_like.dtype,
-            device=distribute_like.device,
-        )
-        return full_tensor[self.ranks.rank * count : (self.ranks.rank + 1) * count]
-
-
 @contextmanager
 def init_distributed() -> Iterator[DistContext]:
-    """Joins the other processes if torchrun started this one; alone otherwise.
+    """Joins the process group if torchrun started this process; otherwise it is the only one.
 
     Raises:
         UserError: there are more processes on a machine than GPUs.
@@ -181,7 +148,9 @@ def init_distributed() -> Iterator[DistContext]:
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} has no GPU: there are {torch.cuda.device_count()}; start fewer")
+            raise UserError(
+                f"process {local} has no GPU (there are {torch.cuda.device_count()}); start fewer processes"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -1,4 +1,4 @@
-"""The moving average of a module's weights."""
+"""Exponential moving average of a module's weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Moves towards the live weights; `updates` is how often they have moved before, from 0."""
+        """Moves towards the live weights; `updates` counts their earlier updates, from 0."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(list(self.weights.values()), list(self._live.values()), 1 - decay)
 
@@ -37,7 +37,7 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._live.items():
-            if isinstance(parameter, DTensor):  # FSDP gathers from the storage that it knows
+            if isinstance(parameter, DTensor):  # FSDP all-gathers from the storage it registered
                 live = parameter.detach().clone()
                 parameter.copy_(self.weights[name])
                 self.weights[name].copy_(live)

@@ -1,4 +1,4 @@
-"""How the C library hands out memory while a training runs on the CPU."""
+"""The C library's memory allocation during training on the CPU."""
 
 import ctypes
 import sys
@@ -21,8 +21,8 @@ def retain_freed_memory() -> None:
 
 
 def malloc_trim() -> None:
-    """What was freed so far goes back to the system: for a break between two trainings, whose tensors have other sizes
-    and would not all fit into the first one's gaps."""
+    """Return freed memory to the system: between two trainings, whose tensors have other sizes and would not all fit
+    into the first one's gaps."""
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)

@@ -13,10 +13,10 @@ from fewstep.errors import UserError
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW over `parameters`, in their order; fused, which took a third of the time on a CPU, or torchao's, whose
-    moments have 8 bits (arXiv 2110.02861).
+    """AdamW over `parameters`, in their order: fused (a third of the time on a CPU), or torchao's with 8-bit moments
+    (arXiv 2110.02861).
 
-    Raises: UserError if 8 bits are wanted and torchao is not installed.
+    Raises: UserError for adamw8bit if torchao is not installed.
     """
     common: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
@@ -24,7 +24,7 @@ def make_optimizer(parameters: list[nn.Parameter], settings: OptimSettings) -> t
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise UserError("optim.*.optimizer adamw8bit: needs torchao; pip install 'fewstep[lowbit]'") from None
+        raise UserError("optim.*.optimizer=adamw8bit needs torchao; pip install 'fewstep[lowbit]'") from None
     return AdamW8bit(parameters, lr=settings.lr, **common)
 
 
@@ -37,7 +37,7 @@ def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Lets an optimizer make its state before its first step: by a step that moves nothing."""
+    """Make an optimizer create its state before its first step, by a step with learning rate 0 and zero gradients."""
     set_lr(optimizer, 0.0)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for weight in weights:
@@ -47,7 +47,7 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def tensor_leaves(value: Tensor) -> dict[str, Tensor]:
-    """What a tensor of an optimizer's state consists of, by name: itself, or the codes and scales of 8 bits."""
+    """The plain tensors of an optimizer state tensor, by name suffix: itself, or its 8-bit codes and scales."""
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
         return {"": value}
     names, _ = value.__tensor_flatten__()

@@ -1,7 +1,8 @@
-"""One trainable as the trainer sees it."""
+"""A trainable part with its optimizer, EMA and counters."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +17,27 @@ from fewstep.training.distributed import DistContext
 from fewstep.training.ema import EMA
 from fewstep.training.optim import init_optimizer_state, learning_rate, make_optimizer, set_lr, tensor_leaves
 
-# After so many useless updates in a row the training has diverged, and more of them will not help.
-MAX_SKIPPED = 20
+# After so many nonfinite updates in a row the training has diverged.
+MAX_NONFINITE_SKIPS = 20
 
 
 class TrainState:
-    """A trainable with all it takes to move it: optimizer, learning rate, clipping, EMA."""
+    """A trainable with its optimizer, learning rate, gradient clipping and EMA."""
 
     def __init__(
         self, trainable: Trainable, optim: OptimSettings, train: TrainSettings, dist: DistContext | None = None
     ) -> None:
         self.trainable, self.optim, self.train = trainable, optim, train
         self.dist = dist or DistContext()
-        # The parameters that move, by name, in the optimizer's order.
+        # the trained parameters by name, in the optimizer's order
         self.weights = {name: p for name, p in trainable.module.named_parameters() if p.requires_grad}
         if optim.optimizer == "adamw8bit" and self.dist.world_size > 1:
-            raise UserError(f"optim.{trainable.name}.optimizer adamw8bit: with one process only")
+            raise UserError(f"optim.{trainable.name}.optimizer=adamw8bit works with one process only; use adamw")
         self.optimizer = make_optimizer(list(self.weights.values()), optim)
         self.ema = EMA(trainable.module, optim.ema_decay) if optim.ema_decay is not None else None
         self.device = next(trainable.module.parameters()).device
         self.bf16 = uses_bf16(train.precision, self.device)
-        self.counters = {"updates": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.counters = {"updates": 0, "nonfinite_skips": 0, "nonfinite_skips_in_a_row": 0}
 
     @property
     def name(self) -> str:
@@ -46,14 +47,22 @@ class TrainState:
     def module(self) -> nn.Module:
         return self.trainable.module
 
+    @contextmanager
+    def loss_context(self) -> Iterator[None]:
+        """Inside, operations use the precision of losses, and random draws are those of the global batch."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), self.dist.global_rng():
+            yield
+
     def update(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
-        """One update by the mean of the batches' gradients; skipped, and only counted, if its loss or gradient is not
-        finite. Returns the metrics, means over the batches."""
+        """One update with the mean of the batches' gradients; skipped and counted if the loss or gradient is nonfinite.
+
+        Returns the metrics, means over the batches.
+        """
         rate = learning_rate(self.optim, step, self.train.steps)
         set_lr(self.optimizer, rate)
         found: dict[str, list[float]] = {}
         for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), self.dist.global_rng():
+            with self.loss_context():
                 loss, metrics = self.trainable.loss(batch)
             (loss / len(batches)).backward()
             for key, value in {"loss": loss, **metrics}.items():
@@ -68,23 +77,23 @@ class TrainState:
         if self.ema is not None:
             self.ema.update(self.counters["updates"])
         self.counters["updates"] += 1
-        self.counters["skipped_in_a_row"] = 0
-        return means | {"grad_norm": norm, "lr": rate, "skipped": 0.0}
+        self.counters["nonfinite_skips_in_a_row"] = 0
+        return means | {"grad_norm": norm, "lr": rate, "nonfinite_skips": 0.0}
 
     def _skip(self) -> dict[str, float]:
-        self.counters["skipped"] += 1
-        self.counters["skipped_in_a_row"] += 1
-        if self.counters["skipped_in_a_row"] >= MAX_SKIPPED:
+        self.counters["nonfinite_skips"] += 1
+        self.counters["nonfinite_skips_in_a_row"] += 1
+        if self.counters["nonfinite_skips_in_a_row"] >= MAX_NONFINITE_SKIPS:
             raise UserError(
-                f"{self.name}: {MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; start over "
-                "(--overwrite) with a lower learning rate, more warm-up, or precision fp32"
+                f"{self.name}: {MAX_NONFINITE_SKIPS} updates in a row had a loss or gradient that is not finite; start "
+                f"over (--overwrite) with a lower optim.{self.name}.lr, more warmup_steps, or train.precision=fp32"
             )
-        return {"skipped": 1.0}
+        return {"nonfinite_skips": 1.0}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint needs: trainable weights and buffers, EMA, optimizer; sharded where the module is."""
-        moving = self.weights.keys() | {name for name, _ in self.module.named_buffers()}
-        weights = {name: tensor for name, tensor in self.module.state_dict().items() if name in moving}
+        """The tensors of a checkpoint: trainable weights and buffers, EMA, optimizer; sharded where the module is."""
+        trained = self.weights.keys() | {name for name, _ in self.module.named_buffers()}
+        weights = {name: tensor for name, tensor in self.module.state_dict().items() if name in trained}
         moments = {
             f"{name}/{key}{part}": tensor
             for name, p in self.weights.items()
@@ -94,7 +103,7 @@ class TrainState:
         return {"weights": weights, "optimizer": moments} | ({"ema": self.ema.weights} if self.ema else {})
 
     def restore(self, found: Checkpoint, counters: dict[str, int]) -> None:
-        """Puts back what `tensors` gave. Raises: RuntimeError if names or shapes differ."""
+        """Restores what `tensors` returned. Raises: RuntimeError if names or shapes differ."""
         if found.shapes(f"{self.name}.optimizer") and not self.optimizer.state:
             init_optimizer_state(self.optimizer)
         live = self.tensors()

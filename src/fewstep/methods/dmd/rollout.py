@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.global_rng import shared_draws
 from fewstep.core.samplers import Sampler, iterate, last_state
 
 AnchorSchedule = Literal["fixed", "continuous"]
@@ -29,7 +30,9 @@ def sample_rollout_timesteps(anchors: Sequence[float], schedule: AnchorSchedule)
     count = int(torch.randint(len(anchors), ())) + 1
     if schedule == "fixed":
         return list(anchors[:count])
-    drawn = torch.rand(count - 1).clamp(min=MIN_TIMESTEP).sort(descending=True).values
+    with shared_draws():  # levels of the whole batch, not one for each sample
+        drawn = torch.rand(count - 1)
+    drawn = drawn.clamp(min=MIN_TIMESTEP).sort(descending=True).values
     return [1.0, *drawn.tolist()]
 
 
