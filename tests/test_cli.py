@@ -233,7 +233,8 @@ def test_ctrl_c_saves_and_shows_the_resume_command(recipe: Path) -> None:
     """The program in another process is interrupted; the same command in this one resumes."""
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cli, fewstep.api; "
-        "import fewstep.cli.main as m; fewstep.api._distill = test_cli.distill_two_layers; sys.argv[0] = 'fewstep'; m.main()"
+        "import fewstep.cli.main as m; fewstep.api._distill = test_cli.distill_two_layers; sys.argv[0] = 'fewstep'; "
+        "m.main()"
     )
     words = [sys.executable, "-c", program, "distill", "tiny.yaml", "--overwrite"]
     process = subprocess.Popen(words, env=os.environ | {"PAUSE": "0.5"}, stderr=subprocess.PIPE, text=True)
