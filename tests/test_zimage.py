@@ -1,13 +1,12 @@
 """The batched forward against diffusers' own, batches against single samples, and blocks in every combination."""
 
 import copy
-from contextlib import nullcontext
-from itertools import permutations
 
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
+from zimage_setup import prompts_of, small_transformer
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
@@ -18,27 +17,10 @@ from fewstep.models.zimage.block import ZImageBlock
 from fewstep.models.zimage.denoiser import ZImageDenoiser
 from fewstep.models.zimage.family import ZIMAGE
 
-FEATURES = 24
-
 
 @pytest.fixture
 def transformer():
-    torch.manual_seed(0)
-    model = ZImageTransformer2DModel(
-        dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=FEATURES, axes_dims=[8, 8, 8],
-        axes_lens=[512, 64, 64],
-    )  # fmt: skip
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def prompts_of(lengths, seed=0):
-    torch.manual_seed(seed)
-    features = torch.randn(len(lengths), max(lengths), FEATURES)
-    for row, length in enumerate(lengths):
-        features[row, length:] = 0
-    return EncodedPrompts(features, torch.tensor(lengths))
+    return small_transformer()
 
 
 def diffusers_velocity(model, x, sigma, prompts):
@@ -235,69 +217,6 @@ def test_one_shape_is_compiled_once(transformer, offloaded):
             denoiser(x, sigma, prompts_of([5 + seed, 9], seed))
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] == graphs[1] == graphs[2]
-
-
-# --- blocks are modules: everything that acts on them composes, in any order -----------------------------------------
-
-
-def count_calls(denoiser):
-    for block in denoiser.get_blocks():
-        block.calls = []
-        block.register_forward_hook(lambda block, *_: block.calls.append(1))
-
-
-FEATURES_OF_BLOCKS = {
-    "checkpointing": ZImageDenoiser.enable_gradient_checkpointing,
-    "offloading": lambda denoiser: offload_blocks(denoiser, "cpu"),
-    "hooks": count_calls,
-    "compile": ZImageDenoiser.compile_repeated_blocks,
-}
-
-
-def velocity_and_gradients(denoiser, x, sigma, prompts):
-    x = x.clone().requires_grad_(True)
-    velocity = denoiser(x, sigma, prompts)
-    velocity.square().mean().backward()
-    return velocity.detach(), x.grad, {name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None}
-
-
-def assert_composes(transformer, order):
-    prompts, x, sigma = prompts_of([5, 40]), torch.randn(2, 16, 8, 8), torch.rand(2)
-    plain, combined = (ZImageDenoiser(copy.deepcopy(transformer)) for _ in range(2))
-    for name in order:
-        FEATURES_OF_BLOCKS[name](combined)
-    expected = velocity_and_gradients(plain, x, sigma, prompts)
-    torch.testing.assert_close(velocity_and_gradients(combined, x, sigma, prompts), expected, atol=1e-5, rtol=1e-4)
-    assert len(expected[2]) > 50
-    assert [len(block.calls) for block in combined.get_blocks()] == [2, 2, 2, 2]  # once for each of two caption lengths
-
-
-@pytest.mark.parametrize("order", list(permutations(["checkpointing", "offloading", "hooks"])), ids=" ".join)
-def test_blocks_compose_in_any_order(transformer, order):
-    assert_composes(transformer, order)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", list(permutations(FEATURES_OF_BLOCKS)), ids=" ".join)
-def test_blocks_compose_with_compilation_in_any_order(transformer, order):
-    torch._dynamo.reset()  # graphs of other tests count towards the limit beyond which nothing is compiled
-    assert_composes(transformer, order)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-
-
-def test_offloaded_weights_are_on_the_device_where_they_are_recomputed(transformer):
-    """On the device "meta", a block that is recomputed with weights on the CPU raises an error."""
-    denoiser, computed = ZImageDenoiser(transformer.requires_grad_(False)), []
-    denoiser.enable_gradient_checkpointing()
-    offload_blocks(denoiser, "meta")
-    for index, block in enumerate(denoiser.get_blocks()):
-        block.contexts.append(lambda _, index=index: nullcontext(computed.append(index)))
-    x = torch.randn(1, 16, 8, 8, device="meta", requires_grad=True)
-    prompts = prompts_of([5])
-    denoiser(x, torch.rand(1, device="meta"), prompts.to("meta")).sum().backward()
-    assert x.grad.shape == x.shape
-    assert sorted(computed) == [0, 0, 1, 2, 2, 3, 3]  # no gradient reaches the caption's block, number 1
-    assert {p.device.type for block in denoiser.get_blocks() for p in block.parameters()} == {"cpu"}
 
 
 def test_state_dict_is_that_of_diffusers(transformer):

@@ -1,0 +1,70 @@
+"""DMD on Gaussians, for which every direction is known."""
+
+import torch
+from gaussian import SHAPE, Gaussian, prompts_of
+
+from fewstep.core.schedules import Constant
+from fewstep.data.batch import DistillBatch
+from fewstep.methods.dmd.method import DMD, WeightedTerm
+from fewstep.methods.dmd.renoise import Renoise
+from fewstep.methods.dmd.student_sampler import StudentSampler
+from fewstep.methods.dmd.terms.cfg_augmentation import CFGAugmentation
+from fewstep.methods.dmd.terms.distribution_matching import DistributionMatching
+from fewstep.methods.dmd.terms.trajectory_mse import TrajectoryMSE
+
+SHIFT = 3.0
+COUNT = 6
+LEVELS = (1.0, 0.75, 0.5, 0.25)
+EPS = 1e-6
+
+
+def dmd(
+    *,
+    ca=1.0,
+    dm=1.0,
+    alpha=4.0,
+    renoise=None,
+    teacher=None,
+    student=None,
+    fake=None,
+    null_mean=0.0,
+    more=None,
+    total_steps=10,
+    **dm_options,
+):
+    """DMD on Gaussians, with CA and DM by weight (a number or a schedule; 0 leaves the term out)."""
+    renoise = renoise or Renoise("hybrid", SHIFT)
+    teacher = teacher or Gaussian().requires_grad_(False)
+    student, fake = student or Gaussian(), fake or Gaussian()
+    sampler = StudentSampler(student, LEVELS, SHIFT)
+    terms = {}
+    if ca:
+        terms["cfg_augmentation"] = CFGAugmentation(alpha, EPS), ca
+    if dm:
+        matching = DistributionMatching(
+            teacher, student, fake, renoise, sampler.fresh, eps=EPS, **{"updates": 3, **dm_options}
+        )
+        terms["distribution_matching"] = matching, dm
+    if more:
+        terms["trajectory_mse"] = TrajectoryMSE(student, sampler.sigmas), more
+    weighted = {
+        name: WeightedTerm(term, Constant(weight) if isinstance(weight, float) else weight)
+        for name, (term, weight) in terms.items()
+    }
+    return DMD(teacher, sampler, prompts_of([null_mean]), renoise, weighted, total_steps)
+
+
+def fake_score(method):
+    return method.terms["distribution_matching"].term.fake_score
+
+
+def directions(method, x, anchor, prompts):
+    """The weighted sum of all directions, and their metrics."""
+    terms = {name: each.term for name, each in method.terms.items()}
+    found = method.compute_directions(terms, x, anchor, prompts)
+    metrics = {key: value for each in found.values() for key, value in each.metrics.items()}
+    return sum(method.terms[name].weight(0) * each.delta for name, each in found.items()), metrics
+
+
+def batch_of(mean=1.0, count=COUNT):
+    return DistillBatch(torch.randn(count, *SHAPE), prompts_of([mean] * count))
