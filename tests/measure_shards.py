@@ -1,4 +1,4 @@
-"""A program for torchrun: one step of a sharded distillation, and what this process held and received."""
+"""A program for torchrun: one step of a sharded distillation; the bytes that this process held and received."""
 
 import json
 import sys
@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.config.load import load_recipe
-from fewstep.core.method import Shard
 from fewstep.data.prompts import open_prompts
 from fewstep.methods.base import DataSetup, MethodSetup
 from fewstep.methods.dmd.method import DMD
@@ -20,13 +19,13 @@ from fewstep.training.train_state import TrainState
 
 
 def held(tensors) -> int:  # type: ignore[no-untyped-def]
-    """Bytes of this process's parts; scalars, such as counts of steps, aside."""
+    """Bytes of this process's parts, without scalars such as counts of steps."""
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum(part.numel() * part.element_size() for part in parts if part.ndim)
 
 
 class Received(TorchDispatchMode):
-    """Counts what collectives bring from other processes."""
+    """Counts the bytes that collectives receive from other processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,18 +52,18 @@ def main(folder: str, precision: str, out: str) -> None:
         sources = DMD.batch_sources(DataSetup(recipe, teacher, prompts, Path(out).parent / "cache"))
         models = build_models(recipe, teacher, recipe.method.extra_models(), dist)
         method = DMD.build(MethodSetup(recipe, models, teacher.encode([""]), sources, prompts, dist))
-        learners = [TrainState(part, recipe.optim[part.name], recipe.train, dist) for part in method.trainables]
+        states = [TrainState(part, recipe.optim[part.name], recipe.train, dist) for part in method.trainables]
         with Received() as received:
-            for learner in learners:
-                for update in range(learner.trainable.updates_per_step):
-                    learner.update([sources["train"](update, Shard(dist.rank, dist.world_size))], 1)
-        student, fake = learners
+            for state in states:
+                for update in range(state.trainable.updates_per_step):
+                    state.update([sources["train"](update, dist.shard)], 1)
+        student, fake = states
         found = {
             "teacher": held(teacher.denoiser.parameters()),
             "student": held(student.weights.values()),
             "fake score": held(fake.weights.values()),
             "gradients": held(p.grad for p in fake.weights.values() if p.grad is not None),
-            "AdamW": held(v for one in learners for s in one.optimizer.state.values() for v in s.values()),
+            "AdamW": held(v for one in states for s in one.optimizer.state.values() for v in s.values()),
             "EMA": held(student.ema.weights.values()) if student.ema else 0,
             "weights received": received.weights,
             "gradients received": received.gradients,

@@ -1,4 +1,4 @@
-"""How much memory some work takes."""
+"""Peak memory of a function."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -7,7 +7,7 @@ import torch
 
 
 def most_held(work: Callable[[], object]) -> int:
-    """Bytes at the worst moment of some work, by what torch's allocator says of each of its moves."""
+    """The largest number of bytes that torch's CPU allocator held for a call of `work`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
         kept = work()
     moves = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Several processes take the steps that one would: real ones, started by torchrun, on the CPU with gloo."""
+"""Several processes take the same steps as one: real processes, started by torchrun, on the CPU with gloo."""
 
 import json
 import os
@@ -11,17 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep.data.prompt_batches import prompt_batches
 from fewstep.errors import UserError
 from fewstep.training.distributed import DistContext
 
 OPTIONS = [
     *("train.batch_size=4", "train.log_every=1", "train.save_every=2", "train.sample_every=0"),
-    *("train.precision=fp32", "fake_updates=2", "evaluate.enabled=false", "evaluate.every=0", "student.steps=2"),
-    "shield.regression=0",
-    "align=0",
-    "fake_warmup=0",
-    "optim.student.lr_schedule=constant",
-    "optim.student.lr=2.0e-4",
+    *("train.precision=fp32", "method.fake_score_updates=2", "method.fake_score_start=0", "student.steps=2"),
+    *("evaluate.enabled=false", "evaluate.validate_every=0"),
+    "method.terms={cfg_augmentation: {}, distribution_matching: {}}",
+    *("optim.student.lr_schedule=constant", "optim.student.lr=2.0e-4"),
 ]
 
 
@@ -33,7 +32,7 @@ def command(folder, out, processes, *more):
     return [sys.executable, *launch, "-m", "fewstep", "distill", "micro-turbo", "--out", str(out), *settings]
 
 
-def distil(folder, out, processes, *more):
+def distill(folder, out, processes, *more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command(folder, out, processes, *more), env=environment, capture_output=True, text=True, timeout=240
@@ -54,28 +53,28 @@ def assert_close(one, other):
 
 def losses(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([[line["student/loss"], line["fake/loss"], line["student/grad_norm"]] for line in lines])
+    return torch.tensor([[line["student/loss"], line["fake_score/loss"], line["student/grad_norm"]] for line in lines])
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    distil(tiny_folder, out, 1, "train.steps=4")
+    distill(tiny_folder, out, 1, "train.steps=4")
     return out
 
 
-def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(tiny_folder, tmp_path, alone):
-    distil(tiny_folder, tmp_path / "two", 2, "train.steps=2")
-    distil(tiny_folder, tmp_path / "two", 1, "train.steps=4")
+def test_two_processes_equal_one_and_their_checkpoint_resumes_in_one(tiny_folder, tmp_path, alone):
+    distill(tiny_folder, tmp_path / "two", 2, "train.steps=2")
+    distill(tiny_folder, tmp_path / "two", 1, "train.steps=4")
     torch.testing.assert_close(losses(tmp_path / "two"), losses(alone), atol=1e-5, rtol=1e-5)
     assert_close(weights(tmp_path / "two"), weights(alone))
 
 
 @pytest.mark.slow
 def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
-    """Two processes, each with its own part on disk; a bit of one turns over, and the checkpoint before goes on."""
+    """Two processes, each with its part on disk; a bit of one is flipped, and the checkpoint before is resumed."""
     out = tmp_path / "two"
-    distil(tiny_folder, out, 2, "train.steps=3", "train.save_every=1")
+    distill(tiny_folder, out, 2, "train.steps=3", "train.save_every=1")
     newest = out / "checkpoints" / "step_00000003"
     parts = sorted(newest.glob("shard-*.safetensors"))
     assert len(parts) == 2
@@ -83,53 +82,53 @@ def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
     data = bytearray(parts[1].read_bytes())
     data[-1] ^= 1
     parts[1].write_bytes(data)
-    again = distil(tiny_folder, out, 2, "train.steps=4")
+    again = distill(tiny_folder, out, 2, "train.steps=4")
     assert f"skipped, {parts[1].name} is damaged" in again.stderr
     assert "resuming from step 2" in again.stderr
     assert_close(weights(out), weights(alone))
 
 
-def test_in_bf16_two_processes_stay_near_one(tiny_folder, tmp_path):
-    """Weights are sent in bf16; what is held is fp32, so that small updates are not lost."""
+def test_two_processes_in_bf16_are_close_to_one(tiny_folder, tmp_path):
+    """Weights are sent in bf16 and held in fp32, so that small updates are not lost."""
     for processes in (1, 2):
         more = (
             "train.steps=2",
             "train.precision=bf16",
             "train.sample_every=2",
-            "evaluate.every=2",
-            "evaluate.watched=2",
+            "evaluate.validate_every=2",
+            "evaluate.validation_prompts=2",
         )
-        distil(tiny_folder, tmp_path / str(processes), processes, *more)
+        distill(tiny_folder, tmp_path / str(processes), processes, *more)
     one, two = (losses(tmp_path / run) for run in ("1", "2"))
     torch.testing.assert_close(two, one, atol=0.02, rtol=0.05)
     before = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    moved = torch.cat([(weights(tmp_path / "1")[name] - before[name]).flatten() for name in before])
-    also = torch.cat([(weights(tmp_path / "2")[name] - before[name]).flatten() for name in before])
-    assert 0 < moved.abs().max() < 1e-3
-    assert torch.cosine_similarity(moved, also, dim=0) > 0.9
+    update = torch.cat([(weights(tmp_path / "1")[name] - before[name]).flatten() for name in before])
+    other = torch.cat([(weights(tmp_path / "2")[name] - before[name]).flatten() for name in before])
+    assert 0 < update.abs().max() < 1e-3
+    assert torch.cosine_similarity(update, other, dim=0) > 0.9
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_all_processes_and_leaves_the_last_checkpoint(tiny_folder, tmp_path, alone):
-    """No file may grow beyond 256 KiB, as if the disk were full; without that limit the same command goes on."""
+    """No file may grow beyond 256 KiB, as on a full disk; without that limit the same command resumes."""
     out = tmp_path / "two"
-    distil(tiny_folder, out, 2, "train.steps=2")
+    distill(tiny_folder, out, 2, "train.steps=2")
     limited = ["bash", "-c", 'ulimit -f 256; exec "$@"', "-", *command(tiny_folder, out, 2, "train.steps=4")]
     done = subprocess.run(
         limited, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    assert "step_00000004: cannot write this checkpoint" in done.stderr
-    assert "earlier ones are as they were" in done.stderr
+    assert "step_00000004: this checkpoint cannot be written" in done.stderr
+    assert "earlier ones are unchanged" in done.stderr
     assert [path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")] == ["step_00000002"]
-    assert "resuming from step 2" in distil(tiny_folder, out, 2, "train.steps=4").stderr
+    assert "resuming from step 2" in distill(tiny_folder, out, 2, "train.steps=4").stderr
     assert_close(weights(out), weights(alone))
 
 
 @pytest.mark.slow
-def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alone):
-    distil(tiny_folder, tmp_path / "run", 2, "train.steps=2")
-    distil(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.fsdp_shard_size=2")
+def test_four_processes_in_two_groups_resume_from_two(tiny_folder, tmp_path, alone):
+    distill(tiny_folder, tmp_path / "run", 2, "train.steps=2")
+    distill(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.fsdp_shard_size=2")
     torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), atol=1e-5, rtol=1e-5)
     assert_close(weights(tmp_path / "run"), weights(alone))
 
@@ -138,25 +137,26 @@ def test_four_processes_in_two_groups_go_on_from_two(tiny_folder, tmp_path, alon
 @pytest.mark.parametrize(
     "more",
     [
-        ("shield.regression=1",),
-        ("method=trajectory", "trajectory.substeps=2"),
-        ("shield.mmd=1",),
-        ("shield.gan=1", "optim.discriminator={lr: 1.0e-3}"),
+        ("method.terms.trajectory_mse={}",),
+        ("method={name: trajectory}", "trajectory.teacher_steps_per_student_step=2", "optim.fake_score=null"),
+        ("method.terms.mmd={}",),
+        ("method.terms.gan={}", "optim.discriminator={lr: 1.0e-3}"),
+        ("student.timestep_sampling=continuous",),
     ],
 )
-def test_what_the_teacher_says_beforehand(tiny_folder, tmp_path, more):
-    """A shield's real images and a trajectory cache, made by one of two processes for both."""
-    sizes = ("trajectory.samples=4", "trajectory.guidance_scale=null", "train.steps=2")
+def test_terms_and_methods_equal_one_process(tiny_folder, tmp_path, more):
+    """With real samples and trajectory caches, which the main process makes for both, and with drawn levels."""
+    sizes = ("trajectory.num_trajectories=4", "trajectory.guidance_scale=null", "train.steps=2")
     for processes in (1, 2):
-        distil(tiny_folder, tmp_path / str(processes), processes, *sizes, *more)
+        distill(tiny_folder, tmp_path / str(processes), processes, *sizes, *more)
     assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))
 
 
 @pytest.mark.slow
-def test_lora_roles_on_two_processes(tiny_folder, tmp_path):
-    more = ("roles.kind=lora", "roles.rank=4", "train.steps=3", "optim.student={lr: 0.01, ema_decay: 0.5}")
+def test_lora_adapters_on_two_processes(tiny_folder, tmp_path):
+    more = ("models.train=lora", "models.rank=4", "train.steps=3", "optim.student={lr: 0.01, ema_decay: 0.5}")
     for processes in (1, 2):
-        distil(tiny_folder, tmp_path / str(processes), processes, *more)
+        distill(tiny_folder, tmp_path / str(processes), processes, *more)
     assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))
     lora = [load_file(tmp_path / run / "lora" / "pytorch_lora_weights.safetensors") for run in ("1", "2")]
     for name, tensor in lora[0].items():  # Adam divides the smallest gradients by themselves
@@ -164,8 +164,8 @@ def test_lora_roles_on_two_processes(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_killed_ends_all_and_the_run_goes_on(tiny_folder, tmp_path):
-    """One of two is killed in the middle: the other ends within seconds, and the run goes on from its checkpoint."""
+def test_one_killed_process_ends_all_and_the_run_resumes(tiny_folder, tmp_path):
+    """One of two is killed in the middle: the other ends within seconds, and the run resumes from its checkpoint."""
     words = command(tiny_folder, tmp_path / "run", 2, "train.steps=100000")
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -178,35 +178,25 @@ def test_one_killed_ends_all_and_the_run_goes_on(tiny_folder, tmp_path):
         assert len(children) == 2
         os.kill(int(children[1]), signal.SIGKILL)
         start = time.monotonic()
-        _, told = process.communicate(timeout=60)
+        _, output = process.communicate(timeout=60)
         assert time.monotonic() - start < 45
         assert process.returncode != 0
-        assert "SIGKILL" in told or "exitcode" in told
+        assert "SIGKILL" in output or "exitcode" in output
     finally:
         process.kill()
     reached = max(int(path.name[5:]) for path in (tmp_path / "run").glob("checkpoints/step_*"))
-    again = distil(tiny_folder, tmp_path / "run", 2, f"train.steps={reached + 100_001}", "train.max_minutes=0.001")
+    again = distill(tiny_folder, tmp_path / "run", 2, f"train.steps={reached + 100_001}", "train.max_minutes=0.001")
     assert "resuming from step" in again.stderr
 
 
-def test_batches_are_divided_without_overlap():
-    parts = [DistContext(rank, 3).shard((torch.arange(6), torch.arange(12).reshape(6, 2))) for rank in range(3)]
-    assert torch.cat([part[0] for part in parts]).tolist() == list(range(6))
-    assert torch.cat([part[1] for part in parts]).tolist() == torch.arange(12).reshape(6, 2).tolist()
-    with pytest.raises(UserError, match="no multiple of the 4 processes"):
-        DistContext(0, 4).shard((torch.arange(6),))
-
-
-def test_noise_is_drawn_as_one_process_would():
-    x = torch.zeros(6, 2, 5)
-    torch.manual_seed(3)
-    expected = torch.randn_like(x), torch.rand_like(x[:, 0, 0])
-    rows = []
-    for rank in range(3):
-        dist = DistContext(rank, 3)
-        torch.manual_seed(3)
-        with dist.global_rng():
-            mine = dist.shard((x,))[0]
-            rows.append((torch.randn_like(mine), torch.rand_like(mine[:, 0, 0])))
-    assert torch.equal(torch.cat([row[0] for row in rows]), expected[0])
-    assert torch.equal(torch.cat([row[1] for row in rows]), expected[1])
+def test_batches_are_divided_without_overlap(tiny):
+    """Each process encodes and draws what its rows need, and together they have the batch of one process."""
+    prompts = [f"prompt {i}" for i in range(20)]
+    source = prompt_batches(tiny, prompts, size=6, seed=1)
+    whole = source(3, DistContext().shard)
+    parts = [source(3, DistContext(rank, 3).shard) for rank in range(3)]
+    assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+    assert torch.cat([part.prompts.lengths for part in parts]).tolist() == whole.prompts.lengths.tolist()
+    assert [len(part) for part in parts] == [2, 2, 2]
+    with pytest.raises(UserError, match="not a multiple of the 4 processes"):
+        source(3, DistContext(0, 4).shard)
