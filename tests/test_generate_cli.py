@@ -48,7 +48,6 @@ def test_options_for_speed_and_memory(tiny_folder, tmp_path):
         assert plain.read_bytes() == other.read_bytes()
     assert run("generate", tiny_folder, "a fox", "-o", other, "--vae-tiling").exit_code == 0
     assert run("generate", tiny_folder, "a fox", "-o", other, "--dtype", "bf16").exit_code == 0
-    assert_one_error(run("generate", tiny_folder, "a fox", "--compile", "--offload", "group"), "not together")
     assert_one_error(run("generate", tiny_folder, "a fox", "-o", plain, "--attention-backend", "guess"), "guess")
     assert_one_error(run("generate", tiny_folder, "a fox", "-o", plain, "--attention-backend", "flash"), "flash")
     assert_one_error(run("generate", tiny_folder, "a fox", "-o", plain, "--dtype", "fp16"), "overflow")

@@ -226,6 +226,6 @@ def test_numbers_have_three_digits() -> None:
     assert shown == ["0.012", "1.23", "12.3", "123", "-0.051", "12,345"]
 
 
-def test_smoothing_averages_neighbours() -> None:
+def test_smoothing_averages_neighbors() -> None:
     assert plots.smooth([1.0, 2.0, 3.0, 4.0, 6.0], window=3) == pytest.approx([1.5, 2, 3, 13 / 3, 5])
     assert plots.curves([]) is None

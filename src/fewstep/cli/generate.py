@@ -83,8 +83,6 @@ def generate(
     texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
-    if compile and offload is Offload.group:
-        raise UserError("--compile: not together with --offload group, which moves the weights of every block")
     params = parse_params(
         {
             "seed": seed,

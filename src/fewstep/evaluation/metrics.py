@@ -11,8 +11,8 @@ _LUMA = (0.299, 0.587, 0.114)  # BT.601
 
 def _covariance_root(features: Tensor) -> Tensor:
     """R [r,D] with R^T R = the unbiased covariance of features [N,D]; r = min(N, D)."""
-    centred = (features - features.mean(0)) / (len(features) - 1) ** 0.5
-    return torch.linalg.qr(centred, mode="r").R if len(centred) > centred.shape[1] else centred
+    centered = (features - features.mean(0)) / (len(features) - 1) ** 0.5
+    return torch.linalg.qr(centered, mode="r").R if len(centered) > centered.shape[1] else centered
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def mmd(a: Tensor, b: Tensor) -> float:
 def diversity(features: Tensor) -> float:
     """Mean cosine distance between the seeds of one prompt, averaged over prompts. features [P,S,D], S >= 2 -> [0,2].
 
-    Cosine, not Euclidean: an over-baked arm has larger activations, and must not pass for a more diverse one.
+    Cosine, not Euclidean: an over-saturated variant has larger activations, and must not pass for a more diverse one.
     """
     if features.ndim != 3 or features.shape[1] < 2:
         raise ValueError(f"diversity needs features [P,S,D] with at least two seeds, got {tuple(features.shape)}")
@@ -75,7 +75,7 @@ def luma(images: Tensor) -> Tensor:
 
 
 def saturation(images: Tensor) -> float:
-    """Mean chroma, max(R,G,B) - min(R,G,B), over the pixels of [N,3,H,W] in [0,1]; 0 for grey, 1 for pure colors.
+    """Mean chroma, max(R,G,B) - min(R,G,B), over the pixels of [N,3,H,W] in [0,1]; 0 for gray, 1 for pure colors.
 
     Chroma and not HSV's saturation, which is 1 for a nearly black pixel with any tint.
     """
@@ -93,7 +93,7 @@ def hf_energy(images: Tensor) -> float:
     The blur ([1,2,1]/4 along both axes) is zero at the Nyquist frequency: a checkerboard of amplitude a counts in full
     (a^2), a plain area not at all. Absolute, not a share of the total, so that over-baking cannot hide behind contrast.
     """
-    grey = luma(images)[:, None]
-    tap = torch.tensor([1.0, 2.0, 1.0], device=grey.device) / 4
-    blurred = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="reflect"), torch.outer(tap, tap)[None, None])
-    return float((grey - blurred).square().mean())
+    gray = luma(images)[:, None]
+    tap = torch.tensor([1.0, 2.0, 1.0], device=gray.device) / 4
+    blurred = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="reflect"), torch.outer(tap, tap)[None, None])
+    return float((gray - blurred).square().mean())
