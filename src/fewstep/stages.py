@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.atomic import atomic_folder, write_text
 from fewstep.config.load import recipe_model
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
 from fewstep.jobs import Validator, distill
@@ -82,9 +83,7 @@ def run_stages(
     target = run.directory / "student"
     if not dist.is_main_process:
         return target
-    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    draft = target.with_name(".student.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(student, draft, copy_function=_link_or_copy)
-    shutil.rmtree(target, ignore_errors=True)
-    return draft.rename(target)
+    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    with atomic_folder(target) as aside:
+        shutil.copytree(student, aside, copy_function=_link_or_copy, dirs_exist_ok=True)
+    return target

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.atomic import write_tensors, write_text
 from fewstep.emoji.dataset import BACKGROUNDS, STYLES, EmojiDataset, EmojiSpec
 from fewstep.errors import UserError
 from fewstep.evaluation.images import as_float
@@ -156,13 +157,10 @@ class EmojiClassifier:
     def save(self, folder: str | Path) -> None:
         """Write classifier.safetensors (fp16) and classifier.json into `folder`; files are replaced atomically."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.half().contiguous() for name, tensor in self.net.state_dict().items()}
-        (folder / "classifier.safetensors.partial").write_bytes(save(weights))
-        (folder / "classifier.safetensors.partial").replace(folder / "classifier.safetensors")
+        write_tensors(folder / "classifier.safetensors", weights)
         text = json.dumps(self.description, ensure_ascii=False, indent=1) + "\n"
-        (folder / "classifier.json.partial").write_text(text, encoding="utf-8")
-        (folder / "classifier.json.partial").replace(folder / "classifier.json")
+        write_text(folder / "classifier.json", text)
 
     def check_objects(self, dataset: EmojiDataset) -> None:
         """Raises: UserError unless the labels are the objects of the dataset, in the same order."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.atomic import write_text
 from fewstep.evaluation.feature_networks import with_network
 
 Figures = dict[str, Any]
@@ -58,9 +59,7 @@ class Metrics:
     def save(self, path: str | Path) -> None:
         tree = asdict(self) | {"targets": [asdict(one) | {"target": one.target} for one in self.targets]}
         text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: str | Path) -> Metrics:

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
+from fewstep.atomic import write_text
 from fewstep.errors import UserError
 from fewstep.evaluation import plots, table
 from fewstep.evaluation.grid import picture, tile
@@ -31,9 +32,7 @@ def write(folder: str | Path, metrics: Metrics, samples: Samples, curves: Path |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         picture(samples).save(folder / "grid.png", optimize=True)
-        partial = folder / "index.html.partial"
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(folder / "index.html")
+        write_text(folder / "index.html", page)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the report ({error.strerror})") from None
     return folder / "index.html"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from fewstep.atomic import write_tensors
 from fewstep.errors import UserError
 from fewstep.models.family import ModelFamily
 
@@ -22,15 +22,12 @@ def write_transformer(
         dtype: of the written weights; unset, the model's.
 
     Raises:
-        UserError: the family has no such layout.
+        UserError: the family has no such layout, or the file cannot be written.
     """
     if layout not in family.key_layouts:
         known = ", ".join(family.key_layouts) or "none"
         raise UserError(f"{family.pipeline_class} has no single-file layout {layout!r}; known: {known}")
     weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in transformer.state_dict().items()}
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(family.key_layouts[layout].to_format(weights), partial, {"format": "pt"})
-    partial.replace(file)
+    write_tensors(file, family.key_layouts[layout].to_format(weights), {"format": "pt"})
     return file

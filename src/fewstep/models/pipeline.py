@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.atomic import atomic_folder
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
@@ -170,26 +170,20 @@ class TextToImagePipeline:
             write: writes the transformer into its folder; unset, it is written with its weights as they are.
 
         Raises:
-            UserError: the weights are in fp8, which such a folder cannot hold.
+            UserError: the weights are in fp8, which such a folder cannot hold; or it cannot be written.
         """
         if write is None and is_fp8(self.transformer):
             raise UserError(f"{folder}: weights in fp8 cannot be saved as a folder; load the model in bf16")
         folder = Path(folder)
-        draft = folder.with_name(f".{folder.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        with silence_loggers():
+        with atomic_folder(folder) as draft, silence_loggers():
             self.family.write_index(self.components, draft)
             for name in self.family.component_names:
                 if name == "transformer" and write is not None:
                     write(draft / name)
                 else:
                     self.components[name].save_pretrained(draft / name)
-        (draft / GENERATION_CONFIG).write_text(
-            self.generation_config.model_dump_json(indent=2) + "\n", encoding="utf-8"
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+            config = self.generation_config.model_dump_json(indent=2) + "\n"
+            (draft / GENERATION_CONFIG).write_text(config, encoding="utf-8")
         return folder
 
 
