@@ -214,7 +214,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS | FURTHER))
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--trajectories", type=int, default=NUM_TRAJECTORIES, help="of the teacher, in the cache")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     teacher = load(arguments.teacher)
@@ -225,7 +224,7 @@ def main() -> None:
         teacher=arguments.teacher,
         steps=4,
         teacher_steps_per_student_step=SUBSTEPS,
-        num_trajectories=arguments.trajectories,
+        num_trajectories=NUM_TRAJECTORIES,
     )
     make_cache(cache, arguments.out / "cache")
     print(f"the teacher's trajectories: {time.monotonic() - start:.0f} s")

@@ -1,8 +1,9 @@
-"""Steps a second of a Decoupled-DMD distillation, beside the plain way, in one run.
+"""Steps per second of a Decoupled-DMD distillation, compared with a straightforward implementation in the same run.
 
-The plain way does what one would write first: the teacher is asked three times (spear with prompt, spear with null
-prompt, shield), every model runs through diffusers' own forward, which goes through a batch sample by sample, and
-prompts are encoded when they are needed, padded to 512 tokens as diffusers' pipeline does. Each row takes one back.
+The straightforward one evaluates the teacher in three calls (for CFG augmentation with the prompt and with the null
+prompt, for distribution matching with the prompt). Its models run through diffusers' own forward pass, which goes
+through a batch sample by sample. It encodes prompts when they are needed, padded to 512 tokens as diffusers' pipeline
+does. Each further row replaces one of these.
 
     python benchmarks/distill_speed.py [--model micro] [--batch 32] [--steps 8]
 """
@@ -13,7 +14,8 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from diffusers import ZImagePipeline
@@ -22,19 +24,29 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fewstep.config.load import load_recipe
+from fewstep.config.recipe import DistillRecipe
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import predict_x0
 from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import open_prompts
 from fewstep.export.diffusers import to_diffusers
-from fewstep.jobs import dmd_config
-from fewstep.methods.dmd.method import DecoupledDMD, Question
+from fewstep.methods.base import MethodSetup
+from fewstep.methods.dmd.method import DMD
+from fewstep.methods.dmd.terms.base import DirectionTerm, Level, Renoised
+from fewstep.methods.models_setup import Models
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.zimage.denoiser import ZImageDenoiser
+from fewstep.training.distributed import DistContext
+
+#: CA and DM alone, from the first step on.
+RECIPE_CHANGES = (
+    *("method.terms={cfg_augmentation: {guidance_scale: 3.0}, distribution_matching: {}}", "method.fake_score_start=0"),
+    "train.on_alert=off",
+)
 
 
 class PlainDenoiser(nn.Module):
-    """diffusers' own forward: a list of samples in, a list out."""
+    """diffusers' own forward pass: a list of samples in, a list out."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -46,33 +58,69 @@ class PlainDenoiser(nn.Module):
         return -torch.stack(out).squeeze(2).float()
 
 
-class PlainDmd(DecoupledDMD):
+class PlainDMD(DMD):
     """The same algorithm with three separate calls of the teacher."""
 
-    def ask_teacher(self, questions: Sequence[Question]) -> list[Tensor]:
-        return [predict_x0(self.teacher, *question) for question in questions]
+    def teacher_x0(
+        self, terms: Collection[DirectionTerm], renoised: Mapping[Level, Renoised], prompts: EncodedPrompts
+    ) -> dict[DirectionTerm, list[Tensor]]:
+        given = {"cond": prompts, "null": self.null.repeat(len(prompts))}
+        return {
+            term: [predict_x0(self.teacher, *renoised[term.level], given[prompt]) for prompt in term.teacher_prompts]
+            for term in terms
+        }
 
 
-class Arm:
-    """One way to distil: a step is timed as a whole, optimizers included."""
+@dataclass(frozen=True)
+class Variant:
+    """One way to distill.
+
+    Attributes:
+        encode_each_step: whether prompts are encoded at each step.
+        bf16: whether losses are computed under autocast.
+    """
+
+    denoiser: type[nn.Module]
+    method: type[DMD]
+    encode_each_step: bool = False
+    bf16: bool = False
+
+
+VARIANTS = {
+    "straightforward": Variant(PlainDenoiser, PlainDMD, encode_each_step=True),
+    "prompts encoded once": Variant(PlainDenoiser, PlainDMD),
+    "and one batched teacher call": Variant(PlainDenoiser, DMD),
+    "and batched forward passes (fewstep)": Variant(ZImageDenoiser, DMD),
+    "the same, bf16 autocast": Variant(ZImageDenoiser, DMD, bf16=True),
+    "diffusers' forward pass, bf16 autocast": Variant(PlainDenoiser, DMD, bf16=True),
+}
+
+
+class Distillation:
+    """A variant with its own models and optimizers; a step is timed as a whole, optimizers included."""
 
     def __init__(
         self,
+        variant: Variant,
+        recipe: DistillRecipe,
         model: TextToImagePipeline,
         texts: list[str],
-        batch: int,
-        denoiser: type,
-        method: type,
-        encode: bool,
-        bf16: bool,
+        encoded: EncodedPrompts,
+        batch_size: int,
     ) -> None:
-        recipe = load_recipe("micro-turbo", [])
-        roles = [denoiser(copy.deepcopy(to_diffusers(model.transformer, model.family))) for _ in range(3)]
-        teacher, student, fake = roles[0].requires_grad_(False), *(role.requires_grad_(True) for role in roles[1:])
-        self.method = method(teacher, student, fake, model.encode([""]), dmd_config(recipe, model.shift))
-        self.optimizers = {p.name: torch.optim.AdamW(p.module.parameters(), lr=1e-5) for p in self.method.trainables}
-        self.model, self.texts, self.batch, self.encode, self.bf16 = model, texts, batch, encode, bf16
-        self.encoded = model.encode(texts)
+        self.variant, self.texts, self.encoded, self.batch_size = variant, texts, encoded, batch_size
+
+        def pipeline(trained: bool) -> TextToImagePipeline:
+            made = copy.copy(model)
+            transformer = copy.deepcopy(to_diffusers(model.transformer, model.family))
+            made.denoiser = variant.denoiser(transformer).requires_grad_(trained)
+            return made
+
+        teacher, student, fake_score = pipeline(False), pipeline(True), pipeline(True).denoiser
+        models = Models(teacher, student, {"fake_score": fake_score}, shares_base=False, teacher_path=recipe.teacher)
+        method = variant.method.build(MethodSetup(recipe, models, model.encode([""]), {}, texts, DistContext()))
+        self.trainables = method.trainables
+        self.optimizers = {part.name: torch.optim.AdamW(part.module.parameters(), lr=1e-5) for part in self.trainables}
         self.shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
         self.pipeline = ZImagePipeline(
             scheduler=model.scheduler, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
@@ -80,20 +128,21 @@ class Arm:
         )  # fmt: skip
 
     def prompts(self, chosen: Tensor) -> EncodedPrompts:
-        if not self.encode:
+        if not self.variant.encode_each_step:
             return self.encoded[chosen]
         with torch.no_grad():
             each, _ = self.pipeline.encode_prompt([self.texts[i] for i in chosen], do_classifier_free_guidance=False)
         return EncodedPrompts(nn.utils.rnn.pad_sequence(each, batch_first=True), torch.tensor([len(e) for e in each]))
 
     def step(self, seed: int) -> float:
-        torch.manual_seed(seed)  # the same anchors in every arm, so the same number of forwards
+        """Seconds of a step."""
+        torch.manual_seed(seed)  # the same anchors in every variant, so the same number of forward passes
         start = time.perf_counter()
-        for trainable in self.method.trainables:
+        for trainable in self.trainables:
             for _ in range(trainable.updates_per_step):
-                chosen = torch.randint(len(self.texts), (self.batch,))
-                batch = DistillBatch(torch.randn(self.batch, *self.shape), self.prompts(chosen))
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                chosen = torch.randint(len(self.texts), (self.batch_size,))
+                batch = DistillBatch(torch.randn(self.batch_size, *self.shape), self.prompts(chosen))
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.variant.bf16):
                     loss, _ = trainable.loss(batch)
                 loss.backward()
                 self.optimizers[trainable.name].step()
@@ -107,32 +156,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
-    model = load(arguments.model)
-    texts = open_prompts(load_recipe("micro-turbo", []).prompts).texts("train")[::16]
-    arms = {
-        "plain: all below": (PlainDenoiser, PlainDmd, True, False),
-        "prompts encoded once": (PlainDenoiser, PlainDmd, False, False),
-        "and the teacher asked once": (PlainDenoiser, DecoupledDMD, False, False),
-        "and batched forwards (fewstep)": (ZImageDenoiser, DecoupledDMD, False, False),
-        "the same, bf16 autocast": (ZImageDenoiser, DecoupledDMD, False, True),
-        "diffusers' forward, bf16 autocast": (PlainDenoiser, DecoupledDMD, False, True),
+    recipe = load_recipe("micro-turbo", [f"teacher={arguments.model}", *RECIPE_CHANGES])
+    assert isinstance(recipe, DistillRecipe)
+    model = load(recipe.teacher)
+    texts = open_prompts(recipe.prompts).texts("train")[::16]
+    encoded = model.encode(texts)
+    built = {
+        name: Distillation(each, recipe, model, texts, encoded, arguments.batch) for name, each in VARIANTS.items()
     }
-    built = {name: Arm(model, texts, arguments.batch, *parts) for name, parts in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in built}
     for seed in range(arguments.steps + 1):
-        for name, arm in built.items():  # in turn, so that a machine whose speed drifts drifts for all
-            times[name].append(arm.step(seed))
+        for name, distillation in built.items():  # in turn, so that a drift of the machine's speed affects all
+            times[name].append(distillation.step(seed))
     table = Table(
         title=f"Decoupled-DMD, batch {arguments.batch}, {torch.get_num_threads()} threads, {arguments.steps} steps"
     )
-    for column in ("", "s/step (median)", "steps/s", "times the plain way"):
+    for column in ("", "s/step (median)", "steps/s", "speedup"):
         table.add_column(column, justify="left" if not column else "right")
-    plain = None
+    plain = times["straightforward"][1:]  # the first step warms up
     for name, seconds in times.items():
-        median = statistics.median(seconds[1:])  # the first warms up
-        plain = plain or seconds[1:]
-        ratio = statistics.median(p / s for p, s in zip(plain, seconds[1:], strict=True))
-        table.add_row(name, f"{median:.3f}", f"{1 / median:.3f}", f"{ratio:.2f}")
+        median = statistics.median(seconds[1:])
+        speedup = statistics.median(p / s for p, s in zip(plain, seconds[1:], strict=True))
+        table.add_row(name, f"{median:.3f}", f"{1 / median:.3f}", f"{speedup:.2f}")
     Console().print(table)
 
 

@@ -38,6 +38,7 @@ from fewstep.training.trainer import Trainer
 Call = tuple[str, int, bool]
 
 WARM_UP = 3  # steps that are not counted
+NUM_PROMPTS = 256  # about so many training prompts, spread over all of them: encoding every one takes a minute
 
 #: CA and DM alone, from the first step on.
 PLAIN = (
@@ -117,9 +118,10 @@ def main() -> None:
     changes = (f"teacher={arguments.model}", f"train.batch_size={arguments.batch}", f"train.steps={steps}")
     recipe = load_recipe("micro-turbo", [*PLAIN, *changes])
     assert isinstance(recipe, DistillRecipe)
-    teacher, texts = load(recipe.teacher), open_prompts(recipe.prompts).texts("train")
+    teacher, every = load(recipe.teacher), open_prompts(recipe.prompts).texts("train")
+    texts = every[:: len(every) // NUM_PROMPTS]
     shape = tuple(teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width))
-    prompts = teacher.encode(texts[:: len(texts) // 256])
+    prompts = teacher.encode(texts)
     with tempfile.TemporaryDirectory() as folder, RunDir(Path(folder), recipe) as run:
         sources = DMD.batch_sources(DataSetup(recipe, teacher, texts, run.directory / "cache"))
         models = build_models(recipe, teacher, recipe.method.extra_models())

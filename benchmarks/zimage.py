@@ -1,32 +1,29 @@
-"""Z-Image's shape with random weights: seconds an image beside diffusers' pipeline, and of a Decoupled-DMD iteration.
+"""Z-Image's shape with random weights: seconds per image compared with diffusers' pipeline, and per DMD iteration.
 
-On a GPU at full size (6.15e9 parameters, 1024 px), on a CPU the same code with a tiny model, or with --full the large
-one at a --size that a CPU can wait for. Weights do not matter to speed or memory, so none are downloaded. Each figure
-of time is the median of some repeats after a warm-up.
+On a GPU at full size (6.15e9 parameters, 1024 px). On a CPU the same code runs a tiny model, or with --full the large
+one at a --resolution that a CPU can wait for. Weights do not matter to speed or memory, so none are downloaded. Each
+time of an image is the median of some repeats after a warm-up; that of an iteration is the mean.
 
     python benchmarks/zimage.py [--device cuda] [--repeats 5] [--no-compile] [--only images|iterations]
-    python benchmarks/zimage.py --device cpu --full --size 128 --repeats 1 --no-compile --only images
+    python benchmarks/zimage.py --device cpu --full --resolution 128 --repeats 1 --no-compile --only images
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImagePipeline
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from zimage_setup import STEPS, Bench, forward_flops
 
-import fewstep
 from fewstep.config.load import load_recipe, with_overrides
 from fewstep.config.recipe import DistillRecipe, StagesRecipe
 from fewstep.core.conditioning import EncodedPrompts
@@ -34,115 +31,26 @@ from fewstep.core.samplers import sample_euler
 from fewstep.data.batch import DistillBatch
 from fewstep.errors import UserError
 from fewstep.export.diffusers import to_diffusers
-from fewstep.jobs import dmd_config
-from fewstep.methods.dmd.method import DecoupledDMD
-from fewstep.methods.models_setup import build_models
-from fewstep.models.family import get_family
-from fewstep.models.generation_config import GenerationConfig
+from fewstep.methods.base import MethodSetup
+from fewstep.methods.dmd.method import DMD
+from fewstep.methods.models_setup import Models, build_models
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import Fp8Linear, quantize_fp8_, supports_fp8_matmul
 from fewstep.models.zimage.block import block_forward
 from fewstep.plan.estimate import plan
 from fewstep.stages import stage_recipe
+from fewstep.training.distributed import DistContext
 from fewstep.training.train_state import TrainState
 
-ZIMAGE = Path(fewstep.__file__).parent / "assets" / "zimage"
-TINY = {"dim": 192, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 16, 16], "cap_feat_dim": 64}
-TINY_VAE = {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "layers_per_block": 1}
-STEPS, TOKENS = 8, 64
+#: How the models are held in memory, by the name in the table.
+MODELS_VARIANTS = {
+    "LoRA on one base, fp8": ("models.frozen_dtype=fp8",),
+    "LoRA on one base, bf16": ("models.frozen_dtype=bf16",),
+    "three full copies": ("models.train=full", "models.frozen_dtype=bf16"),
+}
 
 
-class Bench:
-    """Where and at what size to measure."""
-
-    def __init__(self, device: torch.device, repeats: int, compiled: bool, full: bool, size: int | None) -> None:
-        self.device, self.repeats, self.compiled, self.full = device, repeats, compiled, full
-        self.size = size or (1024 if full else 128)
-        self.rate = self.matrix_rate()
-
-    def configs(self) -> dict[str, dict[str, object]]:
-        configs = {part: json.loads((ZIMAGE / part / "config.json").read_text()) for part in ("transformer", "vae")}
-        if not self.full:
-            configs["transformer"] |= TINY
-            configs["vae"] |= TINY_VAE
-        return configs
-
-    def parameters(self) -> int:
-        with torch.device("meta"):
-            return sum(
-                p.numel() for p in ZImageTransformer2DModel.from_config(self.configs()["transformer"]).parameters()
-            )
-
-    def model(self) -> TextToImagePipeline:
-        """A model with random weights in bf16, without a text encoder."""
-        configs = self.configs()
-        torch.manual_seed(0)
-        with self.device, _dtype(torch.bfloat16):
-            transformer = ZImageTransformer2DModel.from_config(configs["transformer"])
-            vae = AutoencoderKL.from_config(configs["vae"])
-        for module in (transformer, vae):
-            module.eval().requires_grad_(False)
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-        generation_config = GenerationConfig(steps=STEPS, height=self.size, width=self.size)
-        components = {
-            "transformer": transformer, "vae": vae, "text_encoder": nn.Identity(), "tokenizer": None,
-            "scheduler": scheduler,
-        }  # fmt: skip
-        return TextToImagePipeline(get_family("ZImagePipeline"), components, generation_config)
-
-    def prompts(self, model: TextToImagePipeline, count: int = 1, tokens: int = TOKENS) -> EncodedPrompts:
-        wide = model.family.prompt_features(model.components)
-        lengths = torch.full((count,), tokens)
-        return EncodedPrompts(torch.randn(count, tokens, wide, device=self.device), lengths)
-
-    def time(self, run: Callable[[], object]) -> float:
-        """Seconds, the median of the repeats after one that warms up."""
-        each = []
-        for _ in range(self.repeats + 1):
-            self.wait()
-            start = time.perf_counter()
-            run()
-            self.wait()
-            each.append(time.perf_counter() - start)
-        return statistics.median(each[1:])
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def forget(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> str:
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if self.device.type == "cuda" else "–"
-
-    def matrix_rate(self) -> float:
-        """Operations a second of a large matrix product in bf16: what there is to be had."""
-        side = 8192 if self.device.type == "cuda" else 1024
-        a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        return 2 * side**3 / self.time(lambda: a @ b)
-
-
-@contextmanager
-def _dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def forward_flops(model: TextToImagePipeline, prompts: EncodedPrompts) -> float:
-    x = torch.randn(
-        1, *model.latent_shape(model.generation_config.height, model.generation_config.width), device=model.device
-    )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.denoiser(x, torch.ones(1, device=model.device), prompts)
-    return float(counter.get_total_flops())
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -151,7 +59,7 @@ def images(bench: Bench) -> Table:
     model = bench.model()
     prompts = bench.prompts(model)
     flops = STEPS * forward_flops(model, prompts)
-    noise = torch.randn(1, *model.latent_shape(bench.size, bench.size), device=bench.device)
+    noise = torch.randn(1, *model.latent_shape(bench.resolution, bench.resolution), device=bench.device)
     pipeline = ZImagePipeline(
         scheduler=model.scheduler,
         vae=model.vae,
@@ -161,36 +69,36 @@ def images(bench: Bench) -> Table:
     )
     pipeline.set_progress_bar_config(disable=True)
 
-    def theirs() -> object:
+    def run_diffusers() -> object:
         return pipeline(
-            prompt=None, prompt_embeds=[prompts.features[0].bfloat16()], latents=noise.clone(), height=bench.size,
-            width=bench.size, num_inference_steps=STEPS, guidance_scale=0.0, output_type="pt",
+            prompt=None, prompt_embeds=[prompts.features[0].bfloat16()], latents=noise.clone(),
+            height=bench.resolution, width=bench.resolution, num_inference_steps=STEPS, guidance_scale=0.0,
+            output_type="pt",
         )  # fmt: skip
 
-    def ours() -> Tensor:
+    def run_fewstep() -> Tensor:
         with model.denoiser.cache_text_tokens():
             return model.decode(sample_euler(model.denoiser, noise, model.sigmas(STEPS), prompts))
 
-    arms: list[tuple[str, Callable[[], object]]] = [("diffusers.ZImagePipeline, bf16", theirs), ("fewstep, bf16", ours)]
-    table = Table(title=f"{STEPS} steps at {bench.size} px, one image, decoding included")
-    for column in ("", "s/image", "times diffusers' speed", "TFLOP/s", "of the matrix rate", "peak, GB"):
+    table = Table(title=f"{STEPS} steps at {bench.resolution} px, one image, decoding included")
+    for column in ("", "s/image", "speedup over diffusers", "TFLOP/s", "of the matrix rate", "peak, GB"):
         table.add_column(column, justify="left" if not column else "right")
-    plain = 0.0
+    reference = 0.0
 
     def measure(name: str, run: Callable[[], object]) -> None:
-        nonlocal plain
-        bench.forget()
+        nonlocal reference
+        bench.reset_memory()
         seconds = bench.time(run)
-        plain = plain or seconds
+        reference = reference or seconds  # diffusers' pipeline is the first
         rate = flops / seconds
-        cells = (f"{plain / seconds:.2f}", f"{rate / 1e12:.3g}", f"{rate / bench.rate:.0%}", bench.peak())
+        cells = (f"{reference / seconds:.2f}", f"{rate / 1e12:.3g}", f"{rate / bench.matmul_rate:.0%}", bench.peak())
         table.add_row(name, f"{seconds:.3f}", *cells)
 
-    for name, run in arms:
-        measure(name, run)
+    measure("diffusers.ZImagePipeline, bf16", run_diffusers)
+    measure("fewstep, bf16", run_fewstep)
     if bench.compiled:
         model.denoiser.compile_repeated_blocks()
-        measure("fewstep, bf16, compiled", ours)
+        measure("fewstep, bf16, compiled", run_fewstep)
     quantize_fp8_(model.transformer, model.family.quantizable_modules)
     for products in (False, True) if supports_fp8_matmul(bench.device) else (False,):
         name = "fewstep, fp8 products" if products else "fewstep, fp8 weights"
@@ -199,71 +107,92 @@ def images(bench: Bench) -> Table:
                 module.dynamic_activation_quant = products
         for block in model.denoiser.get_blocks():
             block.compute = block_forward
-        measure(name, ours)
+        measure(name, run_fewstep)
         if bench.compiled:
             model.denoiser.compile_repeated_blocks()
-            measure(f"{name}, compiled", ours)
+            measure(f"{name}, compiled", run_fewstep)
     return table
 
 
-def iteration_recipe(size: int, *more: str) -> DistillRecipe:
-    """One batch of one image, of the recipe for Z-Image."""
-    phases = load_recipe("zimage-turbo-8", [])
-    assert isinstance(phases, StagesRecipe)
-    recipe = with_overrides(
-        stage_recipe(phases, phases.stages[0]), [f"size={size}", "train.gradient_accumulation_steps=1", *more]
-    )
+# --- iterations ------------------------------------------------------------------------------------------------------
+
+
+def iteration_recipe(resolution: int, *more: str) -> DistillRecipe:
+    """The first stage of the recipe for Z-Image, with one batch of one image in each update."""
+    stages = load_recipe("zimage-turbo-8", [])
+    assert isinstance(stages, StagesRecipe)
+    changes = (f"resolution={resolution}", "train.gradient_accumulation_steps=1", "train.on_alert=off")
+    recipe = with_overrides(stage_recipe(stages, stages.stages[0]), [*changes, *more])
     assert isinstance(recipe, DistillRecipe)
     return recipe
 
 
 def iterations(bench: Bench) -> Table:
-    """A Decoupled-DMD iteration: the student's move and the fake's five, optimizers included."""
-    table = Table(title="a Decoupled-DMD iteration of a student of 8 steps, 5 updates of the fake, batch 1, bf16")
-    for column in ("px", "roles", "s/iteration", "TFLOP/s", "of the matrix rate", "peak, GB", "planned, GB"):
-        table.add_column(column, justify="left" if column == "roles" else "right")
-    arms = {
-        "LoRA on one base, fp8": ("roles.base=fp8",),
-        "LoRA on one base, bf16": ("roles.base=bf16",),
-        "three copies": ("roles.kind=copies", "roles.base=bf16"),
-    }
-    for size in (bench.size // 2, bench.size):
-        for name, more in arms.items():
-            bench.forget()
-            recipe = iteration_recipe(size, *more)
+    """A Decoupled-DMD iteration: one update of the student, five of the fake score, optimizers included."""
+    table = Table(title="a Decoupled-DMD iteration of a student of 8 steps, 5 fake-score updates, batch 1, bf16")
+    for column in ("px", "models", "s/iteration", "TFLOP/s", "of the matrix rate", "peak, GB", "planned, GB"):
+        table.add_column(column, justify="left" if column == "models" else "right")
+    for resolution in (bench.resolution // 2, bench.resolution):
+        for name, more in MODELS_VARIANTS.items():
+            bench.reset_memory()
+            recipe = iteration_recipe(resolution, *more)
             try:
-                seconds, flops = one_arm(bench, recipe)
+                seconds, flops = measure_iterations(bench, recipe)
             except torch.OutOfMemoryError:
-                table.add_row(str(size), name, "does not fit", "", "", "", planned(bench, recipe))
+                table.add_row(str(resolution), name, "does not fit", "", "", "", planned(bench, recipe))
                 continue
             rate = flops / seconds
-            cells = (f"{seconds:.3f}", f"{rate / 1e12:.3g}", f"{rate / bench.rate:.0%}", bench.peak())
-            table.add_row(str(size), name, *cells, planned(bench, recipe))
+            cells = (f"{seconds:.3f}", f"{rate / 1e12:.3g}", f"{rate / bench.matmul_rate:.0%}", bench.peak())
+            table.add_row(str(resolution), name, *cells, planned(bench, recipe))
     return table
 
 
-def one_arm(bench: Bench, recipe: DistillRecipe) -> tuple[float, float]:
-    """Mean seconds and operations of an iteration, over the same anchors for every arm."""
+class PassCounter:
+    """Counts the passes of all models on one image: a backward pass counts as two, and a recomputed block again."""
+
+    def __init__(self, gradient_checkpointing: bool) -> None:
+        self.passes, self.with_backward = 0, 3 + gradient_checkpointing
+
+    def add(self, x: Tensor, trained: bool) -> None:
+        self.passes += len(x) * (self.with_backward if trained and torch.is_grad_enabled() else 1)
+
+    def watch(self, denoiser: nn.Module) -> None:
+        """Count the passes of a trained denoiser."""
+        denoiser.register_forward_pre_hook(lambda _, inputs: self.add(inputs[0], trained=True))
+
+
+class CountedTeacher:
+    """Counts the teacher's evaluations; a hook would count the adapters' too where all models share one base."""
+
+    def __init__(self, denoiser: nn.Module, counter: PassCounter) -> None:
+        self.denoiser, self.counter = denoiser, counter
+
+    def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        self.counter.add(x, trained=False)
+        velocity: Tensor = self.denoiser(x, sigma, prompts)
+        return velocity
+
+
+def count_passes(models: Models, counter: PassCounter) -> Models:
+    """The same models, whose passes are counted."""
+    for denoiser in (models.student.denoiser, *models.extra.values()):
+        counter.watch(denoiser)
+    teacher: TextToImagePipeline = copy.copy(models.teacher)
+    teacher.denoiser = CountedTeacher(models.teacher.denoiser, counter)  # type: ignore[assignment]
+    return replace(models, teacher=teacher)
+
+
+def measure_iterations(bench: Bench, recipe: DistillRecipe) -> tuple[float, float]:
+    """Mean seconds and operations of an iteration, over the same anchors for all models variants."""
     teacher = bench.model()
-    teacher.generation_config = teacher.generation_config.model_copy(
-        update={"height": recipe.size, "width": recipe.size}
-    )
+    teacher.set_resolution(recipe.resolution)
     prompts, null = bench.prompts(teacher), bench.prompts(teacher, tokens=10)
-    each = forward_flops(teacher, prompts)
-    roles = build_models(recipe, teacher)
-    student, fake = roles.student.denoiser, roles.fake
-    done = [0.0]
-
-    def count(_: nn.Module, inputs: tuple[Tensor, ...], learns: bool) -> None:
-        passes = (3 + recipe.gradient_checkpointing) if learns and torch.is_grad_enabled() else 1
-        done[0] += passes * len(inputs[0]) * each
-
-    for role, learns in ((student, True), (fake, True)):
-        role.register_forward_pre_hook(lambda m, i, learns=learns: count(m, i, learns))
-    asked = Counting(teacher.denoiser, lambda inputs: count(teacher.denoiser, inputs, False))
-    method = DecoupledDMD(asked, student, fake, null, dmd_config(recipe, teacher.shift))
-    optim = {"student": recipe.optim.student, "fake": recipe.optim.fake}
-    learners = [TrainState(trainable, optim[trainable.name], recipe.train) for trainable in method.trainables]  # type: ignore[arg-type]
+    flops = forward_flops(teacher, prompts)
+    counter = PassCounter(recipe.models.gradient_checkpointing)
+    models = count_passes(build_models(recipe, teacher, recipe.method.extra_models()), counter)
+    method = DMD.build(MethodSetup(recipe, models, null, {}, [], DistContext(device=bench.device)))
+    method.before_step(recipe.train.steps - 1)  # CA and DM have a weight, which they have not at the first steps
+    learners = [TrainState(part, recipe.optim[part.name], recipe.train) for part in method.trainables]
     shape = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
 
     def iteration(seed: int) -> None:
@@ -276,30 +205,19 @@ def one_arm(bench: Bench, recipe: DistillRecipe) -> tuple[float, float]:
 
     times = []
     for seed in range(bench.repeats + 1):
-        if seed == 1:  # states are made, and nothing of what made them counts
-            done[0] = 0.0
-            bench.forget()
-        bench.wait()
+        if seed == 1:  # the first iteration makes the optimizer states; neither its passes nor its memory count
+            counter.passes = 0
+            bench.reset_memory()
+        bench.synchronize()
         start = time.perf_counter()
         iteration(seed)
-        bench.wait()
+        bench.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.mean(times[1:]), done[0] / bench.repeats
-
-
-class Counting:
-    """A teacher that says when it is asked."""
-
-    def __init__(self, denoiser: nn.Module, told: Callable[[tuple[Tensor, ...]], None]) -> None:
-        self.denoiser, self.told = denoiser, told
-
-    def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        self.told((x,))
-        answer: Tensor = self.denoiser(x, sigma, prompts)
-        return answer
+    return statistics.mean(times[1:]), flops * counter.passes / bench.repeats
 
 
 def planned(bench: Bench, recipe: DistillRecipe) -> str:
+    """The planned memory in GB, for a table."""
     return f"{sum(plan(recipe).memory.values()) / 1e9:.1f}" if bench.device.type == "cuda" else "–"
 
 
@@ -310,18 +228,18 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", choices=["images", "iterations"])
     parser.add_argument("--full", action="store_true", help="the large model on a CPU too")
-    parser.add_argument("--size", type=int, help="pixels of a side")
+    parser.add_argument("--resolution", type=int, help="pixels of a side")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     full = arguments.full or device.type == "cuda"
-    bench = Bench(device, arguments.repeats, arguments.compile, full, arguments.size)
+    bench = Bench(device, arguments.repeats, arguments.compile, full, arguments.resolution)
     console = Console(soft_wrap=True)
-    rate = f"a large matrix product in bf16: {bench.rate / 1e12:.3g} TFLOP/s"
+    rate = f"a large matrix product in bf16: {bench.matmul_rate / 1e12:.3g} TFLOP/s"
     console.print(f"{bench.parameters() / 1e6:,.1f}e6 parameters; {rate}")
-    for name, measured in (("images", images), ("iterations", iterations)):
+    for name, measure in (("images", images), ("iterations", iterations)):
         if arguments.only in (None, name):
             try:
-                console.print(measured(bench))
+                console.print(measure(bench))
             except UserError as error:
                 console.print(f"{name}: {error}")
 

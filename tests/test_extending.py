@@ -71,7 +71,7 @@ def test_a_method_in_one_file_runs_in_two_processes(recipe: Path, tmp_path: Path
     fewstep("distill", recipe, "--out", tmp_path / "one", plugin="on_policy.py")
     fewstep("distill", recipe, "--out", tmp_path / "two", plugin="on_policy.py", processes=2)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5  # type: ignore[operator]
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4  # type: ignore[operator]
 
 
 def test_a_loss_term_in_one_file_is_part_of_method_dmd(tiny_folder: Path, tmp_path: Path) -> None:

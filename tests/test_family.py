@@ -15,6 +15,7 @@ from fewstep.core.registry import model_families
 from fewstep.errors import UserError
 from fewstep.export.single_file import write_transformer
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
 from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter
 from fewstep.models.components import load_component
@@ -79,12 +80,12 @@ def test_prompts_and_latents_have_the_familys_shapes(model, folder):
 @pytest.mark.parametrize("offload", ["none", "model", "group"])
 def test_images_are_generated(folder, offload):
     model = load(folder, offload=offload)
-    result = generate(model, PROMPTS, seed=3)
+    result = generate(model, PROMPTS, SamplingParams(seed=3))
     assert result.images.shape == (2, 16, 24, 3)
     assert result.nfe == 8  # four steps with guidance
     assert result.images.float().std() > 1
-    assert torch.equal(result.images, generate(fake_pipeline(), PROMPTS, seed=3).images)
-    assert not torch.equal(result.images, generate(model, PROMPTS[::-1], seed=3).images)
+    assert torch.equal(result.images, generate(fake_pipeline(), PROMPTS, SamplingParams(seed=3)).images)
+    assert not torch.equal(result.images, generate(model, PROMPTS[::-1], SamplingParams(seed=3)).images)
 
 
 def test_a_folder_without_generation_config_gets_the_family_s(folder):

@@ -194,7 +194,7 @@ def test_cancel_in_the_middle_of_a_batch_leaves_the_model_usable(tiny_folder, ho
 def with_adapters(model, *names):
     """Adds LoRA adapters with random weights."""
     for index, name in enumerate(names):
-        add_adapter(model.transformer, name, rank=2, scale=0.5)
+        add_adapter(model.transformer, name, 2, 1.0, target_modules=model.family.lora_target_modules)
         torch.manual_seed(index)
         for parameter in adapter_parameters(model.transformer, name).values():
             torch.nn.init.normal_(parameter, std=0.1)

@@ -23,7 +23,7 @@ has its default meaning, and a section or loss term set to `null` is left out.
 
 A *weight* is a number from 0, or a schedule over the steps:
 
-```yaml
+```text
 weight: 1.0
 weight: {kind: linear, start: 0, end: 1, first_step: 0, last_step: 500}
 weight: {kind: cosine, start: 1, end: 0, first_step: 50%, last_step: 100%}

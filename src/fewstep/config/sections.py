@@ -155,7 +155,7 @@ class ModelsSettings(Settings):
     frozen_dtype: Literal["fp32", "bf16", "fp8"] = Field(
         default="fp32",
         description="Of frozen weights: teacher, text encoder, autoencoder; fp8: the linear layers of the teacher's "
-        "blocks, the rest bf16. Trained weights are fp32.",
+        "blocks, all other weights bf16. Trained weights are fp32.",
     )
     rank: int = Field(default=32, ge=1, description="Rank of the student's adapter.")
     fake_score_rank: int | None = Field(None, ge=1, description="Rank of the other adapters; null is the student's.")

@@ -78,7 +78,7 @@ class VAERecipe(TrainingRecipe):
     init: str | None = Field(None, description="Folder with vae/ to start from; null starts from random weights.")
     train_encoder: bool = Field(True, description="false trains the decoder only; the latents stay the same.")
     core_fraction: Fraction = Field(
-        0.0, description="Fraction of images drawn from the core objects alone; the rest is drawn from all objects."
+        0.0, description="Fraction of images drawn from the core objects alone; the others are drawn from all objects."
     )
     optim: OptimSettings = Field(description="Optimizer.")
 
