@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import TinyMethod, tiny_data
+from tiny import TinyMethod, tiny_source
 from typer.testing import CliRunner, Result
 
 from fewstep.cli.main import app
@@ -52,7 +52,7 @@ def distill_two_layers(recipe: DistillRecipe, run: RunDir, validator: object, di
     if recipe.teacher == "full":
         raise OSError(28, "No space left on device", str(run.directory / "x"))
     optim = {"first": recipe.optim["student"], "second": recipe.optim["fake_score"]}
-    Trainer(method, tiny_data, run, train=recipe.train, optim=optim).fit()
+    Trainer(method, tiny_source, run, train=recipe.train, optim=optim).fit()
     return run.directory / "student"
 
 
