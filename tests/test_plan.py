@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from memory import most_held
+from memory import peak_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -108,7 +108,7 @@ def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
         learner = TrainState(trainable, recipe.optim[trainable.name], recipe.train)
         learner.update([batch], 1)
         learner.optimizer.zero_grad()
-        peaks.append(most_held(lambda learner=learner: learner.update([batch, batch], 2)))
+        peaks.append(peak_bytes(lambda learner=learner: learner.update([batch, batch], 2)))
         learner.optimizer.zero_grad()
     names = ("gradients", "saved activations", "temporaries")
     assert sum(planned[name] for name in names) == pytest.approx(max(peaks), rel=0.02)

@@ -1,4 +1,4 @@
-"""Prompt lists: read from any file, cleaned, encoded in shards, gone on with, and distilled on."""
+"""Prompt lists: read from any file, cleaned, encoded in shards, resumed, and distilled on."""
 
 import csv
 import json
@@ -38,11 +38,11 @@ def write(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
-def test_all_kinds_of_files_give_the_same_prompts(tmp_path, kind):
+def test_every_file_format_gives_the_same_prompts(tmp_path, kind):
     assert list(read_texts(str(write(tmp_path, kind)))) == TEXTS
 
 
-def test_what_is_no_text_is_empty(tmp_path):
+def test_values_that_are_not_text_become_empty(tmp_path):
     file = tmp_path / "odd.jsonl"
     file.write_text('{"prompt": null}\n"bare"\n\n{"prompt": 3}\n')
     assert list(read_texts(str(file))) == ["", "bare", ""]
@@ -50,7 +50,7 @@ def test_what_is_no_text_is_empty(tmp_path):
     assert list(read_texts(str(tmp_path / "odd.parquet"))) == ["a", ""]
 
 
-def test_lines_in_quotes_may_break(tmp_path):
+def test_quoted_csv_fields_may_span_lines(tmp_path):
     file = tmp_path / "long.csv"
     file.write_text('prompt,n\n"first\nsecond",1\n')
     assert list(read_texts(str(file))) == ["first\nsecond"]
@@ -68,7 +68,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_name_the_file_and_place(tmp_path, name):
+def test_errors_name_the_file_and_line(tmp_path, name):
     content, message = MISTAKES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -77,7 +77,7 @@ def test_mistakes_name_the_file_and_place(tmp_path, name):
     assert name in str(error.value)
 
 
-def test_missing_libraries_are_named(tmp_path, monkeypatch):
+def test_missing_libraries_are_named_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"need pyarrow; pip install 'fewstep\[prompts\]'"):
         list(read_texts(str(write(tmp_path, "parquet"))))
@@ -98,7 +98,7 @@ def test_missing_libraries_are_named(tmp_path, monkeypatch):
         ("123 !?", "no letters"),
     ],
 )
-def test_languages(text, expected):
+def test_script_of_a_prompt(text, expected):
     assert script_of(text) == expected
 
 
@@ -106,7 +106,7 @@ def make(source, model, out, **options):
     return prepare_prompts([str(source)], model.encoder, out, **options)
 
 
-def test_cleaned_and_encoded_as_the_model_would(tmp_path, tiny):
+def test_prompts_are_cleaned_and_encoded_as_by_the_model(tmp_path, tiny):
     file = tmp_path / "prompts.txt"
     file.write_text("a fox\n\n  a   fox \n蓝色背景上的红苹果\n" + "word " * 300 + "\na dog\n", encoding="utf-8")
     report = make(file, tiny, tmp_path / "out", shard_size=2, max_tokens=100)
@@ -123,7 +123,7 @@ def test_cleaned_and_encoded_as_the_model_would(tmp_path, tiny):
     assert summary["tokens"]["longest"] == tiny.encoder.count("蓝色背景上的红苹果")
 
 
-def test_interrupted_goes_on_and_gives_the_same(tmp_path, tiny, monkeypatch):
+def test_interrupted_call_resumes_with_the_same_result(tmp_path, tiny, monkeypatch):
     file = tmp_path / "prompts.txt"
     file.write_text("".join(f"prompt number {i % 37}\n" for i in range(60)))
     whole = make(file, tiny, tmp_path / "whole", shard_size=10)
@@ -152,7 +152,7 @@ def test_interrupted_goes_on_and_gives_the_same(tmp_path, tiny, monkeypatch):
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
 
 
-def test_finished_and_foreign_folders_are_refused(tmp_path, tiny):
+def test_finished_prompts_and_other_folders_are_refused(tmp_path, tiny):
     file = write(tmp_path, "txt")
     make(file, tiny, tmp_path / "out")
     with pytest.raises(UserError, match="already holds encoded prompts"):
@@ -167,16 +167,16 @@ def test_finished_and_foreign_folders_are_refused(tmp_path, tiny):
         make(tmp_path / "blank.txt", tiny, tmp_path / "none")
 
 
-def test_reading_streams(tmp_path):
-    """The first prompts come before the last line is read."""
+def test_files_are_read_lazily(tmp_path):
+    """The first prompts are available before the last line is read."""
     file = tmp_path / "many.txt"
     file.write_text("".join(f"{i}\n" for i in range(200_000)))
     first = read_texts(str(file))
     assert [next(first) for _ in range(3)] == ["0", "1", "2"]
 
 
-def test_few_tokens_are_encoded_at_once(tiny, monkeypatch):
-    """However many prompts there are: what all layers say of them is in memory together."""
+def test_tokens_per_batch_are_bounded(tiny, monkeypatch):
+    """The activations of all layers are in memory together, for one batch."""
     texts = ["a fox", "a very long story of a fox and a dog " * 8, "a dog", "a red apple", "eine Katze"]
     expected, seen = tiny.encoder.encode_uncached(texts), []
     monkeypatch.setattr("fewstep.models.text.MAX_TOKENS_PER_BATCH", 200)
@@ -194,21 +194,21 @@ def test_few_tokens_are_encoded_at_once(tiny, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_kept_does_not_depend_on_who_asked(tiny):
+def test_features_do_not_depend_on_autocast(tiny):
     with torch.autocast("cpu", torch.bfloat16):
         found = tiny.encoder.encode_uncached(["a fox of fp32"])[0]
     assert torch.equal(found, tiny.encoder.encode_uncached(["a fox of fp32"])[0])
 
 
 @pytest.mark.parametrize("base", ["bf16", "fp8"])
-def test_prompts_do_not_mind_the_precision_of_the_text_encoder(tmp_path, tiny, tiny_folder, base):
-    """Encoded in one, trained on in another: the same weights."""
+def test_prompts_fit_a_text_encoder_of_another_dtype(tmp_path, tiny, tiny_folder, base):
+    """Encoded in fp32, used with the same weights in another data type."""
     (tmp_path / "prompts.txt").write_text("a fox\na red apple\n")
     make(tmp_path / "prompts.txt", tiny, tmp_path / "shards")
     overrides = [
         f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'shards'}", "models.train=lora", "models.rank=2",
         f"models.frozen_dtype={base}", "train.steps=1", "train.batch_size=2", "train.sample_every=0",
-        "evaluate.enabled=false",
+        "evaluate.enabled=false", "evaluate.validate_every=0",
     ]  # fmt: skip
     assert api.distill("micro-decoupled", tmp_path / "run", overrides=overrides).student.is_dir()
 
@@ -219,8 +219,8 @@ def test_quantiles_of_lengths():
     assert (report.quantile(0.5), report.quantile(0.9), report.quantile(1)) == (5, 6, 50)
 
 
-def test_a_distillation_takes_them(tmp_path, tiny, tiny_folder):
-    """The same prompts from a text file and from shards give the same student; those of another encoder are refused."""
+def test_encoded_prompts_give_the_same_student_as_a_text_file(tmp_path, tiny, tiny_folder):
+    """And prompts from another text encoder are refused."""
     file = tmp_path / "prompts.txt"
     file.write_text("a fox on a blue background\na red apple\n紫色背景上的红苹果\n", encoding="utf-8")
     arguments = [str(file), "--out", str(tmp_path / "shards"), "--model", str(tiny_folder), "--shard-size", "2"]

@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
-from memory import most_held
+from memory import peak_bytes
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -283,7 +283,7 @@ def test_reading_takes_no_more_memory_than_the_weights(tiny, tmp_path, stored):
     released = as_released({name: tensor.clone() for name, tensor in large.state_dict().items()})
     kind = getattr(torch, stored)
     save_file({name: t.to(kind) if t.ndim == 2 else t for name, t in released.items()}, tmp_path / "model.safetensors")
-    most = most_held(lambda: read_transformer(tmp_path / "model.safetensors", ZIMAGE, large.config, torch.bfloat16))
+    most = peak_bytes(lambda: read_transformer(tmp_path / "model.safetensors", ZIMAGE, large.config, torch.bfloat16))
     most -= (tmp_path / "model.safetensors").stat().st_size  # which is memory-mapped
     # of bf16, only parts of fused matrices are copied; the rest stays memory-mapped
     assert most < {"bfloat16": 0.4}.get(stored, 1.05) * sum(2 * p.numel() for p in large.parameters())

@@ -2,7 +2,7 @@
 
 On every process the generators have the same state. Inside ``GlobalBatchRNG`` a draw with one row per sample is made
 for the whole global batch, and the process keeps its own rows; a draw without dimensions is the same everywhere. Any
-other random function is refused: which of its values belong to which sample is not known.
+other random function is refused, since its values cannot be assigned to samples.
 """
 
 from __future__ import annotations

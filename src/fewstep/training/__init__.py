@@ -1,1 +1,1 @@
-"""Training: the loop and what surrounds it. Knows no algorithm."""
+"""Training: the loop, optimizers, checkpoints and distribution; independent of models and algorithms."""
