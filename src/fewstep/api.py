@@ -168,15 +168,15 @@ def _check_evaluation(settings: EvaluateSettings, source: str, validation: Seque
     Raises:
         UserError: too few prompts, a scorer or feature network that cannot be opened, or a package that is missing.
     """
-    if settings.validate_every and not validation:
-        raise UserError(
-            f"prompts.source={source}: no validation prompts; name a file in prompts.validation_source, or set "
-            "evaluate.validate_every=0"
-        )
     if settings.enabled and len(test) < 2:
         raise UserError(
             f"prompts.source={source}: {len(test)} test prompts with evaluate.num_prompts={settings.num_prompts}, at "
             "least 2 are needed; name a file in prompts.test_source, or set evaluate.enabled=false"
+        )
+    if settings.validate_every and not validation:
+        raise UserError(
+            f"prompts.source={source}: no validation prompts; name a file in prompts.validation_source, or set "
+            "evaluate.validate_every=0"
         )
     if settings.enabled or settings.validate_every:
         open_scorers(settings.scorers)
