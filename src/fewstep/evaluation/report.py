@@ -51,7 +51,7 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
         targets=metrics.targets,
         status=table.status,
         rows=table.rows(metrics),
-        features=metrics.features,
+        features=metrics.run.get("feature_network", metrics.features),
         notes=table.notes(metrics),
         columns=[column.title.partition(", ")[::2] for column in samples.columns.values()],
         seeded=[column.title.partition(", ")[::2] for column in seeded],
