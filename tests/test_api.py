@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fewstep
+import fewstep.api
+from fewstep.cli.main import app
 from fewstep.config.sections import PromptSettings
 from fewstep.data.prompts import open_prompts
 from fewstep.errors import UserError
@@ -82,6 +85,29 @@ def test_prompts_are_a_source_or_a_file(tmp_path, source, count):
     expected = emoji_prompts(3) if source == "emoji" else ["a fox", "a bear"]
     assert metrics.run["prompt_list"] == expected
     assert ("object_acc" in metrics.figures["teacher_1"]) == (source == "emoji")
+
+
+def test_the_teacher_is_loaded_in_the_models_dtype(monkeypatch):
+    teachers = []
+    monkeypatch.setattr(fewstep.api, "_evaluate", lambda model, *, teacher, **options: teachers.append(teacher))
+    for dtype in (torch.float32, torch.bfloat16):
+        fewstep.evaluate(fewstep.load("micro", dtype=dtype), ["a fox", "a bear"], teacher="micro")
+    assert [(each.transformer.dtype, each.device.type) for each in teachers] == [
+        (torch.float32, "cpu"),
+        (torch.bfloat16, "cpu"),
+    ]
+
+
+def test_command_line_evaluates_a_file_of_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\nan owl\n")
+    options = ["--num-prompts", "2", "--scorer", "emoji", "--features", "open-nsfw", "--dtype", "bf16", "--seed", "5"]
+    arguments = ["evaluate", "micro", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "report")]
+    done = CliRunner().invoke(app, [*arguments, *options])
+    assert done.exit_code == 0, done.output
+    run = json.loads((tmp_path / "report" / "metrics.json").read_text())["run"]
+    assert run["prompt_list"] == ["a fox", "a bear"]
+    assert (run["dtype"], run["first_seed"], run["feature_network"]) == ("bfloat16", 5, "open-nsfw")
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 def test_distill_validates_and_evaluates(tmp_path):
