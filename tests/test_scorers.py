@@ -1,4 +1,4 @@
-"""Evaluation networks through transformers, on tiny random checkpoints: features and CLIP score."""
+"""Scorers: opening them by name, and the CLIP score on a tiny random checkpoint."""
 
 from __future__ import annotations
 
@@ -7,117 +7,89 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    BitImageProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    Dinov2Config,
-    Dinov2Model,
-)
+from tiny_checkpoints import MAX_TOKENS, save_clip
+from transformers import CLIPModel, CLIPProcessor
 
+from fewstep.core.registry import scorers
 from fewstep.errors import UserError
-from fewstep.evaluation.feature_networks import open_features, with_network
-from fewstep.rewards.scorers import default_scorers, open_scorer
-
-PROMPTS = ["a fox", "two boats", "a red apple"]
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randint(0, 256, (3, 40, 40, 3), dtype=torch.uint8)
+from fewstep.rewards.clip_score import BATCH_SIZE
+from fewstep.rewards.scorers import open_scorer, open_scorers
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of random weights: 28 px, two layers, a tokenizer of single letters."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    text = tower | ids | {"max_position_embeddings": 24}
-    config = CLIPConfig(
-        text_config=text,
-        vision_config=tower | {"image_size": 28, "patch_size": 14, "projection_dim": 8},
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    size = {"shortest_edge": 28}
-    CLIPProcessor(CLIPImageProcessor(size=size, crop_size={"height": 28, "width": 28}), tokenizer).save_pretrained(
-        folder
-    )
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
-@pytest.fixture(scope="module")
-def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(folder)
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
-
-
-def test_clip_features_are_its_image_embeddings(clip: Path, images: torch.Tensor) -> None:
-    network = open_features(f"clip:{clip}")
-    done: list[int] = []
-    features = network(images, done.append)
-    model = CLIPVisionModelWithProjection.from_pretrained(clip).eval()
-    pixels = CLIPImageProcessor.from_pretrained(clip)([Image.fromarray(i.numpy()) for i in images], return_tensors="pt")
-    with torch.no_grad():
-        expected = model(**pixels).image_embeds
-    torch.testing.assert_close(features, expected)
-    assert (network.name, features.shape, sum(done)) == ("clip", (3, 8), 3)
-
-
-def test_dinov2_features_are_its_class_token(dinov2: Path, images: torch.Tensor) -> None:
-    features = open_features(f"dinov2:{dinov2}")(images)
-    model = Dinov2Model.from_pretrained(dinov2).eval()
-    pixels = BitImageProcessor.from_pretrained(dinov2)(
-        [Image.fromarray(i.numpy()) for i in images], return_tensors="pt"
-    )
-    with torch.no_grad():
-        expected = model(**pixels).last_hidden_state[:, 0]
-    torch.testing.assert_close(features, expected)
-
-
-def test_inception_names_the_package_that_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs timm; pip install timm|cannot be loaded as TimmWrapperModel"):
-        open_features(f"inception:{tmp_path}")
+@pytest.fixture
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (BATCH_SIZE + 2, 40, 40, 3), generator=generator, dtype=torch.uint8)
 
 
 def test_clip_score_is_the_cosine_of_image_and_prompt(clip: Path, images: torch.Tensor) -> None:
-    scores = open_scorer(f"clip_score:{clip}").score(images, PROMPTS)["clip_score"]
+    prompts = ["a fox" if index % 2 else "two boats" for index in range(len(images))]
+    scores = open_scorer(f"clip_score:{clip}").score(images, prompts)["clip_score"]
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
     pictures = [Image.fromarray(image.numpy()) for image in images]
     with torch.no_grad():
-        out = model(**processor(text=PROMPTS, images=pictures, return_tensors="pt", padding=True))
-    expected = 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0)
-    torch.testing.assert_close(scores, expected)
-    assert scores.shape == (3,)
+        out = model(**processor(text=prompts, images=pictures, return_tensors="pt", padding=True))
+    expected = 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds)
+    assert expected.max() > 0
+    torch.testing.assert_close(scores, expected.clamp(min=0))
 
 
-def test_checkpoints_that_cannot_be_loaded_are_one_line(tmp_path: Path, dinov2: Path) -> None:
-    for open_it in (lambda: open_features(f"clip:{tmp_path}"), lambda: open_scorer(f"clip_score:{tmp_path / 'no'}")):
-        with pytest.raises(UserError) as refused:
-            open_it()
-        assert "\n" not in str(refused.value)
-    (dinov2_without_weights := tmp_path / "bare").mkdir()
-    (dinov2_without_weights / "config.json").write_text((dinov2 / "config.json").read_text())
-    with pytest.raises(UserError, match="cannot be loaded as Dinov2Model"):
-        open_features(f"dinov2:{dinov2_without_weights}")
+def test_clip_score_truncates_long_prompts(clip: Path, images: torch.Tensor) -> None:
+    """Its text encoder has no positions beyond its maximal length."""
+    scorer = open_scorer(f"clip_score:{clip}")
+    long, longer = "b " * MAX_TOKENS, "b " * 3 * MAX_TOKENS
+    scores = scorer.score(images[:1].repeat(2, 1, 1, 1), [long, longer])["clip_score"]
+    assert scores[0] == pytest.approx(float(scores[1]))
 
 
-def test_default_scorers_need_no_checkpoint() -> None:
-    assert [scorer.name for scorer in default_scorers()] == ["emoji"]
+def test_a_checkpoint_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        open_scorer(f"clip_score:{tmp_path / 'no'}")
+    assert "\n" not in str(refused.value)
 
 
-def test_keys_carry_the_networks_name() -> None:
-    assert with_network("fd_teacher", "dinov2") == "fd_teacher[dinov2]"
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("beauty", "unknown scorer 'beauty'; known: .*emoji"),
+        ("clip_score", "scorer clip_score: give a checkpoint, as in clip_score:PATH_OR_HUB_ID"),
+    ],
+)
+def test_a_wrong_scorer_is_one_line(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_scorer(spec)
+
+
+class NeedsWeights:
+    name = "needs-weights"
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+
+class OnDevice:
+    name = "on-device"
+
+    def __init__(self, *, device: torch.device | str) -> None:
+        self.device = device
+
+
+def test_default_scorers_are_all_that_need_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(open_scorers()) == ["emoji"]
+    monkeypatch.setitem(scorers._entries, "needs-weights", NeedsWeights)
+    monkeypatch.setitem(scorers._entries, "on-device", OnDevice)
+    opened = open_scorers(device="meta")
+    assert list(opened) == ["emoji", "on-device"]
+    assert opened["on-device"].device == "meta"
+    assert open_scorer("needs-weights:a/b").weights == "a/b"
+
+
+def test_a_scorer_without_a_checkpoint_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scorers._entries, "on-device", OnDevice)
+    with pytest.raises(UserError, match="scorer on-device:x: it takes no checkpoint; write on-device"):
+        open_scorer("on-device:x")

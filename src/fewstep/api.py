@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.config.load import load_recipe
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
-from fewstep.config.sections import PromptSettings
-from fewstep.data.prompts import open_prompts
+from fewstep.config.sections import EvaluateSettings, PromptSettings
+from fewstep.data.prompts import open_prompts, read_prompts
 from fewstep.errors import UserError
+from fewstep.evaluation.feature_networks import open_features
 from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.runner import evaluate as _evaluate
+from fewstep.evaluation.runner import report_writer
 from fewstep.evaluation.validation import make_validator
 from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
 from fewstep.inference.params import parse_params
 from fewstep.jobs import distill as _distill
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.rewards.scorers import open_scorers
 from fewstep.stages import run_stages
 from fewstep.training.distributed import init_distributed, open_run
 
@@ -69,21 +72,9 @@ def distill(
     stage: Stage = resolved if isinstance(resolved, DistillRecipe) else resolved.stages[-1]
     source = open_prompts(stage.prompts)
     validation = list(source.texts("validation")[: settings.validation_prompts])
-    test = list(source.texts("test")[: settings.num_prompts]) if settings.enabled else []
-    if settings.enabled and len(test) < 2:
-        raise UserError(
-            f"prompts.source={stage.prompts.source}: {len(test)} test prompts, at least 2 are needed; name a file in "
-            "prompts.test_source, or set evaluate.enabled=false"
-        )
-
-    def validator(student: TextToImagePipeline) -> Callable[[], Mapping[str, float]]:
-        if not validation:
-            raise UserError(
-                f"prompts.source={stage.prompts.source}: no validation prompts; name a file in "
-                "prompts.validation_source, or set evaluate.validate_every=0"
-            )
-        return make_validator(student, validation, settings.scorers)
-
+    test = list(source.texts("test")[: settings.num_prompts])
+    _check_evaluation(settings, stage.prompts.source, validation, test)
+    validator = make_validator(validation, settings.scorers)
     with init_distributed() as dist, open_run(dist, directory, resolved, overwrite=overwrite) as run:
         if isinstance(resolved, DistillRecipe):
             student = _distill(resolved, run, validator, dist)
@@ -131,8 +122,9 @@ def generate(
 
 def evaluate(
     model: str | Path | TextToImagePipeline,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Path | Sequence[str] = "emoji",
     *,
+    num_prompts: int = 200,
     teacher: str | Path | TextToImagePipeline | None = None,
     out: str | Path | None = None,
     **options: Any,
@@ -140,19 +132,54 @@ def evaluate(
     """Measure a model on fixed prompts and seeds, beside its teacher where there is one.
 
     Args:
-        prompts: by default 200 test prompts of the default prompt source.
+        prompts: a list of prompts; or the name of a prompt source or a folder of encoded prompts, whose test prompts
+            are used; or a text file with one prompt per line.
+        num_prompts: the number of prompts, the first ones, from a source, folder or file. A list is used whole.
         teacher: by default the one in the model's generation config. It is loaded on the model's device and in its
             dtype.
         out: folder of metrics.json and index.html; nothing is written by default.
         options: as in :func:`fewstep.evaluation.runner.evaluate`.
+
+    Raises:
+        UserError: a mistake in the options, or prompts that cannot be read.
     """
+    texts = _test_prompts(prompts, num_prompts) if isinstance(prompts, str | Path) else list(prompts)
     measured = _loaded(model)
     teacher = teacher if teacher is not None else measured.generation_config.teacher
     if teacher is not None and not isinstance(teacher, TextToImagePipeline):
         teacher = load(teacher, measured.device, measured.transformer.dtype)
-    texts = open_prompts(PromptSettings()).texts("test")[:200] if prompts is None else prompts
     return _evaluate(measured, prompts=texts, teacher=teacher, out=out, **options)
 
 
 def _loaded(model: str | Path | TextToImagePipeline) -> TextToImagePipeline:
     return model if isinstance(model, TextToImagePipeline) else load(model)
+
+
+def _test_prompts(source: str | Path, count: int) -> list[str]:
+    """The first prompts of a text file, or of the test split of a prompt source."""
+    if Path(source).is_file():
+        return read_prompts(source)[:count]
+    return list(open_prompts(PromptSettings(source=str(source))).texts("test")[:count])
+
+
+def _check_evaluation(settings: EvaluateSettings, source: str, validation: Sequence[str], test: Sequence[str]) -> None:
+    """Find the mistakes that would otherwise stop a run at its first validation, or at its report after the training.
+
+    Raises:
+        UserError: too few prompts, a scorer or feature network that cannot be opened, or a package that is missing.
+    """
+    if settings.enabled and len(test) < 2:
+        raise UserError(
+            f"prompts.source={source}: {len(test)} test prompts with evaluate.num_prompts={settings.num_prompts}, at "
+            "least 2 are needed; name a file in prompts.test_source, or set evaluate.enabled=false"
+        )
+    if settings.validate_every and not validation:
+        raise UserError(
+            f"prompts.source={source}: no validation prompts; name a file in prompts.validation_source, or set "
+            "evaluate.validate_every=0"
+        )
+    if settings.enabled or settings.validate_every:
+        open_scorers(settings.scorers)
+    if settings.enabled:
+        open_features(settings.features)
+        report_writer()

@@ -35,16 +35,13 @@ def evaluate(
 ) -> None:
     """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""
     from fewstep import api
-    from fewstep.config.sections import PromptSettings
-    from fewstep.data.prompts import open_prompts, read_prompts
     from fewstep.evaluation.table import print_summary
 
-    is_file = Path(prompts).is_file()
-    texts = read_prompts(prompts) if is_file else open_prompts(PromptSettings(source=prompts)).texts("test")
     folder = out or Path("runs") / f"evaluate-{Path(model).name}"
     measured = api.evaluate(
         api.load(model, device, dtype.torch_dtype if dtype else None),
-        list(texts[:num_prompts]),
+        prompts,
+        num_prompts=num_prompts,
         teacher=teacher,
         scorers=scorer,
         features=features,

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewstep.core.registry import feature_networks, load_plugins
-from fewstep.errors import UserError
+from fewstep.core.registry import feature_networks
+from fewstep.rewards.specs import open_plugin
 
 DEFAULT = "open-nsfw"  # needs no checkpoint
 
@@ -28,16 +28,10 @@ def open_features(spec: str = DEFAULT, device: torch.device | str = "cpu") -> Fe
     """The network of a name, or of "name:checkpoint" with a local path or hub id.
 
     Raises:
-        UserError: there is no such network, or its checkpoint cannot be loaded.
+        UserError: there is no such network, its checkpoint cannot be loaded, or a package is not installed.
     """
-    load_plugins()
-    name, _, checkpoint = spec.partition(":")
-    make = feature_networks.get(name)
-    if name == DEFAULT:
-        return make()  # type: ignore[no-any-return]
-    if not checkpoint:
-        raise UserError(f"features {name}: give a checkpoint, as in {name}:PATH_OR_HUB_ID")
-    return make(checkpoint, device)  # type: ignore[no-any-return]
+    network: FeatureNetwork = open_plugin(feature_networks, spec, device)
+    return network
 
 
 def with_network(key: str, network: str) -> str:

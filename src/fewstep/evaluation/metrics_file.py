@@ -46,7 +46,8 @@ class Metrics:
             where no prompt has real images.
         scorers: accuracy on real images of each scorer that has one.
         features: name of the feature network.
-        run: prompts, seeds, device and all else that it takes to repeat the evaluation.
+        run: prompts, seeds, scorers and feature network as they were given, the number of prompts that each score
+            applies to, device, dtype, torch's version: what it takes to repeat the evaluation.
     """
 
     figures: dict[str, Figures]
@@ -57,9 +58,9 @@ class Metrics:
     targets: list[Target] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
+        """Raises: UserError if the file cannot be written."""
         tree = asdict(self) | {"targets": [asdict(one) | {"target": one.target} for one in self.targets]}
-        text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_text(path, text)
+        write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Metrics:

@@ -72,16 +72,16 @@ def accuracy_by_nfe(points: Mapping[str, tuple[int, float]], ceiling: float | No
             axes.annotate("real images", (0.01, 100 * ceiling), (0, 3), xycoords=("axes fraction", "data"),
                           textcoords="offset points", color=_INK, alpha=0.7)  # fmt: skip
         last = 200.0
-        for title, (forwards, share) in sorted(points.items(), key=lambda item: -item[1][1]):
-            mine, percent = title.startswith("student"), 100 * share
-            axes.plot(forwards, percent, "o", color=_ACCENT if mine else _INK, markersize=8 if mine else 6)
+        for title, (nfe, accuracy) in sorted(points.items(), key=lambda item: -item[1][1]):
+            is_student, percent = title.startswith("student"), 100 * accuracy
+            axes.plot(nfe, percent, "o", color=_ACCENT if is_student else _INK, markersize=8 if is_student else 6)
             last = min(percent, last - 8)  # labels of near points keep apart
-            outward = forwards > 16  # towards the middle of the plot
-            axes.annotate(title, (forwards, last), (-9 if outward else 9, -1), textcoords="offset points",
-                          ha="right" if outward else "left", va="center", color=_ACCENT if mine else _INK,
-                          weight="bold" if mine else "normal")  # fmt: skip
+            outward = nfe > 16  # towards the middle of the plot
+            axes.annotate(title, (nfe, last), (-9 if outward else 9, -1), textcoords="offset points",
+                          ha="right" if outward else "left", va="center", color=_ACCENT if is_student else _INK,
+                          weight="bold" if is_student else "normal")  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.set_xlim(2**-0.4, 2**0.6 * max(2, *(forwards for forwards, _ in points.values())))
+        axes.set_xlim(2**-0.4, 2**0.6 * max(2, *(nfe for nfe, _ in points.values())))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(0, 110)
         axes.set_xlabel("NFE")

@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from fewstep.atomic import write_text
-from fewstep.errors import UserError
+from fewstep.atomic import atomic_file, write_text
 from fewstep.evaluation import plots, table
 from fewstep.evaluation.grid import picture, tile
 from fewstep.evaluation.metrics_file import Metrics, Samples
@@ -29,12 +28,9 @@ def write(folder: str | Path, metrics: Metrics, samples: Samples, curves: Path |
     """
     folder = Path(folder)
     page = render(metrics, samples, read_metrics(curves) if curves is not None and curves.is_file() else [])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        picture(samples).save(folder / "grid.png", optimize=True)
-        write_text(folder / "index.html", page)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the report ({error.strerror})") from None
+    with atomic_file(folder / "grid.png") as aside:
+        picture(samples).save(aside, "PNG", optimize=True)
+    write_text(folder / "index.html", page)
     return folder / "index.html"
 
 
@@ -55,7 +51,7 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
         targets=metrics.targets,
         status=table.status,
         rows=table.rows(metrics),
-        features=metrics.features,
+        features=metrics.run.get("feature_network", metrics.features),
         notes=table.notes(metrics),
         columns=[column.title.partition(", ")[::2] for column in samples.columns.values()],
         seeded=[column.title.partition(", ")[::2] for column in seeded],
@@ -73,7 +69,7 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
         ],
         chart=plots.accuracy_by_nfe(points, metrics.real.get("object_acc")) if len(points) > 1 else None,
         curves=plots.curves(lines),
-        run={key: value for key, value in metrics.run.items() if key != "prompt_list"},
+        run={key: _plain(value) for key, value in metrics.run.items() if key not in ("prompt_list", "scores")},
     )
 
 
@@ -90,6 +86,15 @@ def summary(metrics: Metrics) -> str:
         f"{100 * student['object_acc']:.1f}%; its teacher's, at {teacher['nfe']}, is "
         f"{100 * teacher['object_acc']:.1f}%."
     )
+
+
+def _plain(value: Any) -> str:
+    """A setting of the run as text: lists and mappings without brackets."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
+    return str(value)
 
 
 def data_uri(image: Tensor) -> str:

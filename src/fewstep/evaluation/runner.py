@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewstep.errors import UserError
-from fewstep.evaluation import report
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
-from fewstep.evaluation.image_sets import Bar, ImageSet, ImageSets
+from fewstep.evaluation.image_sets import ImageSet, ImageSets
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.progress import ProgressBars
 from fewstep.rewards.protocol import Classifier, Scorer
-from fewstep.rewards.scorers import default_scorers, open_scorer
+from fewstep.rewards.scorers import open_scorers
 
 
 def evaluate(
@@ -42,7 +39,8 @@ def evaluate(
         prompts: at least two. Real images are compared where an image source has some of the prompt.
         teacher: the model that a student was distilled from; adds its settings and the targets.
         settings: others than ``default_settings``; the first is the reference of the distances to the teacher.
-        scorers: by name; None is every scorer that needs no checkpoint. Scores that apply to no prompt are left out.
+        scorers: by name, as "clip_score:PATH_OR_HUB_ID" where they need a checkpoint, or as objects; None is every
+            registered scorer that needs none. A score that applies to none of the prompts is left out.
         features: the feature network of distances and diversity; its name is part of their keys.
         out: a folder for metrics.json, index.html and grid.png.
         many_steps: the teacher's own number of steps.
@@ -50,26 +48,24 @@ def evaluate(
         curves: a run's metrics.jsonl, plotted in the report.
 
     Raises:
-        UserError: too few prompts or seeds, an unknown scorer or network, or a folder that cannot be written.
+        UserError: too few prompts or seeds, an unknown scorer or network, a folder that cannot be written, or a
+            package that is not installed.
     """
     if len(prompts) < 2:
         raise UserError(f"an evaluation needs at least 2 prompts, got {len(prompts)}")
     if diversity_seeds < 2:
         raise UserError(f"diversity needs at least 2 seeds, got {diversity_seeds}")
     folder = _writable(out)
+    write_report = report_writer() if folder is not None else None
     chosen = list(settings) if settings is not None else default_settings(model, teacher, many_steps)
     device = model.device
-    opened = (
-        default_scorers()
-        if scorers is None
-        else [open_scorer(one, device) if isinstance(one, str) else one for one in scorers]
-    )
+    opened = open_scorers(scorers, device)
     network = open_features(features, device)
     images: dict[str, ImageSet] = {}
     figures: dict[str, Figures] = {}
     real: list[ImageSet] = []
-    with _bars() as bar:
-        sets = ImageSets(prompts, seed, diversity_prompts, diversity_seeds, network, opened, bar)
+    with ProgressBars() as bars:
+        sets = ImageSets(prompts, seed, diversity_prompts, diversity_seeds, network, list(opened.values()), bars)
         for setting in chosen:
             images[setting.name], figures[setting.name] = sets.generated(setting)
         if len(sets.real_sources) > 1:
@@ -80,16 +76,19 @@ def evaluate(
     reference = images[chosen[0].name]
     for name, each in images.items():
         figures[name] |= sets.figures(each, None if each is reference else reference, real[0] if real else None)
-    used = [key for key, values in reference.scores.items() if not values.isnan().all()]
+    used = sets.applicable(reference)
+    scores = [key for _, keys in used for key in keys]
     result = Metrics(
         figures=figures,
         real=sets.figures(real[0], reference, real[1]) if real else {},
-        scorers={scorer.name: dict(scorer.accuracy) for scorer in opened if isinstance(scorer, Classifier)},
+        scorers={scorer.name: dict(scorer.accuracy) for scorer, _ in used if isinstance(scorer, Classifier)},
         features=network.name,
         run={
             "prompts": len(prompts),
-            "scores": used,
-            "prompts_scored": int((~reference.scores[used[0]].isnan()).sum()) if used else 0,
+            "scorers": [spec for spec, scorer in opened.items() if any(scorer is one for one, _ in used)],
+            "scores": scores,
+            "prompts_scored": {key: int((~reference.scores[key].isnan()).sum()) for key in scores},
+            "feature_network": features,
             "first_seed": seed,
             "diversity_prompts": min(diversity_prompts, len(prompts)),
             "diversity_seeds": diversity_seeds,
@@ -103,27 +102,26 @@ def evaluate(
     if teacher is not None and settings is None:
         many, few, guided, student = (setting.name for setting in chosen)
         result.targets = targets(figures, student, many, few, guided, network.name)
-    if folder is not None:
+    if folder is not None and write_report is not None:
         titles = {setting.name: setting.title for setting in chosen}
         shown = images | ({"real": real[0]} if real else {})
         columns = {name: sets.column(each, titles.get(name, "real images")) for name, each in shown.items()}
         result.save(folder / "metrics.json")
-        report.write(folder, result, Samples(list(prompts), columns), Path(curves) if curves else None)
+        write_report(folder, result, Samples(list(prompts), columns), Path(curves) if curves else None)
     return result
 
 
-@contextmanager
-def _bars() -> Iterator[Bar]:
-    """Progress bars on a terminal's standard error, one for each piece of work."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+def report_writer() -> Callable[[Path, Metrics, Samples, Path | None], Path]:
+    """:func:`fewstep.evaluation.report.write`, whose plots need a package of the "eval" extra.
 
-        def bar(label: str, total: int) -> Callable[[int], object]:
-            task = progress.add_task(label, total=total)
-            return lambda done: progress.advance(task, done)
-
-        yield bar
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from fewstep.evaluation.report import write
+    except ModuleNotFoundError as error:
+        raise UserError(f"the evaluation's report needs {error.name}; pip install 'fewstep[eval]'") from None
+    return write
 
 
 def _writable(out: str | Path | None) -> Path | None:

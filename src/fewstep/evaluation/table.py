@@ -17,12 +17,13 @@ Kind = Literal["percent", "number", "thousandths", "count", "milliseconds"]
 
 @dataclass(frozen=True)
 class Row:
-    """A figure's key ("object_acc", or "en.object_acc" of one group of prompts), its label and its format."""
+    """A figure's key, its label and its format; ``group``: the group of prompts that it is of, None is all."""
 
     key: str
     label: str
     kind: Kind
     hint: str = ""
+    group: str | None = None
 
 
 #: Labels of known scores; others are shown by their key.
@@ -43,7 +44,7 @@ def row_list(metrics: Metrics) -> list[Row]:
         found.append(SCORES.get(key, Row(key, key, "number")))
         if position == 0:
             for group in first.get("by_group", {}):
-                found.append(Row(f"{group}.{key}", f"  {GROUPS.get(group, group)}", found[-1].kind))
+                found.append(Row(key, f"  {GROUPS.get(group, group)}", found[-1].kind, group=group))
     fd = "Fréchet distance to the many-step teacher's images"
     real = "Fréchet distance to real images; biased upwards, compare settings only"
     return [
@@ -65,8 +66,8 @@ def row_list(metrics: Metrics) -> list[Row]:
 
 def cell(figures: Figures, row: Row) -> str:
     """One figure as text; an en dash where there is none."""
-    group, _, key = row.key.rpartition(".")
-    value = figures.get("by_group", {}).get(group, {}).get(key) if group else figures.get(key)
+    source = figures if row.group is None else figures.get("by_group", {}).get(row.group, {})
+    value = source.get(row.key)
     if value is None:
         return "–"
     if row.kind == "percent":
@@ -107,17 +108,14 @@ def rows(metrics: Metrics) -> list[tuple[Row, list[str]]]:
 def notes(metrics: Metrics) -> list[str]:
     """The accuracy of the scorers, and the confidence interval of accuracies."""
     found: list[str] = []
-    scored = metrics.run.get("prompts_scored", 0)
-    if not scored:
-        return found
     for name, own in metrics.scorers.items():
         figures = ", ".join(f"{key} {100 * value:.1f}%" for key, value in own.items() if key != "images")
         found.append(f"Scorer {name} on {own['images']:,.0f} real images: {figures}.")
     share = next(iter(metrics.figures.values())).get("object_acc")
     if share is not None:
-        found.append(
-            f"{scored} prompts: 95% confidence interval of object_acc ±{100 * interval(share, scored):.1f} points."
-        )
+        count = metrics.run["prompts_scored"]["object_acc"]
+        half = 100 * interval(share, count)
+        found.append(f"{count} prompts: 95% confidence interval of object_acc ±{half:.1f} points.")
     return found
 
 

@@ -36,6 +36,11 @@ class Classifier(Scorer, Protocol):
         """The name of each image's content. images: uint8 [N, H, W, 3]."""
         ...
 
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A scorer whose scores are also reported for groups of prompts."""
+
     def group(self, prompt: str) -> str | None:
-        """The group of a prompt whose scores are reported apart, such as its language; None is no group."""
+        """The group of a prompt, such as its language; None is no group."""
         ...

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fewstep.core.registry import load_plugins, scorers
-from fewstep.errors import UserError
 from fewstep.rewards.protocol import Scorer
-
-#: Scorers that need a checkpoint, and are only used where they are named.
-NEED_CHECKPOINT = {"clip_score"}
+from fewstep.rewards.specs import needs_checkpoint, open_plugin
 
 
 def open_scorer(spec: str, device: torch.device | str = "cpu") -> Scorer:
@@ -18,18 +17,24 @@ def open_scorer(spec: str, device: torch.device | str = "cpu") -> Scorer:
     Raises:
         UserError: there is no such scorer, or its checkpoint is missing.
     """
-    load_plugins()
-    name, _, checkpoint = spec.partition(":")
-    make = scorers.get(name)
-    if name in NEED_CHECKPOINT:
-        if not checkpoint:
-            raise UserError(f"scorer {name}: give a checkpoint, as in {name}:PATH_OR_HUB_ID")
-        return make(checkpoint, device)  # type: ignore[no-any-return]
-    return make(checkpoint) if checkpoint else make()  # type: ignore[no-any-return]
+    scorer: Scorer = open_plugin(scorers, spec, device)
+    return scorer
 
 
-def default_scorers() -> list[Scorer]:
-    """Every registered scorer that needs no checkpoint; those that apply to none of the prompts are left out of
-    reports."""
-    load_plugins()
-    return [open_scorer(name) for name in scorers.names() if name not in NEED_CHECKPOINT]
+def open_scorers(specs: Sequence[str | Scorer] | None = None, device: torch.device | str = "cpu") -> dict[str, Scorer]:
+    """Scorers by their specs, in order; scorers that are given as objects by their names.
+
+    Args:
+        specs: None is every registered scorer that needs no checkpoint. A score that applies to none of the prompts of
+            an evaluation is left out of its results.
+
+    Raises:
+        UserError: as for :func:`open_scorer`.
+    """
+    if specs is None:
+        load_plugins()
+        specs = [name for name in scorers.names() if not needs_checkpoint(scorers.get(name))]
+    return {
+        (spec if isinstance(spec, str) else spec.name): open_scorer(spec, device) if isinstance(spec, str) else spec
+        for spec in specs
+    }
