@@ -159,6 +159,7 @@ def test_bundled_recipes_of_the_6b_model_fit(name, gpu, gpus):
     assert "does not fit" not in done.output
 
 
+@pytest.mark.slow
 def test_stages_are_planned_one_by_one(tiny_folder, tmp_path):
     """Suggestions name the stage by its number, as overrides do."""
     file = tmp_path / "two.yaml"
