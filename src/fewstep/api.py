@@ -143,7 +143,7 @@ def evaluate(
     Raises:
         UserError: a mistake in the options, or prompts that cannot be read.
     """
-    texts = _test_prompts(prompts, num_prompts) if isinstance(prompts, str | Path) else list(prompts)
+    texts = read_test_prompts(prompts, num_prompts) if isinstance(prompts, str | Path) else list(prompts)
     measured = _loaded(model)
     teacher = teacher if teacher is not None else measured.generation_config.teacher
     if teacher is not None and not isinstance(teacher, TextToImagePipeline):
@@ -155,7 +155,7 @@ def _loaded(model: str | Path | TextToImagePipeline) -> TextToImagePipeline:
     return model if isinstance(model, TextToImagePipeline) else load(model)
 
 
-def _test_prompts(source: str | Path, count: int) -> list[str]:
+def read_test_prompts(source: str | Path, count: int) -> list[str]:
     """The first prompts of a text file, or of the test split of a prompt source."""
     if Path(source).is_file():
         return read_prompts(source)[:count]

@@ -38,10 +38,10 @@ def evaluate(
     from fewstep.evaluation.table import print_summary
 
     folder = out or Path("runs") / f"evaluate-{Path(model).name}"
+    texts = api.read_test_prompts(prompts, num_prompts)  # a mistake here is reported before the model is loaded
     measured = api.evaluate(
         api.load(model, device, dtype.torch_dtype if dtype else None),
-        prompts,
-        num_prompts=num_prompts,
+        texts,
         teacher=teacher,
         scorers=scorer,
         features=features,
