@@ -161,7 +161,8 @@ class _PerImageNoise:
     """Fresh noise from one random stream for each image, so that an image does not depend on its batch."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator("cpu").manual_seed(seed + 2**32) for seed in seeds]
+        # torch's CPU generator uses the low 32 bits of a seed: a larger offset would repeat the initial noise
+        self.generators = [torch.Generator("cpu").manual_seed(seed ^ 0x5DE5_0000) for seed in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
         noise = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
