@@ -20,7 +20,7 @@ from fewstep.data.images import to_uint8
 from fewstep.data.prompts import open_prompts
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.errors import UserError
-from fewstep.evaluation import image_sets, plots
+from fewstep.evaluation import image_sets
 from fewstep.evaluation.metrics_file import ImageColumn, Metrics, Samples, targets
 from fewstep.evaluation.report import render
 from fewstep.evaluation.runner import evaluate
@@ -270,19 +270,6 @@ def test_summary_fits_a_terminal_and_names_the_scorer(seeds_used: list[list[int]
     assert list(columns(found)) == [*found.figures, "real"]
 
 
-def test_validation_curves_come_first() -> None:
-    lines = [{"step": step, "fake_score/loss": 1.0, "grad_norm": 1.0, "val/object_acc": 0.5} for step in (1, 2)]
-    svg = plots.curves(lines)
-    assert svg is not None
-    positions = [svg.index(name) for name in ("val/object_acc", "fake_score/loss", "grad_norm")]
-    assert positions == sorted(positions)
-
-
 def test_numbers_have_three_digits() -> None:
     shown = [format_number(x) for x in (0.01234, 1.2345, 12.345, 123.45, -0.0512, 12345.0)]
     assert shown == ["0.012", "1.23", "12.3", "123", "-0.051", "12,345"]
-
-
-def test_smoothing_averages_neighbors() -> None:
-    assert plots.smooth([1.0, 2.0, 3.0, 4.0, 6.0], window=3) == pytest.approx([1.5, 2, 3, 13 / 3, 5])
-    assert plots.curves([]) is None

@@ -27,12 +27,17 @@ _STYLE: dict[Any, Any] = {
 }
 _LEFT_OUT = ("lr", "nonfinite_skips", "seconds", "step")
 _PANELS = 15
+_Y_MAX = 110  # percent, at the top of the accuracy plot
+_LABEL_HEIGHT = 0.075  # of one title, in axes heights
+_WINDOW = 15  # points in a running mean
+_MIN_SMOOTHED = 3 * _WINDOW  # a running mean of fewer points hides their trend
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """A run's metrics.jsonl, a panel each, quality and losses first: faint as logged, strong averaged.
+    """One panel for each metric of a run's metrics.jsonl, validation and losses first; None if there is none to plot.
 
-    None if nothing is there.
+    A long series is drawn faint, with its running mean on top; one too short for a mean, as validation often is, with
+    its points.
     """
     names: dict[str, None] = {}
     for line in lines:
@@ -54,8 +59,11 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
         for index, name in enumerate(shown):
             axes = figure.add_subplot(rows, 3, index + 1)
             steps, values = zip(*series[name], strict=True)
-            axes.plot(steps, values, color=_ACCENT, alpha=0.3, linewidth=0.8)
-            axes.plot(steps, smooth(values), color=_ACCENT)
+            if len(values) < _MIN_SMOOTHED:
+                axes.plot(steps, values, "o-", color=_ACCENT, markersize=3)
+            else:
+                axes.plot(steps, values, color=_ACCENT, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, smooth(values), color=_ACCENT)
             axes.set_title(name)
             axes.margins(x=0.01)
             axes.locator_params(nbins=4)
@@ -65,31 +73,58 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
 def accuracy_by_nfe(points: Mapping[str, tuple[int, float]], ceiling: float | None) -> str:
     """Object accuracy (0 to 1) against NFE, by setting's title; `ceiling`: that of real images."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 2.9), layout="constrained")
+        figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         axes: Axes = figure.add_subplot()
         if ceiling is not None:
             axes.axhline(100 * ceiling, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate("real images", (0.01, 100 * ceiling), (0, 3), xycoords=("axes fraction", "data"),
                           textcoords="offset points", color=_INK, alpha=0.7)  # fmt: skip
-        last = 200.0
-        for title, (nfe, accuracy) in sorted(points.items(), key=lambda item: -item[1][1]):
-            is_student, percent = title.startswith("student"), 100 * accuracy
-            axes.plot(nfe, percent, "o", color=_ACCENT if is_student else _INK, markersize=8 if is_student else 6)
-            last = min(percent, last - 8)  # labels of near points keep apart
-            outward = nfe > 16  # towards the middle of the plot
-            axes.annotate(title, (nfe, last), (-9 if outward else 9, -1), textcoords="offset points",
-                          ha="right" if outward else "left", va="center", color=_ACCENT if is_student else _INK,
-                          weight="bold" if is_student else "normal")  # fmt: skip
+        at_point: dict[tuple[int, float], list[str]] = {}
+        for title, (nfe, accuracy) in points.items():
+            at_point.setdefault((nfe, 100 * accuracy), []).append(title)
+        for (nfe, percent), titles in at_point.items():
+            color = _ACCENT if any(map(_is_student, titles)) else _INK
+            axes.plot(nfe, percent, "o", color=color, markersize=8 if color == _ACCENT else 6, clip_on=False)
+        _add_labels(axes, at_point)
         axes.set_xscale("log", base=2)
         axes.set_xlim(2**-0.4, 2**0.6 * max(2, *(nfe for nfe, _ in points.values())))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_ylim(0, 110)
+        axes.set_ylim(0, _Y_MAX)
         axes.set_xlabel("NFE")
         axes.set_ylabel("object correct, %")
         return _svg(figure)
 
 
-def smooth(values: Sequence[float], window: int = 15) -> list[float]:
+def _is_student(title: str) -> bool:
+    return title.startswith("student")
+
+
+def _add_labels(axes: Axes, at_point: Mapping[tuple[int, float], Sequence[str]]) -> None:
+    """Titles in a column at the right of the axes, ordered as their points are, each joined to its point by a line.
+
+    Beside the points they would cover one another: several settings often have nearly equal accuracies.
+    """
+    rows = [(point, title) for point in sorted(at_point, key=lambda p: (-p[1], -p[0])) for title in at_point[point]]
+    heights = spread([percent / _Y_MAX for (_, percent), _ in rows], _LABEL_HEIGHT)
+    for ((nfe, percent), title), height in zip(rows, heights, strict=True):
+        color = _ACCENT if _is_student(title) else _INK
+        axes.annotate(
+            title, (nfe, percent), (1.03, height), textcoords="axes fraction", va="center", color=color,
+            weight="bold" if color == _ACCENT else "normal", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": _FAINT, "linewidth": 0.7, "relpos": (0, 0.5),
+                        "shrinkA": 2, "shrinkB": 4},
+        )  # fmt: skip
+
+
+def spread(heights: Sequence[float], distance: float) -> list[float]:
+    """Descending heights, at least 0, moved apart to at least ``distance``: downwards, and upwards from 0."""
+    lower = list(heights)
+    for i in range(1, len(lower)):
+        lower[i] = min(lower[i], lower[i - 1] - distance)
+    return [max(height, (len(lower) - 1 - i) * distance) for i, height in enumerate(lower)]
+
+
+def smooth(values: Sequence[float], window: int = _WINDOW) -> list[float]:
     """Running means over `window` values around each, fewer at both ends."""
     around = [values[max(0, i - window // 2) : i + window // 2 + 1] for i in range(len(values))]
     return [sum(near) / len(near) for near in around]
