@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from fewstep.evaluation.features import FeatureNet
 from fewstep.evaluation.images import as_float
 from fewstep.evaluation.table import Row, cell
 from fewstep.evaluation.transformers_features import BATCH_SIZE
+from fewstep.rewards.scorers import open_scorer
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,20 @@ def test_checkpoints_that_cannot_be_loaded_are_one_line(tmp_path: Path, dinov2: 
     torch.save(Dinov2Model.from_pretrained(dinov2).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded as Dinov2Model"):  # safetensors only
         open_features(f"dinov2:{tmp_path}")
+
+
+@pytest.mark.parametrize("path", ["{}/none", "./none"])
+def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path: Path, path: str) -> None:
+    path = path.format(tmp_path)
+    for open_it, spec in ((open_features, f"clip:{path}"), (open_scorer, f"clip_score:{path}")):
+        with pytest.raises(UserError, match=f"^{re.escape(path)}: no such folder$"):
+            open_it(spec)
+
+
+def test_clip_loads_without_a_warning(clip: Path) -> None:
+    program = f"from fewstep.evaluation.feature_networks import open_features; open_features('clip:{clip}')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_keys_carry_the_networks_name() -> None:

@@ -46,12 +46,10 @@ class TransformersFeatures:
 
 def clip_features(checkpoint: str, device: torch.device | str) -> TransformersFeatures:
     """Projected image embeddings of CLIP (arXiv 2103.00020)."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
-    model, processor = (
-        load_checkpoint(CLIPVisionModelWithProjection, checkpoint),
-        load_processor(CLIPImageProcessor, checkpoint),
-    )
+    model = load_checkpoint(CLIPVisionModelWithProjection, checkpoint)
+    processor = load_processor(AutoImageProcessor, checkpoint)
     return TransformersFeatures("clip", model, processor, lambda out: out.image_embeds, device)
 
 

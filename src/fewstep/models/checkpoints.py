@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ def load_checkpoint(model_class: Any, checkpoint: str) -> nn.Module:
     Raises:
         UserError: it cannot be loaded, or weights are missing.
     """
+    _check_folder(checkpoint)
     try:
         with silence_loggers():
             model, report = model_class.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True)
@@ -32,11 +34,19 @@ def load_checkpoint(model_class: Any, checkpoint: str) -> nn.Module:
 
 def load_processor(processor_class: Any, checkpoint: str) -> Any:
     """A checkpoint's own preprocessing. Raises: UserError."""
+    _check_folder(checkpoint)
     try:
         with silence_loggers():
             return processor_class.from_pretrained(checkpoint)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{checkpoint}: no {processor_class.__name__} can be loaded: {_first_line(error)}") from None
+
+
+def _check_folder(checkpoint: str) -> None:
+    """Raises: UserError for a path without a folder, which transformers would take for a malformed hub id."""
+    path = Path(checkpoint)
+    if (path.is_absolute() or checkpoint.startswith(".")) and not path.is_dir():
+        raise UserError(f"{checkpoint}: no such folder")
 
 
 def _first_line(error: Exception) -> str:
