@@ -70,7 +70,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "micro-turbo": (TURBO, ("method.fake_score_start=80%",)),
 }
 
-#: Beyond the paper's study, only when they are asked for by name.
+#: Variants beyond the paper's study; --variants selects them.
 FURTHER: dict[str, tuple[str, tuple[str, ...]]] = {
     "CA + MMD": (BASE, (*NO_DM, "method.terms.mmd={weight: 0.3}")),
     "hybrid, coarser too": (BASE, ("method.terms.distribution_matching.scales={2: 0.5}",)),

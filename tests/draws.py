@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.core.global_rng import shared_draws
@@ -48,7 +49,7 @@ def main(dist: DistContext, out: str) -> None:
         assert all(map(torch.equal, other, levels)), rank
     whole |= {f"shared {i}": level for i, level in enumerate(levels)}
     if dist.is_main_process:
-        torch.save(whole, out)
+        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, out)
 
 
 if __name__ == "__main__":

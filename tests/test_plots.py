@@ -43,6 +43,6 @@ def test_every_setting_is_labeled_in_the_plot_of_accuracy() -> None:
     assert all(f">{title}</text>" in svg for title in equal)
 
 
-def test_smoothing_averages_neighbours() -> None:
+def test_smoothing_averages_neighbors() -> None:
     assert plots.smooth([1.0, 2.0, 3.0, 4.0, 6.0], window=3) == pytest.approx([1.5, 2, 3, 13 / 3, 5])
     assert plots.curves([]) is None
