@@ -10,9 +10,9 @@ from fewstep.core import flow
 from fewstep.core.samplers import (
     euler_step,
     iterate,
+    last_state,
     normal_log_prob,
     sample_euler,
-    sample_sde,
     sde_mean_std,
     sde_step,
 )
@@ -36,7 +36,8 @@ def test_euler_converges_to_the_exact_flow():
 def test_sde_sampler_ends_on_data_with_the_right_mean():
     torch.manual_seed(0)
     model, prompts = Gaussian(deviation=0.01), prompts_of([0.7])
-    out = sample_sde(model, torch.randn(1, 2, 32, 32), SIGMAS, prompts)
+    noise = torch.randn(1, 2, 32, 32)
+    out = last_state(noise, iterate(model, noise, SIGMAS, prompts, sampler="sde"))
     assert out.mean().item() == pytest.approx(0.7, abs=0.01)
     assert out.std().item() < 0.02  # no noise left
 

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered on every process; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A full tensor sharded as ``reference`` is."""
-    if not isinstance(reference, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:

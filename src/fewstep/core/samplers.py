@@ -126,7 +126,8 @@ def iterate(
         denoiser: evaluated once a step.
         x: [B, C, ..., H, W] at ``sigmas[0]``; pure noise where that is 1.
         sigmas: falling noise levels. They end with 0, or earlier: the last ``x_next`` is at ``sigmas[-1]``.
-        sampler: "euler", or "sde" for :func:`sde_step`.
+        sampler: "euler", or "sde" for :func:`sde_step`: predict the data, return to the next level with fresh noise
+            (consistency models, arXiv 2303.01469, algorithm 1; DMD2, arXiv 2405.14867, section 4.4).
         eta: share of fresh noise in each step of "sde", in [0, 1].
         noise: draws the fresh noise of "sde", once for every step but that to 0.
 
@@ -163,19 +164,3 @@ def sample_euler(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], prompts
         [B, C, ..., H, W], data.
     """
     return last_state(x, iterate(denoiser, x, sigmas, prompts))
-
-
-def sample_sde(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Sequence[float],
-    prompts: EncodedPrompts,
-    noise: Noise = torch.randn_like,
-    eta: float = 1.0,
-) -> Tensor:
-    """Predict the data at each level and return to the next level with fresh noise (consistency models, arXiv
-    2303.01469, algorithm 1; DMD2, arXiv 2405.14867, section 4.4).
-
-    Args and returns as for :func:`sample_euler`; ``eta`` in [0, 1] is the share of fresh noise in each step.
-    """
-    return last_state(x, iterate(denoiser, x, sigmas, prompts, sampler="sde", eta=eta, noise=noise))
