@@ -186,7 +186,12 @@ def test_a_run_with_every_term_resumes_exactly(tiny_folder, tmp_path, source):
 
 def test_prompts_without_a_real_image_are_refused(tiny_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photograph of a harbor\n" * 40)
-    more = [f"teacher={tiny_folder}", "method.real_source=emoji", f"method.terms={{{TERMS}, mmd: {{}}}}"]
+    more = [
+        f"teacher={tiny_folder}",
+        "method.real_source=emoji",
+        "evaluate.validate_every=0",
+        f"method.terms={{{TERMS}, mmd: {{}}}}",
+    ]
     with pytest.raises(UserError, match="no image of 'a photograph of a harbor'"):
         api.distill("micro-turbo", tmp_path / "run", overrides=[*RUN, *more, f"prompts.source={tmp_path}/prompts.txt"])
 
