@@ -129,8 +129,8 @@ def test_correct_compares_predictions_with_labels(dataset: EmojiDataset) -> None
 
 
 def test_training_saves_an_accurate_classifier(tmp_path: Path) -> None:
-    with RunDir(tmp_path, recipe()) as run:
-        folder = train(recipe(), run)
+    with RunDir(tmp_path, recipe(steps=120)) as run:
+        folder = train(recipe(steps=120), run)
     classifier = EmojiClassifier.load(folder)
     assert classifier.accuracy["background_acc"] > 0.3  # 1/8 by chance
     dataset = EmojiDataset.load(6)

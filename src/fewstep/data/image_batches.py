@@ -8,6 +8,7 @@ import torch
 
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.registry import image_sources
+from fewstep.core.seeds import generator, noise_rows
 from fewstep.data.batch import DistillBatch
 from fewstep.errors import UserError
 from fewstep.models.pipeline import TextToImagePipeline
@@ -22,23 +23,21 @@ def rendered_image_batches(
         UserError: no such image source, or a prompt that it has no image of.
     """
     images_of = image_sources.get(source_name)()
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [prompts[i] for i in torch.randint(len(prompts), (count,), generator=generator).tolist()]
+    stream = generator("real images", seed)
+    chosen = [prompts[i] for i in torch.randint(len(prompts), (count,), generator=stream).tolist()]
     for prompt in chosen:
         if not images_of.knows(prompt):
             raise UserError(
                 f"method.real_source={source_name}: it has no image of {prompt!r}; set method.real_source=teacher"
             )
-    images = images_of.render(chosen, generator, model.generation_config.height)
+    images = images_of.render(chosen, stream, model.generation_config.height)
     latents = torch.cat([model.encode_images(part.to(model.device)) for part in images.split(128)]).cpu()
     encoded = model.encode(chosen)
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-        drawn = torch.randint(count, (size,), generator=generator)
-        noise = torch.randn(size, *latents.shape[1:], generator=generator)
         rows = shard.rows(size)
-        own = drawn[rows]
-        return DistillBatch(noise[rows].to(model.device), encoded[own], latents[own, None].to(model.device))
+        own = torch.randint(count, (size,), generator=generator("images", seed, position))[rows]
+        noise = noise_rows(rows, latents.shape[1:], "noise", seed, position)
+        return DistillBatch(noise.to(model.device), encoded[own], latents[own, None].to(model.device))
 
     return source

@@ -8,6 +8,7 @@ import torch
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.method import BatchSource, Shard
+from fewstep.core.seeds import generator, noise_rows
 from fewstep.data.batch import DistillBatch
 from fewstep.data.prompt_shards import PromptShards
 from fewstep.data.trajectories import text_fingerprint
@@ -26,11 +27,10 @@ def prompt_batches(model: TextToImagePipeline, prompts: Sequence[str], size: int
     shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-        chosen = torch.randint(len(prompts), (size,), generator=generator)
-        noise = torch.randn(size, *shape, generator=generator)
         rows = shard.rows(size)
-        own = encoded.encoded(chosen[rows].tolist()) if isinstance(encoded, PromptShards) else encoded[chosen[rows]]
-        return DistillBatch(noise[rows].to(model.device), own.to(model.device))
+        chosen = torch.randint(len(prompts), (size,), generator=generator("prompts", seed, position))[rows]
+        noise = noise_rows(rows, shape, "noise", seed, position)
+        own = encoded.encoded(chosen.tolist()) if isinstance(encoded, PromptShards) else encoded[chosen]
+        return DistillBatch(noise.to(model.device), own.to(model.device))
 
     return source

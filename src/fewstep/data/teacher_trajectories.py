@@ -16,6 +16,7 @@ from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.precision import uses_bf16
 from fewstep.core.samplers import iterate
+from fewstep.core.seeds import generator
 from fewstep.data.batch import DistillBatch
 from fewstep.data.prompts import open_prompts
 from fewstep.data.trajectories import (
@@ -150,8 +151,8 @@ def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: 
     height, width = teacher.generation_config.height, teacher.generation_config.width
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-        chosen = torch.randint(len(cache), (size,), generator=generator)[shard.rows(size)].tolist()
+        drawn = torch.randint(len(cache), (size,), generator=generator("trajectories", seed, position))
+        chosen = drawn[shard.rows(size)].tolist()
         states, prompts = cache.read(chosen)
         noise = initial_noise(teacher, cache.seeds(chosen), height, width)
         return DistillBatch(noise, prompts.to(teacher.device), states.to(teacher.device))
@@ -161,4 +162,4 @@ def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: 
 
 def _draw_prompt(seed: int, count: int) -> int:
     """The prompt of a sample, from its own seed: a longer cache starts with the samples of a shorter one."""
-    return int(torch.randint(count, (), generator=torch.Generator().manual_seed(2**33 + seed)))
+    return int(torch.randint(count, (), generator=generator("prompt", seed)))

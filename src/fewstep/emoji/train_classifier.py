@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.core import seeds
 from fewstep.core.method import BatchSource, Method, Shard, Trainable
 from fewstep.emoji.classifier import ClassifierNet, EmojiClassifier, correct, labels
 from fewstep.emoji.dataset import BACKGROUNDS, STYLES, EmojiDataset, EmojiSpec
@@ -17,8 +18,6 @@ from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
 Batch = tuple[Tensor, list[EmojiSpec]]
-
-_HELD_OUT_SEED = 2**40  # far from the seeds of the training batches, which start at the recipe's seed
 
 
 def train(recipe: ClassifierRecipe, run: RunDir) -> Path:
@@ -64,7 +63,7 @@ def accuracy(
 ) -> dict[str, float]:
     """Accuracy on real images of `specs`, each in `placements` placements: object_acc, style_acc, background_acc, and
     the number of images."""
-    generator = torch.Generator().manual_seed(_HELD_OUT_SEED)
+    generator = seeds.generator("held-out images")
     repeated = specs * placements
     hits: dict[str, list[Tensor]] = {}
     for start in range(0, len(repeated), 64):
@@ -96,7 +95,7 @@ def batches(dataset: EmojiDataset, specs: list[EmojiSpec], recipe: ClassifierRec
     """
 
     def batch(position: int, shard: Shard = Shard()) -> Batch:  # noqa: B008  # frozen
-        generator = torch.Generator().manual_seed(recipe.train.seed * 2**24 + position)
+        generator = seeds.generator("batch", recipe.train.seed, position)
         indices = torch.randint(len(specs), (recipe.train.batch_size,), generator=generator).tolist()
         chosen = [specs[index] for index in indices]
         half = len(chosen) // 2

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.core import flow
+from fewstep.core import flow, seeds
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
@@ -119,7 +119,7 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     null = model.encode([""])
 
     def data(position: int, shard: Shard = Shard()) -> tuple[Tensor, EncodedPrompts]:  # noqa: B008  # frozen
-        generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
+        generator = seeds.generator("batch", recipe.train.seed, position)
         size = recipe.train.batch_size
         chosen = torch.randint(len(specs), (size,), generator=generator)
         template = torch.randint(NUM_TEMPLATES, (size,), generator=generator)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from fewstep.core import seeds
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.emoji.dataset import NUM_TEMPLATES, STYLES, EmojiDataset
 from fewstep.emoji.latents import build_bank, image_key
@@ -150,7 +151,7 @@ def train(recipe: TextEncoderRecipe, run: RunDir) -> Path:
     model = EmojiCLIP(text_encoder, bank.latents.shape[2], recipe.model.hidden_size, recipe.temperature)
 
     def data(position: int, shard: Shard = Shard()) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: B008  # frozen
-        generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
+        generator = seeds.generator("batch", recipe.train.seed, position)
         chosen = torch.randint(len(specs), (recipe.train.batch_size,), generator=generator).tolist()
         batch = [specs[i] for i in chosen]
         templates = torch.randint(NUM_TEMPLATES, (len(batch),), generator=generator).tolist()

@@ -10,6 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
 
+from fewstep.core import seeds
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
@@ -105,7 +106,7 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
     vae.encoder.requires_grad_(recipe.train_encoder)
 
     def data(position: int, shard: Shard = Shard()) -> Tensor:  # noqa: B008  # frozen
-        generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + position)
+        generator = seeds.generator("batch", recipe.train.seed, position)
         chosen = torch.rand(recipe.train.batch_size, 2, generator=generator).tolist()
         batch = [
             pool[int(place * len(pool))]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.registry import image_sources, load_plugins
+from fewstep.core.seeds import generator
 from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
@@ -100,7 +101,7 @@ class ImageSets:
 
     def real(self, size: int, seed: int) -> ImageSet:
         """Real images of the prompts that have some."""
-        generator = torch.Generator().manual_seed(2**41 + seed)
+        stream = generator("real images", seed)
         indices = list(self.real_sources)
         # Several seeds only for the prompts that the settings have several of.
         some = indices[: self.some] if indices[: self.some] == list(range(self.some)) else []
@@ -111,7 +112,7 @@ class ImageSets:
         images = torch.zeros(len(wanted), size, size, 3, dtype=torch.uint8)
         for rows in by_source.values():
             source = self.real_sources[wanted[rows[0]]]
-            images[rows] = as_uint8(source.render([self.prompts[wanted[row]] for row in rows], generator, size))
+            images[rows] = as_uint8(source.render([self.prompts[wanted[row]] for row in rows], stream, size))
         main, others = images[: len(indices)], images[len(indices) :].unflatten(0, (len(some), self.num_seeds - 1))
         seeds = torch.cat([main[: len(some), None], others], dim=1)
         return self._measured(main, seeds, indices, "real images")

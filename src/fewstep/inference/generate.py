@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.samplers import SamplerStep, iterate
+from fewstep.core.seeds import generator
 from fewstep.data.images import to_uint8
 from fewstep.errors import UserError
 from fewstep.inference.batching import batched, max_decode_batch_size
@@ -161,9 +162,8 @@ class _PerImageNoise:
     """Fresh noise from one random stream for each image, so that an image does not depend on its batch."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        # torch's CPU generator uses the low 32 bits of a seed: a larger offset would repeat the initial noise
-        self.generators = [torch.Generator("cpu").manual_seed(seed ^ 0x5DE5_0000) for seed in seeds]
+        self.generators = [generator("sampler noise", seed) for seed in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
-        noise = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
+        noise = [torch.randn(like.shape[1:], generator=stream) for stream in self.generators]
         return torch.stack(noise).to(like)
