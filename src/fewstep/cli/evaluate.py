@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Dtype
+from fewstep.cli.options import Device, Dtype
 
 
 def evaluate(
@@ -30,7 +30,7 @@ def evaluate(
     ] = "open-nsfw",
     out: Annotated[Path | None, typer.Option(help="Folder of the report. [default: runs/evaluate-<model>]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
-    device: Annotated[str, typer.Option(help="Device: cpu, cuda, ...")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. [default: as stored]")] = None,
 ) -> None:
     """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""

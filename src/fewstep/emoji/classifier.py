@@ -118,17 +118,19 @@ class EmojiClassifier:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int = 64) -> ClassifierOutput:
-        """images: uint8 [N, H, W, 3] or float [N, 3, H, W] in [0, 1], of any size."""
+        """images: uint8 [N, H, W, 3] or float [N, 3, H, W] in [0, 1], of any size and on any device. The output is on
+        the CPU."""
+        device = next(self.net.parameters()).device
         outputs = []
         for start in range(0, max(1, len(images)), batch_size):
-            pixels = as_float(images[start : start + batch_size])
+            pixels = as_float(images[start : start + batch_size].to(device))
             if pixels.shape[-2:] != (SIZE, SIZE):
                 pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
             outputs.append(self.net(pixels))
         return ClassifierOutput(
-            torch.cat([o.object_style_logits for o in outputs]),
-            torch.cat([o.background_logits for o in outputs]),
-            torch.cat([o.embedding for o in outputs]),
+            torch.cat([o.object_style_logits for o in outputs]).cpu(),
+            torch.cat([o.background_logits for o in outputs]).cpu(),
+            torch.cat([o.embedding for o in outputs]).cpu(),
         )
 
     @classmethod

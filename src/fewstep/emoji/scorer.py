@@ -16,7 +16,8 @@ class EmojiScorer:
     """The emoji classifier as an evaluation scorer. It is never a reward.
 
     Args:
-        classifier: folder of a trained classifier; null loads the bundled one.
+        classifier: folder of a trained classifier; None loads the bundled one.
+        device: where the classifier computes.
 
     Raises:
         UserError: the folder cannot be read, or its classifier has other objects than the dataset.
@@ -24,9 +25,10 @@ class EmojiScorer:
 
     name = "emoji"
 
-    def __init__(self, classifier: str | Path | None = None) -> None:
+    def __init__(self, classifier: str | Path | None = None, device: torch.device | str = "cpu") -> None:
         self.dataset = EmojiDataset.load()
         self.classifier = EmojiClassifier.load(classifier)
+        self.classifier.net.to(device)
         self.classifier.check_objects(self.dataset)
 
     @property

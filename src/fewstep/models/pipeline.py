@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewstep.atomic import atomic_folder
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.device import check_device
 from fewstep.errors import UserError
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
 from fewstep.models.family import Components, ModelFamily, resolve_family
@@ -204,8 +205,10 @@ def load(
             transformer only the block that computes (``offload_blocks``).
 
     Raises:
-        UserError: there is no such model, a file is missing or corrupt, or the family overflows in the dtype (fp16).
+        UserError: there is no such device or model, a file is missing or corrupt, or the family overflows in the dtype
+            (fp16).
     """
+    device = check_device(device)
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
     fp8 = dtype == FP8
@@ -252,6 +255,7 @@ def load_prompt_encoder(
     path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> PromptEncoder:
     """The prompt encoder of a model without its other components. Arguments and errors as for :func:`load`."""
+    device = check_device(device)
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
     components = _load_components(folder, family, ("text_encoder", "tokenizer"), dtype)
