@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.atomic import atomic_file, atomic_folder, is_partial, partial_path, write_tensors, write_text
 from fewstep.errors import UserError
@@ -17,6 +17,16 @@ def test_text_and_tensors_are_written_whole(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "note.txt").read_text(encoding="utf-8") == "ünï"
     assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], torch.eye(3, 2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "w.safetensors"]
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "w.safetensors", {"w": torch.eye(2)})
+    with atomic_folder(tmp_path / "model") as aside:
+        save_file({"w": torch.eye(2)}, aside / "w.safetensors")
+    modes = {path.name: path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(["plain", "w.safetensors"], (tmp_path / "plain").stat().st_mode)
+    assert (tmp_path / "model" / "w.safetensors").stat().st_mode == modes["plain"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -19,6 +19,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.feature_networks import open_features, with_network
 from fewstep.evaluation.features import FeatureNet
 from fewstep.evaluation.images import as_float
+from fewstep.evaluation.recent_features import RecentFeatures, open_nsfw
 from fewstep.evaluation.table import Row, cell
 from fewstep.evaluation.transformers_features import BATCH_SIZE
 from fewstep.rewards.scorers import open_scorer
@@ -73,6 +74,7 @@ def test_inception_names_the_package_that_it_needs(tmp_path: Path, monkeypatch: 
 
 def test_open_nsfw_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    open_nsfw.cache_clear()
     with pytest.raises(UserError, match=r"needs onnxruntime; pip install 'fewstep\[eval\]'"):
         open_features()
 
@@ -106,6 +108,29 @@ def test_a_registered_network_without_a_checkpoint_opens_by_its_name(monkeypatch
 
     monkeypatch.setitem(feature_networks._entries, "mean-color", MeanColor)
     assert open_features("mean-color")(torch.ones(2, 4, 4, 3, dtype=torch.uint8)).tolist() == [[1, 1, 1]] * 2
+
+
+def test_features_of_recent_images_are_computed_once() -> None:
+    class MeanColor:
+        name = "mean-color"
+        computed = 0
+
+        def __call__(self, images: torch.Tensor, progress: Callable[[int], object] | None = None) -> torch.Tensor:
+            self.computed += len(images)
+            if progress is not None and len(images):
+                progress(len(images))
+            return images.float().mean(dim=(1, 2))
+
+    network = MeanColor()
+    recent = RecentFeatures(network, images=4)
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3)
+    done: list[int] = []
+    for rows, computed in (([0, 1, 1, 2], 3), ([2, 0, 3], 4), ([4, 5, 0], 6), ([1], 7)):
+        assert recent(images[rows], done.append)[:, 0].tolist() == rows
+        assert network.computed == computed
+        assert sum(done) == len(rows)
+        done.clear()
+    assert len(recent.features) == 4
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,11 @@ class OnDevice:
 
 
 def test_default_scorers_are_all_that_need_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(open_scorers()) == ["emoji"]
+    assert list(open_scorers()) == ["emoji", "nearest_real"]
     monkeypatch.setitem(scorers._entries, "needs-weights", NeedsWeights)
     monkeypatch.setitem(scorers._entries, "on-device", OnDevice)
     opened = open_scorers(device="meta")
-    assert list(opened) == ["emoji", "on-device"]
+    assert list(opened) == ["emoji", "nearest_real", "on-device"]
     assert opened["on-device"].device == "meta"
     assert open_scorer("needs-weights:a/b").weights == "a/b"
 

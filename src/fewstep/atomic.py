@@ -41,6 +41,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with _write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield aside
+            _set_default_mode(aside)
             sync(aside)
             aside.replace(path)
             sync(path.parent)
@@ -67,6 +68,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             aside.mkdir(parents=True)
             yield aside
             for written in aside.rglob("*"):
+                if written.is_file():
+                    _set_default_mode(written)
                 sync(written)
             sync(aside)
             if path.exists():  # a folder with files in it cannot be replaced in one step
@@ -101,6 +104,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _set_default_mode(file: Path) -> None:
+    """Give a file the permissions of any new file: safetensors writes files that only their owner can read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 @contextmanager

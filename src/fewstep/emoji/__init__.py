@@ -1,4 +1,4 @@
-"""The emoji dataset and the models trained on it: a plug-in of prompts, images, a scorer, recipes and commands.
+"""The emoji dataset and the models trained on it: a plug-in of prompts, images, scorers, recipes and commands.
 
 Importing this module registers all of them by name and imports none of them: each is imported when it is first used.
 """
@@ -10,6 +10,7 @@ from fewstep.core.registry import commands, image_sources, prompt_sources, recip
 prompt_sources.register("emoji", "fewstep.emoji.prompts:EmojiPrompts")
 image_sources.register("emoji", "fewstep.emoji.images:EmojiImages")
 scorers.register("emoji", "fewstep.emoji.scorer:EmojiScorer")
+scorers.register("nearest_real", "fewstep.emoji.nearest_real:NearestReal")
 recipe_kinds.register("vae", "fewstep.emoji.recipes:VAERecipe")
 recipe_kinds.register("text_encoder", "fewstep.emoji.recipes:TextEncoderRecipe")
 recipe_kinds.register("flow_matching", "fewstep.emoji.recipes:FlowMatchingRecipe")

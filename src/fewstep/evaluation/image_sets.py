@@ -140,6 +140,7 @@ class ImageSets:
             "saturation": measure.saturation(pixels),
             "contrast": measure.contrast(pixels),
             "hf_energy": measure.hf_energy(pixels),
+            "sharpness": _sharpness(images, real),
         }
 
     def _distances(self, label: str, images: ImageSet, other: ImageSet | None) -> Figures:
@@ -188,6 +189,16 @@ class ImageSets:
             if used:
                 found.append((scorer, used))
         return found
+
+
+def _sharpness(images: ImageSet, real: ImageSet | None) -> float | None:
+    """High-frequency energy relative to that of real images of the same prompts; None where there are none, or no
+    detail in them."""
+    rows = [row for row, index in enumerate(images.indices) if real is not None and index in real.indices]
+    if real is None or not rows:
+        return None
+    reference = measure.hf_energy(as_float(real.main))
+    return measure.hf_energy(as_float(images.main[rows])) / reference if reference else None
 
 
 def mean_scores(scores: dict[str, Tensor]) -> dict[str, float]:

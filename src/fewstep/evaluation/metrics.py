@@ -1,4 +1,4 @@
-"""Distances between sets of features, and what over-baking moves in the pixels. Pure functions of tensors."""
+"""Distances between sets of features, and pixel statistics that show overbaked images. Pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LUMA = (0.299, 0.587, 0.114)  # BT.601
 
 
 def _covariance_root(features: Tensor) -> Tensor:
-    """R [r,D] with R^T R = the unbiased covariance of features [N,D]; r = min(N, D)."""
+    """R [r, D] with R^T R = the unbiased covariance of features [N, D]; r = min(N, D)."""
     centered = (features - features.mean(0)) / (len(features) - 1) ** 0.5
     return torch.linalg.qr(centered, mode="r").R if len(centered) > centered.shape[1] else centered
 
@@ -27,9 +27,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared 2-Wasserstein distance of the Gaussians of features [N,D] and [M,D] (FID; Heusel et al. 2017, eq. 6).
 
     `|mu_a - mu_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)`. With A = P^T P and B = Q^T Q the last trace is the sum of the
-    singular values of P Q^T, at most min(N, D) of them: no matrix square root, no complex numbers, and exact for
-    covariances of deficient rank. With N below or near D the value is biased upwards (two samples of one distribution
-    are apart): compare only values from sets of the same sizes.
+    at most min(N, D) singular values of P Q^T. This needs no matrix square root and no complex numbers, and it is exact
+    for covariances of deficient rank. With N below or near D the value is biased upwards: it is above 0 for two samples
+    of one distribution. Compare only values from sets of the same sizes.
     """
     a, b = _pair(a, b)
     root_a, root_b = _covariance_root(a), _covariance_root(b)
@@ -41,7 +41,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def mmd(a: Tensor, b: Tensor) -> float:
     """Squared maximum mean discrepancy, unbiased, kernel `(x.y/D + 1)^3` (KID; Binkowski et al. 2018, section 3).
 
-    features [N,D], [M,D]. Unbiased at any size: around 0, and negative half of the time, for sets of one distribution.
+    Features are [N, D] and [M, D]. The estimate is unbiased at any size: for sets of one distribution it is around 0,
+    and negative half of the time.
     """
     a, b = _pair(a, b)
 
@@ -56,9 +57,12 @@ def mmd(a: Tensor, b: Tensor) -> float:
 
 
 def diversity(features: Tensor) -> float:
-    """Mean cosine distance between the seeds of one prompt, averaged over prompts. features [P,S,D], S >= 2 -> [0,2].
+    """Mean cosine distance between the seeds of one prompt, averaged over prompts; in [0, 2].
 
-    Cosine, not Euclidean: an over-saturated variant has larger activations, and must not pass for a more diverse one.
+    Cosine, not Euclidean, since oversaturated images have larger activations without being more diverse.
+
+    Args:
+        features: [P, S, D] with S >= 2 seeds.
     """
     if features.ndim != 3 or features.shape[1] < 2:
         raise ValueError(f"diversity needs features [P,S,D] with at least two seeds, got {tuple(features.shape)}")
@@ -70,28 +74,28 @@ def diversity(features: Tensor) -> float:
 
 
 def luma(images: Tensor) -> Tensor:
-    """[N,3,H,W] in [0,1] -> [N,H,W], BT.601 weights."""
+    """[N, 3, H, W] in [0, 1] -> [N, H, W], BT.601 weights."""
     return torch.einsum("nchw,c->nhw", images.float(), images.new_tensor(_LUMA, dtype=torch.float32))
 
 
 def saturation(images: Tensor) -> float:
-    """Mean chroma, max(R,G,B) - min(R,G,B), over the pixels of [N,3,H,W] in [0,1]; 0 for gray, 1 for pure colors.
+    """Mean chroma, max(R, G, B) - min(R, G, B), over the pixels of [N, 3, H, W] in [0, 1]; 0 is gray, 1 is pure colors.
 
-    Chroma and not HSV's saturation, which is 1 for a nearly black pixel with any tint.
+    It is not HSV's saturation, which is 1 for a nearly black pixel with any tint.
     """
     return float((images.amax(1) - images.amin(1)).float().mean())
 
 
 def contrast(images: Tensor) -> float:
-    """Standard deviation of luma within an image, averaged over [N,3,H,W] in [0,1]; at most 0.5."""
+    """Standard deviation of luma within an image, averaged over [N, 3, H, W] in [0, 1]; at most 0.5."""
     return float(luma(images).flatten(1).std(1, correction=0).mean())
 
 
 def hf_energy(images: Tensor) -> float:
-    """Mean square of luma less its 3x3 binomial blur, over [N,3,H,W] in [0,1].
+    """Mean square of luma minus its 3x3 binomial blur, over [N, 3, H, W] in [0, 1].
 
-    The blur ([1,2,1]/4 along both axes) is zero at the Nyquist frequency: a checkerboard of amplitude a counts in full
-    (a^2), a plain area not at all. Absolute, not a share of the total, so that over-baking cannot hide behind contrast.
+    The blur ([1, 2, 1] / 4 along both axes) is zero at the Nyquist frequency: a checkerboard of amplitude a gives a^2,
+    a plain area 0. The value is absolute, not relative to the contrast, which overbaking also increases.
     """
     gray = luma(images)[:, None]
     tap = torch.tensor([1.0, 2.0, 1.0], device=gray.device) / 4

@@ -31,6 +31,10 @@ SCORES = {
     "object_acc": Row("object_acc", "object correct", "percent", "top-1 among all objects, by the classifier"),
     "style_acc": Row("style_acc", "style correct", "percent"),
     "background_acc": Row("background_acc", "background correct", "percent"),
+    "nearest_real_acc": Row(
+        *("nearest_real_acc", "nearest real correct", "percent"),
+        "object of the nearest real emoji by features; falls with blur",
+    ),
     "clip_score": Row("clip_score", "CLIP score", "number", "100 times the cosine of image and prompt"),
 }
 GROUPS = {"en": "English prompts", "zh": "Chinese prompts"}
@@ -59,6 +63,7 @@ def row_list(metrics: Metrics) -> list[Row]:
         Row("saturation", "saturation", "number", "mean chroma, 0 to 1"),
         Row("contrast", "contrast", "number", "standard deviation of luma within an image"),
         Row("hf_energy", "hf energy, ×1000", "thousandths", "mean square of luma minus its 3×3 blur"),
+        Row("sharpness", "sharpness", "number", "hf energy relative to real images of the same prompts"),
         Row("nfe", "NFE", "count", "transformer evaluations per image; guidance doubles them"),
         Row("seconds_per_image", "time per image", "milliseconds"),
     ]
