@@ -77,6 +77,17 @@ class VAERecipe(TrainingRecipe):
     loss: VAELossSettings = Field(default_factory=VAELossSettings, description="Weights of the loss terms.")
     init: str | None = Field(None, description="Folder with vae/ to start from; null starts from random weights.")
     train_encoder: bool = Field(True, description="false trains the decoder only; the latents stay the same.")
+    latent_noise: float = Field(
+        0.0,
+        ge=0,
+        description="Largest standard deviation of noise added to latents before decoding, relative to that of the "
+        "latents; each image has another. The decoder learns to decode the inexact latents of a generative model.",
+    )
+    equivariance: Fraction = Field(
+        0.0,
+        description="Fraction of batches whose latents and images are scaled and rotated equally before decoding, "
+        "which makes latents smooth (EQ-VAE).",
+    )
     core_fraction: Fraction = Field(
         0.0, description="Fraction of images drawn from the core objects alone; the others are drawn from all objects."
     )

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
 
+from fewstep.atomic import write_text
 from fewstep.core import seeds
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.emoji.recipes import VAELossSettings, VAERecipe
+from fewstep.emoji.vae_quality import measure_vae
 from fewstep.models.components import load_component
 from fewstep.models.family import get_family
 from fewstep.models.vae import to_channels_last
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
+
+SCALES = (0.5, 0.625, 0.75, 0.875, 1.0)  # of 8x8 latents, whole numbers of positions
 
 
 def build_vae(channels: list[int], layers_per_block: int, latent_channels: int, norm_num_groups: int) -> AutoencoderKL:
@@ -63,18 +69,48 @@ def reconstruction_loss(images: Tensor, decoded: Tensor, weights: VAELossSetting
     return weights.l1 * pixel + weights.l2 * error.square().mean() + weights.gradient_l1 * gradient, pixel
 
 
-class VAEMethod(Method):
-    """One trainable, the autoencoder: reconstruction plus KL."""
+def add_latent_noise(latents: Tensor, largest: float) -> Tensor:
+    """Latents [B, C, H, W] plus Gaussian noise, whose standard deviation relative to that of all latents is drawn for
+    each image from [0, ``largest``] (noise-augmented decoding, as in arXiv 2510.11690, section 4.2)."""
+    amount = largest * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+    return latents + amount * latents.detach().std() * torch.randn_like(latents)
 
-    def __init__(self, vae: AutoencoderKL, weights: VAELossSettings) -> None:
+
+def transform(tensor: Tensor, scale: float, quarter_turns: int) -> Tensor:
+    """Images or latents [B, C, H, W], scaled and rotated."""
+    if scale != 1:
+        tensor = F.interpolate(tensor, scale_factor=scale, mode="bilinear", antialias=True)
+    return torch.rot90(tensor, quarter_turns, (2, 3))
+
+
+class VAEMethod(Method):
+    """One trainable, the autoencoder: reconstruction plus KL.
+
+    Args:
+        latent_noise: see :func:`add_latent_noise`.
+        equivariance: fraction of batches in which the decoded and the expected images are transformed: latents in the
+            latent space, images in the pixel space (EQ-VAE, arXiv 2502.09509, equation 5).
+    """
+
+    def __init__(
+        self, vae: AutoencoderKL, weights: VAELossSettings, latent_noise: float = 0.0, equivariance: float = 0.0
+    ) -> None:
         self.vae, self.weights = vae, weights
+        self.latent_noise, self.equivariance = latent_noise, equivariance
         self.trainables = [Trainable("vae", vae, self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images: Tensor = batch
         with torch.set_grad_enabled(any(p.requires_grad for p in self.vae.encoder.parameters())):
             posterior = self.vae.encode(images).latent_dist
-        decoded = self.vae.decode(posterior.sample()).sample
+        latents = posterior.sample()
+        if self.latent_noise:
+            latents = add_latent_noise(latents, self.latent_noise)
+        drawn = torch.rand(3).tolist() if self.equivariance else [1.0]
+        if drawn[0] < self.equivariance:
+            scale, quarter_turns = SCALES[int(drawn[1] * len(SCALES))], int(4 * drawn[2])
+            latents, images = (transform(tensor, scale, quarter_turns) for tensor in (latents, images))
+        decoded = self.vae.decode(latents).sample
         reconstruction, pixel = reconstruction_loss(images, decoded.float(), self.weights)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return reconstruction + self.weights.kl * kl, {"pixel": pixel.detach(), "kl": kl.detach()}
@@ -88,7 +124,8 @@ def normalize_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 def train(recipe: VAERecipe, run: RunDir) -> Path:
-    """Train on all objects in the teacher's styles on all backgrounds, and save to ``<run>/vae``.
+    """Train on all objects in the teacher's styles on all backgrounds, and save to ``<run>/vae``; ``quality.json`` has
+    the quality on test images (:func:`measure_vae`).
 
     The style reserved for LoRA training is not used.
     """
@@ -124,7 +161,7 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
         pairs = torch.stack([shown, decoded], dim=1).flatten(0, 1)
         return grid((pairs + 1) / 2, columns=8)
 
-    method = VAEMethod(vae, recipe.loss)
+    method = VAEMethod(vae, recipe.loss, recipe.latent_noise, recipe.equivariance)
     trainer = Trainer(method, data, run, train=recipe.train, optim={"vae": recipe.optim}, preview=preview)
     trainer.fit()
     with trainer.ema_weights():
@@ -132,4 +169,10 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
             sample = [specs[i] for i in torch.randperm(len(specs), generator=generator)[:2048].tolist()]
             normalize_latents(vae, dataset.render(sample, generator) * 2 - 1)
         vae.save_pretrained(run.directory / "vae")
+        vae.requires_grad_(False)
+        family = get_family("ZImagePipeline")
+        quality = measure_vae(
+            lambda images: family.encode_images(vae, images), lambda latents: family.decode_latents(vae, latents)
+        )
+    write_text(run.directory / "quality.json", json.dumps(quality, indent=1) + "\n")
     return run.directory
