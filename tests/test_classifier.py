@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,16 @@ from fewstep.emoji.classifier import (
 )
 from fewstep.emoji.dataset import STYLES, EmojiDataset
 from fewstep.emoji.recipes import ClassifierRecipe
-from fewstep.emoji.train_classifier import accuracy, augment, batches, random_backgrounds, splits, train
+from fewstep.emoji.train_classifier import (
+    accuracy,
+    augment,
+    batches,
+    make_unrecognizable,
+    random_backgrounds,
+    shrink,
+    splits,
+    train,
+)
 from fewstep.errors import UserError
 from fewstep.evaluation.images import as_uint8
 from fewstep.training.run_dir import RunDir
@@ -120,12 +130,38 @@ def test_correct_compares_predictions_with_labels(dataset: EmojiDataset) -> None
     object_style = torch.zeros(6, len(dataset.objects), len(STYLES))
     object_style[torch.arange(6), item, style] = 9
     embedding = torch.zeros(6, 1)
-    right = correct(ClassifierOutput(object_style, torch.eye(8)[background], embedding), specs)
+    none = torch.full((6,), -9.0)
+    right = correct(ClassifierOutput(object_style, torch.eye(8)[background], none, embedding), specs)
     assert list(right) == list(ACCURACIES)
     assert all(hits.all() for hits in right.values())
-    wrong = correct(ClassifierOutput(object_style.roll(1, 1), torch.eye(8)[background], embedding), specs)
+    wrong = correct(ClassifierOutput(object_style.roll(1, 1), torch.eye(8)[background], none, embedding), specs)
     assert not wrong["object_acc"].any()
     assert wrong["style_acc"].all()
+    unclear = correct(ClassifierOutput(object_style, torch.eye(8)[background], -3 * none, embedding), specs)
+    assert [bool(hits.any()) for hits in unclear.values()] == [False, False, True]
+
+
+def test_accuracy_falls_with_blur(dataset: EmojiDataset) -> None:
+    """As nearest_real does, and as a person's would."""
+    classifier = EmojiClassifier.load()
+    _, held_out = splits(dataset)
+    found = [
+        accuracy(classifier, dataset, held_out[::5], 1, partial(shrink, size=size))["object_acc"]
+        for size in (32, 16, 8)
+    ]
+    assert found[0] > 0.95
+    assert 0.1 < found[1] < 0.9
+    assert found[2] < 0.1
+
+
+def test_unrecognizable_images_are_of_six_kinds_and_in_range(dataset: EmojiDataset) -> None:
+    images = dataset.render(dataset.sample(12), torch.Generator().manual_seed(0))
+    changed = make_unrecognizable(images, torch.Generator().manual_seed(1))
+    assert changed.shape == images.shape
+    assert 0 <= changed.min() <= changed.max() <= 1
+    assert ((changed - images).abs().flatten(1).mean(1) > 0.01).all()
+    shuffled = changed[[3, 9]].flatten(2).sort(2).values
+    torch.testing.assert_close(shuffled, images[[3, 9]].flatten(2).sort(2).values)  # the same pixels elsewhere
 
 
 def test_training_saves_an_accurate_classifier(tmp_path: Path) -> None:

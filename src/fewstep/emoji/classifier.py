@@ -35,12 +35,19 @@ class ClassifierOutput:
     Attributes:
         object_style_logits: [N, objects, styles].
         background_logits: [N, backgrounds].
+        none_logit: [N], that of the class "none of these objects".
         embedding: [N, E], the input of both linear heads.
     """
 
     object_style_logits: Tensor
     background_logits: Tensor
+    none_logit: Tensor
     embedding: Tensor
+
+    @property
+    def none(self) -> Tensor:
+        """Whether no object is recognizable: bool [N]."""
+        return self.none_logit > self.object_logits.amax(1)
 
     @property
     def object_logits(self) -> Tensor:
@@ -53,7 +60,10 @@ class ClassifierOutput:
         return self.object_style_logits.logsumexp(1)
 
     def __getitem__(self, rows: list[int] | slice) -> ClassifierOutput:
-        return ClassifierOutput(self.object_style_logits[rows], self.background_logits[rows], self.embedding[rows])
+        return ClassifierOutput(
+            *(self.object_style_logits[rows], self.background_logits[rows]),
+            *(self.none_logit[rows], self.embedding[rows]),
+        )
 
 
 class ClassifierNet(nn.Module):
@@ -63,7 +73,8 @@ class ClassifierNet(nn.Module):
 
     Group norm, not batch norm: a prediction does not depend on the other images of the batch. The stem and the residual
     path have no normalization, so that absolute color reaches the heads. Object and style share one softmax over all
-    their combinations, since the style is only recognizable given the object.
+    their combinations, since the style is only recognizable given the object. One more class is "none of these", for
+    images in which no object is recognizable.
     """
 
     def __init__(self, num_objects: int, base_channels: int = 16) -> None:
@@ -75,15 +86,16 @@ class ClassifierNet(nn.Module):
             channels *= 2
         self.body = nn.Sequential(*layers)
         self.norm = nn.LayerNorm(channels)
-        self.object_style = nn.Linear(channels, num_objects * len(STYLES))
+        self.object_style = nn.Linear(channels, num_objects * len(STYLES) + 1)
         self.background = nn.Linear(channels, len(BACKGROUNDS))
 
     def forward(self, images: Tensor) -> ClassifierOutput:
         """images [N, 3, 64, 64] in [0, 1]."""
         activations = self.body((images * 2 - 1).contiguous(memory_format=torch.channels_last))
         embedding = self.norm(activations.mean((2, 3)))
-        object_style = self.object_style(embedding).unflatten(1, (-1, len(STYLES)))
-        return ClassifierOutput(object_style, self.background(embedding), embedding)
+        logits = self.object_style(embedding)
+        object_style = logits[:, :-1].unflatten(1, (-1, len(STYLES)))
+        return ClassifierOutput(object_style, self.background(embedding), logits[:, -1], embedding)
 
 
 class _Residual(nn.Module):
@@ -130,6 +142,7 @@ class EmojiClassifier:
         return ClassifierOutput(
             torch.cat([o.object_style_logits for o in outputs]).cpu(),
             torch.cat([o.background_logits for o in outputs]).cpu(),
+            torch.cat([o.none_logit for o in outputs]).cpu(),
             torch.cat([o.embedding for o in outputs]).cpu(),
         )
 
@@ -185,9 +198,11 @@ def labels(specs: Sequence[EmojiSpec]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def correct(output: ClassifierOutput, specs: Sequence[EmojiSpec]) -> dict[str, Tensor]:
-    """Whether each top-1 prediction is right: bool [N] for object_acc, style_acc and background_acc."""
+    """Whether each top-1 prediction is right: bool [N] for object_acc, style_acc and background_acc. The object and the
+    style are wrong where the prediction is "none of these"."""
     logits = (output.object_logits, output.style_logits, output.background_logits)
-    return {
+    right = {
         key: prediction.argmax(1) == label
         for key, prediction, label in zip(ACCURACIES, logits, labels(specs), strict=True)
     }
+    return right | {key: right[key] & ~output.none for key in ("object_acc", "style_acc")}

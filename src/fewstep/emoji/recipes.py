@@ -107,9 +107,10 @@ class FlowMatchingRecipe(TrainingRecipe):
     kind: Literal["flow_matching"] = Field(description="Trains a multi-step teacher by flow matching.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their prompts.")
     model: TransformerSettings = Field(description="The transformer.")
-    vae: str = Field(description="Folder with vae/: the run that trained it, or a model.")
+    vae: str = Field(description="Folder with vae/: the run that trained it, or a model; or a bundled model's name.")
     text_encoder: str = Field(
-        description="Folder with text_encoder/ and tokenizer/: the run that trained them, or a model."
+        description="Folder with text_encoder/ and tokenizer/: the run that trained them, or a model; or a bundled "
+        "model's name."
     )
     guidance_scale: float = Field(
         3.0, ge=0, description="Guidance of the previews and of the saved model: cond + g (cond - null)."

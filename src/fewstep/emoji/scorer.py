@@ -57,13 +57,14 @@ class EmojiScorer:
         return scores
 
     def predictions(self, images: Tensor) -> list[str]:
-        """The English name of the most probable object in each image.
+        """The English name of the most probable object in each image, or "none".
 
         Args:
             images: uint8 [N, H, W, 3].
         """
-        best = self.classifier(images).object_logits.argmax(1).tolist()
-        return [self.dataset.objects[index].en for index in best]
+        output = self.classifier(images)
+        best = zip(output.object_logits.argmax(1).tolist(), output.none.tolist(), strict=True)
+        return ["none" if none else self.dataset.objects[index].en for index, none in best]
 
     def group(self, prompt: str) -> str | None:
         """ "en" or "zh", or None where the prompt is not of the dataset."""

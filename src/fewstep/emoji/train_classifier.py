@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,9 @@ from fewstep.emoji.recipes import ClassifierRecipe
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
-Batch = tuple[Tensor, list[EmojiSpec]]
+Batch = tuple[Tensor, list[EmojiSpec], Tensor]
+
+NONE_FRACTION = 4  # one of so many training images has no recognizable object
 
 
 def train(recipe: ClassifierRecipe, run: RunDir) -> Path:
@@ -54,21 +58,29 @@ def train(recipe: ClassifierRecipe, run: RunDir) -> Path:
         trained.load_state_dict({name: tensor.half().float() for name, tensor in net.state_dict().items()})
     classifier = EmojiClassifier(trained, description)
     description["accuracy"] = accuracy(classifier, dataset, held_out)
+    description["object_acc_shrunk"] = {
+        f"{size} px": accuracy(classifier, dataset, held_out, 1, partial(shrink, size=size))["object_acc"]
+        for size in (32, 24, 20, 16, 12, 8)
+    }
     classifier.save(run.directory / "model")
     return run.directory / "model"
 
 
 def accuracy(
-    classifier: EmojiClassifier, dataset: EmojiDataset, specs: list[EmojiSpec], placements: int = 4
+    classifier: EmojiClassifier,
+    dataset: EmojiDataset,
+    specs: list[EmojiSpec],
+    placements: int = 4,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> dict[str, float]:
     """Accuracy on real images of `specs`, each in `placements` placements: object_acc, style_acc, background_acc, and
-    the number of images."""
+    the number of images. `change` is applied to the images first."""
     generator = seeds.generator("held-out images")
     repeated = specs * placements
     hits: dict[str, list[Tensor]] = {}
     for start in range(0, len(repeated), 64):
         chunk = repeated[start : start + 64]
-        for key, hit in correct(classifier(dataset.render(chunk, generator)), chunk).items():
+        for key, hit in correct(classifier(change(dataset.render(chunk, generator))), chunk).items():
             hits.setdefault(key, []).append(hit)
     return {key: float(torch.cat(parts).float().mean()) for key, parts in hits.items()} | {"images": len(repeated)}
 
@@ -87,11 +99,13 @@ def splits(dataset: EmojiDataset) -> tuple[list[EmojiSpec], list[EmojiSpec]]:
 
 
 def batches(dataset: EmojiDataset, specs: list[EmojiSpec], recipe: ClassifierRecipe) -> BatchSource:
-    """Batches of (augmented images, their specs).
+    """Batches of (augmented images [B, 3, 64, 64], their specs, bool [B]: whether no object is recognizable).
 
     The first half of a batch has the backgrounds of its specs. The second half has backgrounds of random colors and
     trains object and style alone: trained on the eight named backgrounds only, the network associates objects with the
     backgrounds they were seen on (after 2,500 steps, an accuracy of 99.9% on seen and of 94% on unseen combinations).
+    Every fourth image is made unrecognizable. Without these, the object accuracy on real images shrunk to 16 pixels was
+    98%, and 78% at 8 pixels.
     """
 
     def batch(position: int, shard: Shard = Shard()) -> Batch:  # noqa: B008  # frozen
@@ -101,30 +115,80 @@ def batches(dataset: EmojiDataset, specs: list[EmojiSpec], recipe: ClassifierRec
         half = len(chosen) // 2
         named = dataset.render(chosen[:half], generator)
         images = torch.cat([named, random_backgrounds(dataset, chosen[half:], generator)])
+        none = torch.arange(len(images)) % NONE_FRACTION == 0
+        images[none] = make_unrecognizable(images[none], generator)
         rows = shard.rows(len(chosen))
-        return augment(images, generator)[rows], chosen[rows]
+        return augment(images, generator)[rows], chosen[rows], none[rows]
 
     return batch
 
 
 class ClassifierTraining(Method):
-    """Cross entropy of object and style together, plus 0.3 times that of the background, which is far easier."""
+    """Cross entropy of object and style together, or "none of these", plus 0.3 times that of the background, which is
+    far easier."""
 
     def __init__(self, net: ClassifierNet) -> None:
         self.net = net
         self.trainables = [Trainable("classifier", net, self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, specs = batch
+        images, specs, none = batch
         output = self.net(images)
         item, style, background = labels(specs)
-        named = slice(len(specs) // 2)  # only the first half has a named background
+        logits = torch.cat([output.object_style_logits.flatten(1), output.none_logit[:, None]], dim=1)
+        target = torch.where(none, logits.shape[1] - 1, item * len(STYLES) + style)
+        # only the first half has a named background
+        named = ~none & (torch.arange(len(specs)) < len(specs) // 2)
         losses = {
-            "object_style": F.cross_entropy(output.object_style_logits.flatten(1), item * len(STYLES) + style),
+            "object_style": F.cross_entropy(logits, target),
             "background": F.cross_entropy(output.background_logits[named], background[named]),
         }
-        accuracies = {key: hit.float().mean() for key, hit in correct(output[named], specs[named]).items()}
+        rows = named.nonzero().flatten().tolist()
+        hits = correct(output[rows], [specs[row] for row in rows])
+        accuracies = {key: hit.float().mean() for key, hit in hits.items()}
+        accuracies["none_acc"] = output.none[none].float().mean()
         return losses["object_style"] + 0.3 * losses["background"], losses | accuracies
+
+
+def make_unrecognizable(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images in which a person would not recognize the object: in turn shrunk and enlarged, under noise, blended with
+    another one, cut into shuffled blocks, warped strongly, and shrunk and warped.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    def warp(part: Tensor, strength: float) -> Tensor:
+        field = strength * torch.randn(len(part), 2, 5, 5, generator=generator)
+        field = F.interpolate(field, part.shape[-2:], mode="bicubic").permute(0, 2, 3, 1)
+        grid = F.affine_grid(torch.eye(2, 3).expand(len(part), 2, 3), list(part.shape), align_corners=False) + field
+        return F.grid_sample(part, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    def shuffle_blocks(part: Tensor) -> Tensor:
+        height, width = part.shape[-2] // 4, part.shape[-1] // 4
+        blocks = part.unfold(2, height, height).unfold(3, width, width).flatten(2, 3)
+        order = torch.randperm(blocks.shape[2], generator=generator)
+        return blocks[:, :, order].unflatten(2, (4, 4)).permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
+
+    versions = [
+        shrink(images, int(uniform(6, 13))),
+        images + uniform(0.35, 0.7) * torch.randn(images.shape, generator=generator),
+        torch.lerp(images, images.roll(1, 0), uniform(0.4, 0.6)),
+        shuffle_blocks(images),
+        warp(images, uniform(0.25, 0.5)),
+        warp(shrink(images, int(uniform(10, 17))), 0.15),
+    ]
+    rows = torch.arange(len(images))
+    return torch.stack(versions)[rows % len(versions), rows].clamp(0, 1)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Images [N, 3, H, W] shrunk to ``size`` pixels per side and enlarged again: blur."""
+    small = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return F.interpolate(small, images.shape[-2:], mode="bilinear")
 
 
 def random_backgrounds(dataset: EmojiDataset, specs: list[EmojiSpec], generator: torch.Generator) -> Tensor:
@@ -173,8 +237,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(affine, [count, 3, height, width], align_corners=False) + field
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
-    # two thirds of the images are mixed with a version at half the resolution
-    small = F.interpolate(F.avg_pool2d(images, 2), (height, width), mode="bilinear")
+    # two thirds of the images are mixed with a version at a lower resolution
+    small = shrink(images, int(torch.randint(20, 33, (), generator=generator)))
     images = torch.lerp(images, small, bernoulli_mask(0.67) * uniform(0.3, 1).clamp(max=1))
 
     # color: saturation, contrast, brightness, a slight tint

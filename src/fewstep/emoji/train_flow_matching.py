@@ -19,7 +19,7 @@ from fewstep.data.images import grid
 from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
 from fewstep.emoji.recipes import FlowMatchingRecipe, TransformerSettings
-from fewstep.models.components import load_component
+from fewstep.models.components import BUNDLED_MODELS, load_component
 from fewstep.models.family import get_family
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -99,9 +99,10 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     dataset = EmojiDataset.load(recipe.data.num_objects)
     specs = dataset.specs("train")
     family = get_family("ZImagePipeline")
-    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32, family))
-    text_encoder = load_component(Path(recipe.text_encoder), "text_encoder", torch.float32, family)
-    tokenizer = load_component(Path(recipe.text_encoder), "tokenizer", family=family)
+    vae = to_channels_last(load_component(component_folder(recipe.vae), "vae", torch.float32, family))
+    text_folder = component_folder(recipe.text_encoder)
+    text_encoder = load_component(text_folder, "text_encoder", torch.float32, family)
+    tokenizer = load_component(text_folder, "tokenizer", family=family)
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
     if recipe.init is not None:
@@ -146,6 +147,11 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     trainer.fit()
     with trainer.ema_weights():
         return model.save(run.directory / "model")
+
+
+def component_folder(path_or_name: str) -> Path:
+    """The folder with a component: a bundled model's by its name, else the path."""
+    return BUNDLED_MODELS.get(path_or_name, Path(path_or_name))
 
 
 def replace_prompts(prompts: EncodedPrompts, where: Tensor, by: EncodedPrompts) -> EncodedPrompts:
