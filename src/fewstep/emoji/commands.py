@@ -10,6 +10,7 @@ app = typer.Typer(help="The emoji dataset and the models trained on it.", no_arg
 #: Recipe kind -> module whose ``train(recipe, run)`` trains it and returns the folder it wrote.
 TRAINERS = {
     "vae": "fewstep.emoji.train_vae",
+    "decoder": "fewstep.emoji.train_decoder",
     "text_encoder": "fewstep.emoji.train_text_encoder",
     "flow_matching": "fewstep.emoji.train_flow_matching",
     "classifier": "fewstep.emoji.train_classifier",
@@ -76,7 +77,7 @@ def train(
         bool, typer.Option("--overwrite", help="Delete the files of an earlier run in the directory and start over.")
     ] = False,
 ) -> None:
-    """Train an autoencoder, text encoder, teacher or classifier. Running the same command again resumes the run."""
+    """Train an autoencoder, decoder, text encoder, teacher or classifier. The same command resumes the run."""
     import importlib
 
     from fewstep.config.load import load_recipe

@@ -10,8 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fewstep.emoji.classifier import ACCURACIES, EmojiClassifier, correct
+from fewstep.emoji.classifier import ACCURACIES
 from fewstep.emoji.dataset import LANGUAGES, NUM_TEMPLATES, EmojiDataset, EmojiSpec, Split
+from fewstep.emoji.nearest_real import NearestReal
+from fewstep.emoji.scorer import EmojiScorer
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -20,33 +22,27 @@ from fewstep.training.tracking import read_metrics
 
 GUIDANCE_SCALES = (2.0, 3.0, 4.0)  # candidates
 STEPS = 50
+COLUMNS = (*ACCURACIES, "nearest_real_acc")  # of the card's tables
 
 
-def accuracy(
-    model: TextToImagePipeline, classifier: EmojiClassifier, specs: list[EmojiSpec], guidance: float
-) -> dict[str, float]:
-    """Fractions of images with the right object, style and background by the classifier, at 50 steps."""
+def accuracy(model: TextToImagePipeline, specs: list[EmojiSpec], guidance: float) -> dict[str, float]:
+    """Mean scores of images at 50 steps: object, style and background by the classifier, object by the nearest real
+    emoji."""
     dataset = EmojiDataset.load()
     prompts = [dataset.prompt(spec, i % NUM_TEMPLATES) for i, spec in enumerate(specs)]
     images = generate(model, prompts, SamplingParams(steps=STEPS, guidance_scale=guidance)).images
-    return {key: hits.float().mean().item() for key, hits in correct(classifier(images), specs).items()}
+    scores = EmojiScorer().score(images, prompts) | NearestReal().score(images, prompts)
+    return {key: values.mean().item() for key, values in scores.items()}
 
 
-def best_guidance(
-    model: TextToImagePipeline, classifier: EmojiClassifier, prompts: int
-) -> tuple[float, list[dict[str, float]]]:
+def best_guidance(model: TextToImagePipeline, prompts: int) -> tuple[float, list[dict[str, float]]]:
     """The guidance scale with the highest object accuracy on training prompts, and the accuracies of all candidates."""
     specs = EmojiDataset.load().sample(prompts, "train", seed=3)
-    tried = [
-        {"guidance_scale": scale, **accuracy(model, classifier, specs, scale)}
-        for scale in track(GUIDANCE_SCALES, "guidance")
-    ]
+    tried = [{"guidance_scale": scale, **accuracy(model, specs, scale)} for scale in track(GUIDANCE_SCALES, "guidance")]
     return max(tried, key=lambda row: row["object_acc"])["guidance_scale"], tried
 
 
-def measure_quality(
-    model: TextToImagePipeline, classifier: EmojiClassifier, guidance: float, prompts: int
-) -> dict[str, dict[str, float]]:
+def measure_quality(model: TextToImagePipeline, guidance: float, prompts: int) -> dict[str, dict[str, float]]:
     """Accuracy by split and language, on other prompts than those that selected the guidance scale."""
     dataset = EmojiDataset.load()
     splits: tuple[Split, ...] = ("train", "test")
@@ -55,7 +51,7 @@ def measure_quality(
     for split, language in track(cells, "measuring accuracy"):
         pool = dataset.sample(len(dataset.specs(split)), split, seed=4)
         specs = [spec for spec in pool if spec.language == language][:prompts]
-        quality[f"{split}, {language}"] = accuracy(model, classifier, specs, guidance)
+        quality[f"{split}, {language}"] = accuracy(model, specs, guidance)
     return quality
 
 
@@ -108,14 +104,14 @@ reward, measures the accuracies. Its own accuracy on real images of unseen combi
 {classifier[object_acc]:.1%} for objects, {classifier[style_acc]:.1%} for styles and
 {classifier[background_acc]:.1%} for backgrounds.
 
-| split, language | object (of 130) | style | background |
-|---|---|---|---|
+| split, language | object (of 130) | style | background | object by the nearest real emoji |
+|---|---|---|---|---|
 {quality}
 
 The guidance scale was selected by the object accuracy on other prompts of the training split:
 
-| guidance_scale | object | style | background |
-|---|---|---|---|
+| guidance_scale | object | style | background | object by the nearest real emoji |
+|---|---|---|---|---|
 {tried}
 
 ## Training
@@ -139,7 +135,7 @@ other work, without a GPU.{stages} The autoencoder was trained with the recipes 
 
 
 def percent_row(first: str, values: dict[str, float]) -> str:
-    return f"| {first} | " + " | ".join(f"{values[key]:.1%}" for key in ACCURACIES) + " |"
+    return f"| {first} | " + " | ".join(f"{values[key]:.1%}" for key in COLUMNS) + " |"
 
 
 def cpu_name() -> str:
@@ -156,14 +152,13 @@ def publish(runs: list[Path], out: Path, prompts: int) -> str:
     """
     run = runs[-1]
     model = load(run / "model")
-    classifier = EmojiClassifier.load()
-    guidance, tried = best_guidance(model, classifier, prompts)
+    guidance, tried = best_guidance(model, prompts)
     model.generation_config.guidance_scale = guidance
     model.save(out)
     convert_to_fp16(out)
     model = load(out)  # the quality is that of the published weights
 
-    quality = measure_quality(model, classifier, guidance, prompts)
+    quality = measure_quality(model, guidance, prompts)
     metrics, steps, seconds = [], 0, 0.0
     for stage in runs:
         lines = read_metrics(stage / "metrics.jsonl")
@@ -189,7 +184,7 @@ def publish(runs: list[Path], out: Path, prompts: int) -> str:
         steps=STEPS,
         guidance=guidance,
         prompts=prompts,
-        classifier=classifier.accuracy,
+        classifier=EmojiScorer().accuracy,
         quality="\n".join(percent_row(cell, values) for cell, values in quality.items()),
         tried="\n".join(percent_row(f"{row['guidance_scale']:g}", row) for row in tried),
         training=training,

@@ -94,6 +94,19 @@ class VAERecipe(TrainingRecipe):
     optim: OptimSettings = Field(description="Optimizer.")
 
 
+class DecoderRecipe(TrainingRecipe):
+    kind: Literal["decoder"] = Field(description="Trains the decoder of a whole model on inexact latents.")
+    init: str = Field(description="The model: a folder or the name of a bundled one.")
+    loss: VAELossSettings = Field(default_factory=VAELossSettings, description="Weights of its terms; kl is unused.")
+    latent_noise: float = Field(
+        0.5, ge=0, description="Largest standard deviation of noise on half of the latents, relative to theirs."
+    )
+    largest_sigma: Fraction = Field(
+        0.7, description="Largest noise level at which the transformer predicts the other half of the latents."
+    )
+    optim: OptimSettings = Field(description="Optimizer.")
+
+
 class TextEncoderRecipe(TrainingRecipe):
     kind: Literal["text_encoder"] = Field(description="Trains a text encoder contrastively with images.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their prompts.")

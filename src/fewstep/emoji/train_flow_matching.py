@@ -19,7 +19,7 @@ from fewstep.data.images import grid
 from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
 from fewstep.emoji.recipes import FlowMatchingRecipe, TransformerSettings
-from fewstep.models.components import BUNDLED_MODELS, load_component
+from fewstep.models.components import component_folder, load_component
 from fewstep.models.family import get_family
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -147,11 +147,6 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     trainer.fit()
     with trainer.ema_weights():
         return model.save(run.directory / "model")
-
-
-def component_folder(path_or_name: str) -> Path:
-    """The folder with a component: a bundled model's by its name, else the path."""
-    return BUNDLED_MODELS.get(path_or_name, Path(path_or_name))
 
 
 def replace_prompts(prompts: EncodedPrompts, where: Tensor, by: EncodedPrompts) -> EncodedPrompts:

@@ -19,7 +19,7 @@ from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.emoji.recipes import VAELossSettings, VAERecipe
 from fewstep.emoji.vae_quality import measure_vae
-from fewstep.models.components import load_component
+from fewstep.models.components import component_folder, load_component
 from fewstep.models.family import get_family
 from fewstep.models.vae import to_channels_last
 from fewstep.training.run_dir import RunDir
@@ -138,7 +138,7 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
     vae = build_vae(model.block_out_channels, model.layers_per_block, model.latent_channels, model.norm_num_groups)
     if recipe.init is not None:
         vae = to_channels_last(
-            load_component(Path(recipe.init), "vae", torch.float32, get_family("ZImagePipeline"))
+            load_component(component_folder(recipe.init), "vae", torch.float32, get_family("ZImagePipeline"))
         ).requires_grad_(True)
     vae.encoder.requires_grad_(recipe.train_encoder)
 

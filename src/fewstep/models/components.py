@@ -52,6 +52,11 @@ def resolve_model(path_or_name: str | Path) -> Path:
     raise UserError(f"{folder}: no model found ({MODEL_INDEX} is missing); give a folder, a hub id, or one of: {names}")
 
 
+def component_folder(path_or_name: str) -> Path:
+    """The folder with components: a bundled model's by its name, else the path."""
+    return BUNDLED_MODELS.get(path_or_name, Path(path_or_name))
+
+
 def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=_DOWNLOADED))
