@@ -105,7 +105,7 @@ def test_overrides(classifier: Path) -> None:
         ("name.first=5", "name holds a value, not further keys"),
         (
             "kind=classifiers",
-            "kind is 'classifiers'; a recipe's kind is one of cache_trajectories, classifier, distill",
+            "kind is 'classifiers'; a recipe's kind is one of cache_trajectories, classifier, decoder, distill",
         ),
         ("kind=judge", "kind is 'judge', which is now classifier"),
     ],
