@@ -19,7 +19,7 @@ def check_device(device: torch.device | str) -> torch.device:
         raise UserError(f"device {device}: not a device; use cpu, cuda, cuda:1, ...") from None
     try:
         torch.empty(1, device=opened).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise UserError(f"device {device}: not available here ({reason}); use cpu") from None
     return opened

@@ -212,6 +212,11 @@ class EmojiDataset:
                 return EmojiSpec(index, match["style"], backgrounds[match["background"]], language)
         return None
 
+    def language(self, prompt: str) -> str | None:
+        """ "en" or "zh", or None where the prompt is not of the dataset."""
+        spec = self.parse(prompt)
+        return None if spec is None else spec.language
+
     # -- images ---------------------------------------------------------------------------------------------------
 
     def render(

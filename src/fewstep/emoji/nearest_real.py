@@ -107,8 +107,7 @@ class NearestReal:
 
     def group(self, prompt: str) -> str | None:
         """ "en" or "zh", or None where the prompt is not of the dataset."""
-        spec = self.dataset.parse(prompt)
-        return None if spec is None else spec.language
+        return self.dataset.language(prompt)
 
 
 def _codes(dataset: EmojiDataset) -> str:

@@ -75,7 +75,9 @@ class VAERecipe(TrainingRecipe):
     kind: Literal["vae"] = Field(description="Trains an image autoencoder.")
     model: VAESettings = Field(description="The autoencoder.")
     loss: VAELossSettings = Field(default_factory=VAELossSettings, description="Weights of the loss terms.")
-    init: str | None = Field(None, description="Folder with vae/ to start from; null starts from random weights.")
+    init: str | None = Field(
+        None, description="Folder with vae/ to start from, or a bundled model's name; null starts from random weights."
+    )
     train_encoder: bool = Field(True, description="false trains the decoder only; the latents stay the same.")
     latent_noise: float = Field(
         0.0,
@@ -111,7 +113,7 @@ class TextEncoderRecipe(TrainingRecipe):
     kind: Literal["text_encoder"] = Field(description="Trains a text encoder contrastively with images.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their prompts.")
     model: TextEncoderSettings = Field(description="The text encoder.")
-    vae: str = Field(description="Folder with vae/: the run that trained it, or a model.")
+    vae: str = Field(description="Folder with vae/: the run that trained it, or a model; or a bundled model's name.")
     temperature: float = Field(default=0.07, gt=0, description="Initial temperature of the contrastive loss.")
     optim: OptimSettings = Field(description="Optimizer.")
 

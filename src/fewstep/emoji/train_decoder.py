@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from fewstep.emoji.recipes import DecoderRecipe, VAELossSettings
 from fewstep.emoji.train_vae import add_latent_noise, reconstruction_loss
 from fewstep.emoji.vae_quality import measure_vae
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.models.vae import decode_unclipped
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
@@ -66,15 +66,10 @@ class DecoderMethod(Method):
             latents = self.model.encode_images(images)
             predicted = predicted_latents(self.model, latents[half:], self.largest_sigma, prompts[half:])
             latents = torch.cat([add_latent_noise(latents[:half], self.latent_noise), predicted])
-        decoded = decode_pixels(self.model.vae, latents).float()
+        decoded = decode_unclipped(self.model.vae, latents)
         loss, pixel = reconstruction_loss(images * 2 - 1, decoded, self.weights)
         off = (decoded[half:] - images[half:] * 2 + 1).abs().mean()
         return loss, {"pixel": pixel.detach(), "pixel_predicted": off.detach()}
-
-
-def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Normalized latents -> images [B, 3, H, W] around [-1, 1], not clamped, with a gradient for the decoder."""
-    return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
 
 
 def train(recipe: DecoderRecipe, run: RunDir) -> Path:

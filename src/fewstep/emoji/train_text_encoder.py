@@ -16,7 +16,7 @@ from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.emoji.dataset import NUM_TEMPLATES, STYLES, EmojiDataset
 from fewstep.emoji.latents import build_bank, image_key
 from fewstep.emoji.recipes import TextEncoderRecipe, TextEncoderSettings
-from fewstep.models.components import load_component
+from fewstep.models.components import component_folder, load_component
 from fewstep.models.family import get_family
 from fewstep.models.text import apply_chat_template
 from fewstep.models.vae import encode_images, to_channels_last
@@ -142,7 +142,9 @@ def train(recipe: TextEncoderRecipe, run: RunDir) -> Path:
     """Train on the training split, as the teacher; save to ``<run>/text_encoder`` and ``<run>/tokenizer``."""
     dataset = EmojiDataset.load(recipe.data.num_objects)
     specs = dataset.specs("train")
-    vae = to_channels_last(load_component(Path(recipe.vae), "vae", torch.float32, get_family("ZImagePipeline")))
+    vae = to_channels_last(
+        load_component(component_folder(recipe.vae), "vae", torch.float32, get_family("ZImagePipeline"))
+    )
     augmentations = recipe.data.augmentations_per_object
     bank = build_bank(dataset, specs, lambda images: encode_images(vae, images), augmentations, seed=1)
     tokenizer = build_tokenizer(recipe.model.vocab_size)

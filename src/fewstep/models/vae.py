@@ -15,8 +15,13 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents -> images [B, 3, H, W] in [0, 1]; gradients pass, except where a pixel is clipped."""
+    return (decode_unclipped(vae, latents) / 2 + 0.5).clamp(0, 1)
+
+
+def decode_unclipped(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents -> images [B, 3, H, W] around [-1, 1], with gradients everywhere: the output of the decoder, in fp32."""
     raw = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-    return (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
+    return vae.decode(raw).sample.float()
 
 
 def vae_scale_factor(vae: AutoencoderKL) -> int:
