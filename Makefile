@@ -8,7 +8,7 @@ DEMO := runs/demo
 .PHONY: demo test test-slow test-gpu lint docs bench clean
 
 demo: $(VENV)/ready
-	FEWSTEP_RESUME_COMMAND="make demo" $(BIN)/fewstep distill recipes/micro-turbo.yaml --out $(DEMO)
+	FEWSTEP_RESUME_COMMAND="make demo" $(BIN)/fewstep distill micro-turbo --out $(DEMO)
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest
