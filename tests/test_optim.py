@@ -24,6 +24,52 @@ def test_adamw8bit_without_torchao_names_the_package(monkeypatch: pytest.MonkeyP
         TrainState(trainable, OptimSettings(lr=0.1, optimizer="adamw8bit"), TrainSettings(steps=1, batch_size=1))
 
 
+class Blocks(nn.Module):
+    """A network with two matrices in numbered blocks; its other weights are AdamW's under muon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedder = nn.Linear(32, 32)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedder(batch)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden).tanh()
+        return hidden
+
+
+def muon_trainer(folder: Path, steps: int) -> Trainer:
+    module, target = Blocks(), torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    method = Method()
+    method.trainables = [Trainable("one", module, lambda batch: ((module(batch) - batch @ target).square().mean(), {}))]
+    recipe = tiny_recipe(steps=steps, batch_size=8, save_every=5)
+    data = lambda position, shard: torch.randn(64, 32, generator=torch.Generator().manual_seed(position))  # noqa: E731
+    optim = {"one": OptimSettings(lr=0.01, optimizer="muon")}
+    return Trainer(method, data, RunDir(folder, recipe), train=recipe.train, optim=optim)
+
+
+def test_muon_makes_the_updates_of_block_matrices_orthogonal_and_as_large_as_adamws(tmp_path: Path) -> None:
+    before = dict(muon_trainer(tmp_path / "start", 1).train_states[0].weights)
+    state = fit(muon_trainer(tmp_path / "run", 1)).train_states[0]
+    update = (state.weights["layers.0.weight"] - before["layers.0.weight"]).detach() / 0.01
+    singular = torch.linalg.svdvals(update) / (0.2 * 32**0.5)  # 1 if orthogonal; Newton-Schulz leaves 0.5 to 1.5
+    assert 0.5 < singular.median() < 1.5
+    assert singular.max() < 1.5
+    plain = (state.weights["embedder.weight"] - before["embedder.weight"]).detach() / 0.01
+    assert plain.abs().median() == pytest.approx(1, abs=1e-3)  # AdamW's first update is the gradient's sign
+    keys = {key.rpartition("/")[0]: key.rpartition("/")[2] for key in state.tensors()["optimizer"]}
+    assert keys["layers.0.weight"] == "momentum_buffer"
+    assert keys["layers.0.bias"] != "momentum_buffer"
+
+
+def test_muon_resumes_exactly(tmp_path: Path) -> None:
+    whole = fit(muon_trainer(tmp_path / "whole", 12))
+    fit(muon_trainer(tmp_path / "parts", 7))
+    assert_same(everything(fit(muon_trainer(tmp_path / "parts", 12))), everything(whole))
+
+
 @pytest.mark.slow  # compiles
 def test_8_bit_adamw_follows_the_full_one_and_resumes_exactly(tmp_path: Path) -> None:
     """8-bit moments: nearly the same direction, and a resume is bit-exact."""

@@ -76,7 +76,7 @@ def test_weights_and_states_equal_those_of_real_models(tiny_folder, more):
         learner.update([None], 1)
         assert planned[f"{label} {what}"] == encoding[f"{label} {what}"] == bytes_of(learner.weights.values())
         states = [value for state in learner.optimizer.state.values() for value in state.values() if value.ndim]
-        assert planned[f"{label} AdamW"] == bytes_of(states)
+        assert planned[f"{label} optimizer"] == bytes_of(states)
         if learner.ema is not None:
             assert planned[f"{label} EMA"] == bytes_of(learner.ema.weights.values())
 
@@ -188,13 +188,13 @@ def test_every_kind_of_distillation_has_a_plan(name):
     done = CliRunner().invoke(app, ["plan", name, "--gpu", "rtx4090"])
     assert done.exit_code == 0, done.output
     assert "rtx4090 (24 GB): fits" in done.output
-    for row in ("fake score weights", "fake score AdamW"):
+    for row in ("fake score weights", "fake score optimizer"):
         assert (row in done.output) == (name != "micro-ca")
 
 
 def test_gpus_share_weights_and_batches(tiny_folder):
     one, four = plan(recipe_of(tiny_folder)), plan(recipe_of(tiny_folder), gpus=4)
-    for name in ("teacher", "student weights", "fake score AdamW"):
+    for name in ("teacher", "student weights", "fake score optimizer"):
         assert four.memory[name] == one.memory[name] / 4
     saved = "saved activations"
     assert four.memory[saved] == pytest.approx(one.memory[saved] / 4, rel=0.05)

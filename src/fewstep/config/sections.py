@@ -67,9 +67,10 @@ class OptimSettings(Settings):
         default=(0.9, 0.999), description="Decay of AdamW's first and second moments."
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
         default="adamw",
-        description="adamw8bit keeps the moments in 8 bits; it needs torchao (fewstep[lowbit]) and a compiler.",
+        description="adamw8bit keeps the moments in 8 bits; it needs torchao (fewstep[lowbit]) and a compiler. muon "
+        "orthogonalizes the updates of the blocks' matrices; AdamW trains all other parameters.",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, on every parameter.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0 to lr.")

@@ -137,7 +137,7 @@ def _states(recipe: DistillRecipe, counts: dict[str, int]) -> dict[str, float]:
     optim = recipe.optim
     return {
         "gradients": 4.0 * max(counts.values()),
-        **{f"{_label(name)} AdamW": count * _moments(optim[name]) for name, count in counts.items()},
+        **{f"{_label(name)} optimizer": count * _moments(optim[name]) for name, count in counts.items()},
         **{f"{_label(name)} EMA": 4.0 * count for name, count in counts.items() if optim[name].ema_decay is not None},
     }
 
@@ -159,5 +159,6 @@ def _count(module: nn.Module) -> int:
 
 
 def _moments(optim: OptimSettings) -> float:
-    """Bytes of AdamW's two moments for each parameter; in 8 bits, with an fp32 scale for every 256 numbers."""
-    return 8.0 if optim.optimizer == "adamw" else 2 * (1 + 4 / 256)
+    """Bytes of the optimizer state for each parameter: AdamW's two moments, in 8 bits with an fp32 scale for every 256
+    numbers; Muon's momentum, as if every parameter were a matrix of a block."""
+    return {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "muon": 4.0}[optim.optimizer]

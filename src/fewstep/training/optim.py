@@ -1,6 +1,7 @@
 """Optimizers and learning rates, from their settings."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,15 +13,47 @@ from fewstep.config.sections import OptimSettings
 from fewstep.errors import UserError
 
 
-def make_optimizer(parameters: list[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW over `parameters`, in their order: fused (a third of the time on a CPU), or torchao's with 8-bit moments
-    (arXiv 2110.02861).
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of a network's blocks, AdamW for all else, as one optimizer with one learning rate.
+
+    Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982, section 2.2).
+
+    Args:
+        weights: trained parameters by name; those of a block have its number in their name ("layers.0.").
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], settings: OptimSettings) -> None:
+        matrices = [p for name, p in weights.items() if p.ndim == 2 and any(part.isdigit() for part in name.split("."))]
+        chosen = {id(p) for p in matrices}
+        common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        others = [p for p in weights.values() if id(p) not in chosen]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
+        if others:
+            adamw = torch.optim.AdamW(others, betas=settings.betas, eps=settings.eps, fused=True, **common)
+            self.parts.append(adamw)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def make_optimizer(weights: Mapping[str, nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer of trained parameters by name: AdamW, fused (a third of the time on a CPU), or torchao's with 8-bit
+    moments (arXiv 2110.02861); or Muon with AdamW.
 
     Raises: UserError for adamw8bit if torchao is not installed.
     """
+    parameters = list(weights.values())
     common: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.lr, fused=True, **common)
+    if settings.optimizer == "muon":
+        return MuonWithAdamW(weights, settings)
     try:
         from torchao.optim import AdamW8bit
     except ImportError:

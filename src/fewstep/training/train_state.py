@@ -31,9 +31,11 @@ class TrainState:
         self.dist = dist or DistContext()
         # the trained parameters by name, in the optimizer's order
         self.weights = {name: p for name, p in trainable.module.named_parameters() if p.requires_grad}
-        if optim.optimizer == "adamw8bit" and self.dist.world_size > 1:
-            raise UserError(f"optim.{trainable.name}.optimizer=adamw8bit works with one process only; use adamw")
-        self.optimizer = make_optimizer(list(self.weights.values()), optim)
+        if optim.optimizer != "adamw" and self.dist.world_size > 1:
+            raise UserError(
+                f"optim.{trainable.name}.optimizer={optim.optimizer} works with one process only; use adamw"
+            )
+        self.optimizer = make_optimizer(self.weights, optim)
         self.ema = EMA(trainable.module, optim.ema_decay) if optim.ema_decay is not None else None
         self.device = next(trainable.module.parameters()).device
         self.bf16 = uses_bf16(train.precision, self.device)
