@@ -45,6 +45,13 @@ class VAELossSettings(Settings):
     gradient_l1: LossWeight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
 
 
+class DecoderLossSettings(VAELossSettings):
+    adversarial: LossWeight = Field(default=0.0, description="Weight of the patch discriminator's hinge loss.")
+    feature_matching: LossWeight = Field(
+        default=0.0, description="Weight of the difference of the patch discriminator's features."
+    )
+
+
 class TextEncoderSettings(Settings):
     """transformers' Qwen3 and its byte-level BPE tokenizer."""
 
@@ -99,14 +106,18 @@ class VAERecipe(TrainingRecipe):
 class DecoderRecipe(TrainingRecipe):
     kind: Literal["decoder"] = Field(description="Trains the decoder of a whole model on inexact latents.")
     init: str = Field(description="The model: a folder or the name of a bundled one.")
-    loss: VAELossSettings = Field(default_factory=VAELossSettings, description="Weights of its terms; kl is unused.")
+    loss: DecoderLossSettings = Field(default_factory=DecoderLossSettings, description="Weights; kl is unused.")
     latent_noise: float = Field(
         0.5, ge=0, description="Largest standard deviation of noise on half of the latents, relative to theirs."
     )
     largest_sigma: Fraction = Field(
         0.7, description="Largest noise level at which the transformer predicts the other half of the latents."
     )
-    optim: OptimSettings = Field(description="Optimizer.")
+    optim: OptimSettings = Field(description="Optimizer of the decoder.")
+    discriminator_optim: OptimSettings = Field(
+        default_factory=lambda: OptimSettings(lr=4e-4, betas=(0.5, 0.9)),
+        description="Optimizer of the patch discriminator, which is trained if a loss weight needs it.",
+    )
 
 
 class TextEncoderRecipe(TrainingRecipe):
@@ -137,6 +148,11 @@ class FlowMatchingRecipe(TrainingRecipe):
     logit_mean: float = Field(default=0.0, description="Mean of logit(u).")
     logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u).")
     prompt_dropout: Fraction = Field(default=0.1, description="Fraction of prompts replaced by the null prompt.")
+    caption_noise: Fraction = Field(
+        default=0.0,
+        description="Fraction of prompts that describe another image, as captions from the web often do. It is what "
+        "makes guidance matter.",
+    )
     compile: bool = Field(
         default=False, description="Compile the transformer's blocks; on a CPU, needs a C++ compiler."
     )

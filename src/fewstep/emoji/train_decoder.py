@@ -2,8 +2,8 @@
 
 A decoder that was trained on encoded images alone garbles latents that are slightly off, as generated ones are. Here
 half of the latents have Gaussian noise on them (arXiv 2510.11690, section 4.2), and half are the transformer's data
-predictions at a random noise level. The target is the real image. The encoder is unchanged, and so are the latents: the
-transformer and everything distilled from it stay valid.
+predictions at a random noise level. The target is the real image; a patch discriminator keeps edges sharp. The encoder
+is unchanged, and so are the latents: the transformer and everything distilled from it stay valid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from fewstep.core.denoiser import predict_x0
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
-from fewstep.emoji.recipes import DecoderRecipe, VAELossSettings
+from fewstep.emoji.patch_discriminator import PatchDiscriminator, adversarial_losses, discriminator_loss
+from fewstep.emoji.recipes import DecoderLossSettings, DecoderRecipe
 from fewstep.emoji.train_vae import add_latent_noise, reconstruction_loss
 from fewstep.emoji.vae_quality import measure_vae
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -45,7 +46,9 @@ def predicted_latents(
 
 
 class DecoderMethod(Method):
-    """One trainable, the decoder. A batch is (images [B, 3, H, W] in [0, 1], encoded prompts).
+    """Two trainables, the decoder and a patch discriminator of its images; the second only if a weight needs it.
+
+    A batch is (images [B, 3, H, W] in [0, 1], encoded prompts).
 
     Args:
         latent_noise: of the first half of a batch, see :func:`add_latent_noise`.
@@ -53,23 +56,44 @@ class DecoderMethod(Method):
     """
 
     def __init__(
-        self, model: TextToImagePipeline, weights: VAELossSettings, latent_noise: float, largest_sigma: float
+        self, model: TextToImagePipeline, weights: DecoderLossSettings, latent_noise: float, largest_sigma: float
     ) -> None:
         self.model, self.weights = model, weights
         self.latent_noise, self.largest_sigma = latent_noise, largest_sigma
-        self.trainables = [Trainable("vae", model.vae, self.loss)]
+        self.discriminator: PatchDiscriminator | None = None
+        self.trainables = [Trainable("vae", model.vae, self.loss, uses_collected=True)]
+        if weights.adversarial or weights.feature_matching:
+            self.discriminator = PatchDiscriminator()
+            each = Trainable("discriminator", self.discriminator, self.compute_discriminator_loss, uses_collected=True)
+            self.trainables.append(each)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def collect(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The images in [-1, 1] and their inexact latents."""
         images, prompts = batch
         half = len(images) // 2
-        with torch.no_grad():
-            latents = self.model.encode_images(images)
-            predicted = predicted_latents(self.model, latents[half:], self.largest_sigma, prompts[half:])
-            latents = torch.cat([add_latent_noise(latents[:half], self.latent_noise), predicted])
+        latents = self.model.encode_images(images)
+        predicted = predicted_latents(self.model, latents[half:], self.largest_sigma, prompts[half:])
+        return images * 2 - 1, torch.cat([add_latent_noise(latents[:half], self.latent_noise), predicted])
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, latents = batch
         decoded = decode_unclipped(self.model.vae, latents)
-        loss, pixel = reconstruction_loss(images * 2 - 1, decoded, self.weights)
-        off = (decoded[half:] - images[half:] * 2 + 1).abs().mean()
-        return loss, {"pixel": pixel.detach(), "pixel_predicted": off.detach()}
+        loss, pixel = reconstruction_loss(images, decoded, self.weights)
+        off = (decoded - images)[len(images) // 2 :].abs().mean()
+        metrics = {"pixel": pixel.detach(), "pixel_predicted": off.detach()}
+        if self.discriminator is not None:
+            adversarial, matching = adversarial_losses(self.discriminator, images, decoded)
+            loss = loss + self.weights.adversarial * adversarial + self.weights.feature_matching * matching
+            metrics |= {"adversarial": adversarial.detach(), "feature_matching": matching.detach()}
+        return loss, metrics
+
+    def compute_discriminator_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.discriminator is not None
+        images, latents = batch
+        with torch.no_grad():
+            decoded = decode_unclipped(self.model.vae, latents)
+        loss, accuracy = discriminator_loss(self.discriminator, images, decoded.float())
+        return loss, {"accuracy": accuracy}
 
 
 def train(recipe: DecoderRecipe, run: RunDir) -> Path:
@@ -101,7 +125,8 @@ def train(recipe: DecoderRecipe, run: RunDir) -> Path:
         return grid(torch.stack([images, model.decode(latents), model.decode(predicted)], 1).flatten(0, 1), columns=6)
 
     method = DecoderMethod(model, recipe.loss, recipe.latent_noise, recipe.largest_sigma)
-    trainer = Trainer(method, data, run, train=recipe.train, optim={"vae": recipe.optim}, preview=preview)
+    optim = {"vae": recipe.optim, "discriminator": recipe.discriminator_optim}
+    trainer = Trainer(method, data, run, train=recipe.train, optim=optim, preview=preview)
     trainer.fit()
     with trainer.ema_weights():
         folder = model.save(run.directory / "model")
