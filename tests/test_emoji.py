@@ -127,6 +127,9 @@ def test_render(dataset):
     jittered = dataset.render([spec] * 2, generator)
     assert not torch.equal(jittered[0], jittered[1])
     assert torch.equal(jittered, dataset.render([spec] * 2, torch.Generator().manual_seed(0)))
+    # within the placements: the outermost columns are background, and most of the center is emoji
+    many = dataset.render([EmojiSpec(0, "noto", "white", "en")] * 64, torch.Generator().manual_seed(0))
+    assert (many[..., 0] - many[..., :1, 0]).abs().max() < 0.02
     others = dataset.render([EmojiSpec(0, style, "green", "en") for style in STYLES], jitter=False)
     assert (others[0] - others[1]).abs().mean() > 0.01
     assert (others[1] - others[2]).abs().mean() > 0.01

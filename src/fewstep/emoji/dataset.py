@@ -62,6 +62,10 @@ TEMPLATES = {
     ),
 }
 NUM_TEMPLATES = 3  # of each language
+#: Range of an emoji's size relative to the image, and the largest shift from the center relative to the margin: small,
+#: because a model of a few million parameters learns every object at every placement.
+SCALES = (0.8375, 0.9125)
+LARGEST_SHIFT = 0.5
 HELD_OUT_IMAGES = 0.15  # fraction of (object, style, background) combinations that are held out in both languages
 HELD_OUT_LANGUAGES = 0.10  # fraction of the remaining ones that are held out in one language
 
@@ -228,9 +232,9 @@ class EmojiDataset:
     ) -> Tensor:
         """Real images of specs: the emoji over its background, alpha composited.
 
-        With ``jitter`` each image has a random scale in [0.80, 0.95], a random position that keeps the emoji inside,
-        and a slightly different shade of the background, so that a prompt has many correct images. Without it the
-        emoji is centered at scale 0.875.
+        With ``jitter`` each image has a random scale and position (``SCALES``, ``LARGEST_SHIFT``), and a slightly
+        different shade of the background, so that a prompt has many correct images. Without it the emoji is centered at
+        scale 0.875.
 
         Returns:
             [B, 3, size, size] in [0, 1].
@@ -240,8 +244,8 @@ class EmojiDataset:
         colors = torch.tensor([BACKGROUNDS[s.background] for s in specs]).float() / 255
         if jitter:
             noise = torch.rand(count, 6, generator=generator)
-            scale = 0.80 + 0.15 * noise[:, 0]
-            offset = (2 * noise[:, 1:3] - 1) * (1 - scale)[:, None]
+            scale = SCALES[0] + (SCALES[1] - SCALES[0]) * noise[:, 0]
+            offset = LARGEST_SHIFT * (2 * noise[:, 1:3] - 1) * (1 - scale)[:, None]
             colors = (colors + 0.10 * (noise[:, 3:6] - 0.5)).clamp(0, 1)
         else:
             scale, offset = torch.full((count,), 0.875), torch.zeros(count, 2)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.atomic import write_tensors
 from fewstep.emoji.dataset import EmojiDataset, EmojiSpec
 from fewstep.progress import track
 
@@ -40,18 +43,29 @@ class LatentBank:
 
 @torch.no_grad()
 def build_bank(
-    dataset: EmojiDataset, specs: list[EmojiSpec], encode: Callable[[Tensor], Tensor], augmentations: int, seed: int
+    dataset: EmojiDataset,
+    specs: list[EmojiSpec],
+    encode: Callable[[Tensor], Tensor],
+    augmentations: int,
+    seed: int,
+    file: Path | None = None,
 ) -> LatentBank:
     """Render and encode ``augmentations`` images of each distinct (object, style, background) of ``specs``.
 
     Args:
         encode: images [B, 3, 64, 64] in [0, 1] -> latents [B, C, H, W].
+        file: keeps the latents; if it exists they are read from it, so that a resumed run need not encode again.
     """
     keys = list(dict.fromkeys(image_key(spec) for spec in specs))
+    row = {key: index for index, key in enumerate(keys)}
+    if file is not None and file.exists():
+        return LatentBank(load_file(file)["latents"], row)
     repeated = [EmojiSpec(*key, language="en") for key in keys for _ in range(augmentations)]
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in track(range(0, len(repeated), 256), "encoding images"):
         parts.append(encode(dataset.render(repeated[start : start + 256], generator)).half())
     latents = torch.cat(parts).unflatten(0, (len(keys), augmentations))
-    return LatentBank(latents, {key: index for index, key in enumerate(keys)})
+    if file is not None:
+        write_tensors(file, {"latents": latents})
+    return LatentBank(latents, row)

@@ -115,7 +115,8 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     }  # fmt: skip
     model = TextToImagePipeline(family, components, config)
 
-    bank = build_bank(dataset, specs, model.encode_images, recipe.data.augmentations_per_object, seed=2)
+    file = run.directory / "latents.safetensors"
+    bank = build_bank(dataset, specs, model.encode_images, recipe.data.augmentations_per_object, seed=2, file=file)
     encoded = model.encode([dataset.prompt(spec, template) for spec in specs for template in range(NUM_TEMPLATES)])
     null = model.encode([""])
 
@@ -126,7 +127,10 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
         template = torch.randint(NUM_TEMPLATES, (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < recipe.prompt_dropout
         rows = shard.rows(size)
-        prompts = replace_prompts(encoded[(chosen * NUM_TEMPLATES + template)[rows]], dropped[rows], null)
+        described = torch.randint(len(specs), (size,), generator=generator)
+        noisy = torch.rand(size, generator=generator) < recipe.caption_noise
+        described = torch.where(noisy, described, chosen)
+        prompts = replace_prompts(encoded[(described * NUM_TEMPLATES + template)[rows]], dropped[rows], null)
         return bank.draw([specs[i] for i in chosen.tolist()], generator)[rows], prompts
 
     shown = dataset.sample(PREVIEW_IMAGES, "validation")
