@@ -16,7 +16,7 @@ from fewstep.config.sections import PromptSettings
 from fewstep.core.registry import image_sources, load_plugins, scorers
 from fewstep.data.prompts import open_prompts
 from fewstep.emoji import build as emoji_build
-from fewstep.emoji import publish
+from fewstep.emoji import model_card, publish, teacher_quality
 from fewstep.emoji.dataset import (
     ASSETS,
     BACKGROUNDS,
@@ -203,24 +203,34 @@ def test_scorer_gives_nan_for_other_prompts():
 
 
 def test_publish_writes_weights_card_and_quality(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "STEPS", 2)
+    monkeypatch.setattr(teacher_quality, "STEPS", 2)
+    monkeypatch.setattr(model_card, "STEPS", 2)
+    monkeypatch.setattr(model_card, "GRID_IMAGES", 4)
     stages = [tmp_path / "first", tmp_path / "second"]
     for stage in stages:
         stage.mkdir()
         lines = [{"step": step, "seconds": 60.0 * step, "teacher/loss": 1.0} for step in (1, 2)]
         (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (stage / "recipe.yaml").write_text(f"name: {stage.name}\ntrain: {{batch_size: 4}}\n")
     tiny.save(stages[1] / "model")
-    (stages[1] / "recipe.yaml").write_text("name: second\ntrain: {batch_size: 4}\n")
     section = publish.publish(stages, tmp_path / "out", prompts=2)
     quality = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert list(quality["quality"]) == ["train, en", "train, zh", "test, en", "test, zh"]
-    assert [row["guidance_scale"] for row in quality["guidance"]] == [2.0, 3.0, 4.0]
-    best = max(quality["guidance"], key=lambda row: row["object_acc"])["guidance_scale"]
+    assert list(quality["by_split"]) == ["train, en", "train, zh", "test, en", "test, zh"]
+    compared = quality["compared"]
+    assert list(compared)[2:] == ["2 steps", "2 steps, no guidance", "4 steps", "4 steps, no guidance"]
+    assert compared["real images"]["nearest_real_acc"] == 1
+    assert compared["real images"]["fd_real"] < compared["real images, encoded and decoded"]["fd_real"]
+    assert compared["real images"]["sharpness"] == pytest.approx(1, abs=0.5)
+    tried = quality["guidance"]
+    assert [row["guidance_scale"] for row in tried] == list(teacher_quality.GUIDANCE_SCALES)
+    best = max(tried, key=lambda row: row["object_acc"] + row["nearest_real_acc"])["guidance_scale"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert section in card
     assert f"2 steps, guidance_scale {best:g}, 2 prompts per row" in card
-    assert "4 steps, batch size 4, 4 minutes" in card
-    assert "2 stages" in card
+    assert "Flow matching in 2 stages, 4 minutes in all" in card
+    assert "| `second` | 2 | 4 | 2 |" in card
+    with Image.open(tmp_path / "out" / "samples.png") as shown:
+        assert shown.size == (8 * 66 - 2, 64)  # four pairs
     assert load(tmp_path / "out").generation_config.guidance_scale == best
     weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}

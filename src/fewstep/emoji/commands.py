@@ -97,9 +97,13 @@ def train(
 def publish(
     runs: Annotated[list[Path], typer.Argument(help="Directories of the teacher's training stages, in order.")],
     out: Annotated[Path, typer.Option(help="Folder for the published model.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the model; that of the last stage unless a decoder was trained since."),
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per row of the model card's tables.")] = 200,
 ) -> None:
-    """Pack the model of the last stage: fp16 weights, the best guidance scale, and a model card with its quality."""
+    """Pack a teacher: fp16 weights, the best guidance scale, and a model card with its quality and sample images."""
     from fewstep.emoji.publish import publish
 
-    typer.echo(publish(runs, out, prompts))
+    typer.echo(publish(runs, out, prompts, model))
