@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.locks import exclusive
+from fewstep.machine import writing
+
+_NOTHING_LOST = "nothing was lost, earlier files are unchanged"
 
 
 def partial_path(path: Path) -> Path:
@@ -33,22 +35,23 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Inside, the caller writes the yielded path; it becomes ``path`` at the end, and is deleted after an error.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another process is writing it.
     """
     path = Path(path)
     aside = partial_path(path)
-    try:
-        with _write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield aside
-            _set_default_mode(aside)
-            sync(aside)
-            aside.replace(path)
-            sync(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            aside.unlink()
-        raise
+    with writing(path, _NOTHING_LOST):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path):
+            try:
+                yield aside
+                _set_default_mode(aside)
+                sync(aside)
+                aside.replace(path)
+                sync(path.parent)
+            except BaseException:
+                with suppress(OSError):
+                    aside.unlink()
+                raise
 
 
 @contextmanager
@@ -57,29 +60,31 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     earlier one, and is deleted after an error.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another process is writing it.
     """
     path = Path(path)
     aside, old = partial_path(path), path.with_name(f".{path.name}.old.partial")
-    try:
-        with _write_errors(path):
-            for leftover in (aside, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            aside.mkdir(parents=True)
-            yield aside
-            for written in aside.rglob("*"):
-                if written.is_file():
-                    _set_default_mode(written)
-                sync(written)
-            sync(aside)
-            if path.exists():  # a folder with files in it cannot be replaced in one step
-                path.rename(old)
-            aside.rename(path)
-            sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with writing(path, _NOTHING_LOST):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path):
+            try:
+                for leftover in (aside, old):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                aside.mkdir()
+                yield aside
+                for written in aside.rglob("*"):
+                    if written.is_file():
+                        _set_default_mode(written)
+                    sync(written)
+                sync(aside)
+                if path.exists():  # a folder with files in it cannot be replaced in one step
+                    path.rename(old)
+                aside.rename(path)
+                sync(path.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -111,14 +116,3 @@ def _set_default_mode(file: Path) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     file.chmod(0o666 & ~umask)
-
-
-@contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); nothing was lost, earlier files are unchanged"
-        ) from error

@@ -1,12 +1,18 @@
 """`fewstep convert`: between diffusers folders and single files."""
 
+from __future__ import annotations
+
+import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fewstep.cli.options import Dtype
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ExportFormat(StrEnum):
@@ -34,21 +40,37 @@ def convert(
 ) -> None:
     """Convert a single file (original or ComfyUI names, fp8, GGUF) to a diffusers folder, or a folder to a file."""
     from fewstep.errors import UserError
-    from fewstep.export.single_file import write_transformer
-    from fewstep.models.components import NO_FP16, load_component, read_config, resolve_model
-    from fewstep.models.family import resolve_family
-    from fewstep.models.pipeline import load, with_components_from
-    from fewstep.models.single_file import read_transformer, stored_dtype
+    from fewstep.locks import exclusive
+    from fewstep.models.components import NO_FP16
+    from fewstep.outputs import check_file, check_folder
 
-    if out.exists():
-        raise UserError(f"{out}: already exists; choose another --out")
     if dtype is Dtype.fp8:
         raise UserError("--dtype fp8: fp8 files can be read but not written; use bf16")
     if dtype is Dtype.fp16:
         raise UserError(NO_FP16)
-    if to is not ExportFormat.diffusers and out.suffix != ".safetensors":
-        raise UserError(f"{out}: the name of a single file must end with .safetensors")
-    weights_dtype = dtype.torch_dtype if dtype is not None else None
+    if os.path.lexists(out):
+        raise UserError(f"{out}: already exists; choose another --out")
+    if to is ExportFormat.diffusers:
+        if out.suffix in (".safetensors", ".gguf"):
+            raise UserError(f"{out}: --to diffusers writes a folder; give its name, or --to original for a file")
+        check_folder(out)
+    else:
+        check_file(out, ".safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        typer.echo(_convert(model, out, to, components_from, dtype.torch_dtype if dtype is not None else None))
+
+
+def _convert(
+    model: str, out: Path, to: ExportFormat, components_from: str | None, weights_dtype: torch.dtype | None
+) -> Path:
+    from fewstep.errors import UserError
+    from fewstep.export.single_file import write_transformer
+    from fewstep.models.components import load_component, read_config, resolve_model
+    from fewstep.models.family import resolve_family
+    from fewstep.models.pipeline import load, with_components_from
+    from fewstep.models.single_file import read_transformer, stored_dtype
+
     if model.endswith((".safetensors", ".gguf")):
         if components_from is None:
             raise UserError(f"{model}: contains the transformer alone; give --components-from, a model of its family")
@@ -57,13 +79,11 @@ def convert(
         config = read_config(folder, "transformer")
         transformer = read_transformer(model, family, config, weights_dtype or stored_dtype(model))
         if to is ExportFormat.diffusers:
-            typer.echo(with_components_from(transformer, folder).save(out))
-            return
+            return with_components_from(transformer, folder).save(out)
     elif to is ExportFormat.diffusers:
-        typer.echo(load(model, dtype=weights_dtype).save(out))
-        return
+        return load(model, dtype=weights_dtype).save(out)
     else:
         folder = resolve_model(model)
         family = resolve_family(folder)
         transformer = load_component(folder, "transformer", weights_dtype)
-    typer.echo(write_transformer(transformer, out, family, to.value))
+    return write_transformer(transformer, out, family, to.value)

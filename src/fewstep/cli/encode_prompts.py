@@ -27,29 +27,32 @@ def prompts(
     """
     import torch
 
-    from fewstep.data.prepare_prompts import CleaningStats, prepare_prompts
+    from fewstep.data.prepare_prompts import CleaningStats, check_before_loading, prepare_prompts
     from fewstep.models.pipeline import load_prompt_encoder
+    from fewstep.outputs import claimed_folder
     from fewstep.progress import progress_bar
 
-    encoder = load_prompt_encoder(model, "cuda" if torch.cuda.is_available() else "cpu")
     shown = 0
-    with progress_bar(None, "prompts read") as advance:
 
-        def show(stats: CleaningStats) -> None:
-            nonlocal shown
-            advance(stats.read - shown)
-            shown = stats.read
+    def show(stats: CleaningStats) -> None:
+        nonlocal shown
+        advance(stats.read - shown)
+        shown = stats.read
 
-        stats = prepare_prompts(
-            sources,
-            encoder,
-            out,
-            column=column,
-            max_tokens=max_tokens,
-            shard_size=shard_size,
-            overwrite=overwrite,
-            progress=show,
-        )
+    with claimed_folder(out):
+        check_before_loading(sources, column, out, overwrite)
+        encoder = load_prompt_encoder(model, "cuda" if torch.cuda.is_available() else "cpu")
+        with progress_bar(None, "prompts read") as advance:
+            stats = prepare_prompts(
+                sources,
+                encoder,
+                out,
+                column=column,
+                max_tokens=max_tokens,
+                shard_size=shard_size,
+                overwrite=overwrite,
+                progress=show,
+            )
     summary = stats.summary()
     scripts = ", ".join(f"{name} {100 * count / stats.kept:.1f}%" for name, count in summary["languages"].items())
     tokens = ", ".join(f"{name} {count}" for name, count in summary["tokens"].items())

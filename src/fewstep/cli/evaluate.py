@@ -35,10 +35,18 @@ def evaluate(
 ) -> None:
     """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""
     from fewstep import api
+    from fewstep.evaluation.feature_networks import open_features
+    from fewstep.evaluation.runner import check_report_folder, report_writer
     from fewstep.evaluation.table import print_summary
+    from fewstep.rewards.scorers import open_scorers
 
     folder = out or Path("runs") / f"evaluate-{Path(model).name}"
-    texts = api.read_test_prompts(prompts, num_prompts)  # a mistake here is reported before the model is loaded
+    # Mistakes are reported before the model is loaded.
+    check_report_folder(folder)
+    report_writer()
+    texts = api.read_test_prompts(prompts, num_prompts)
+    open_scorers(scorer)
+    open_features(features)
     measured = api.evaluate(
         api.load(model, device, dtype.torch_dtype if dtype else None),
         texts,

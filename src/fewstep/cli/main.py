@@ -1,6 +1,5 @@
 """The `fewstep` program: its commands, and the conversion of exceptions into messages and exit codes."""
 
-import errno
 import sys
 import warnings
 from typing import Annotated, Any
@@ -17,12 +16,7 @@ from fewstep.cli.generate import generate
 from fewstep.cli.plan import plan
 from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
-
-# Errors of the machine, such as a full disk, rather than of the program.
-_MACHINE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
-}
+from fewstep.machine import describe
 
 
 class ErrorBoundary(TyperGroup):
@@ -38,10 +32,10 @@ class ErrorBoundary(TyperGroup):
             _print_line(str(error) or "interrupted")
             raise typer.Exit(130) from None
         except OSError as error:
-            # Typer handles broken pipes. An error that names no file may be a bug.
-            if error.errno not in _MACHINE_ERRORS or (error.filename is None and error.errno != errno.ENOSPC):
+            line = describe(error)  # Typer handles broken pipes
+            if line is None:
                 raise
-            _print_line(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+            _print_line(f"error: {line}")
             raise typer.Exit(1) from None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sqlite3
 import unicodedata
 from collections import Counter
@@ -24,7 +23,9 @@ from fewstep.data.prompt_files import read_texts
 from fewstep.data.prompt_shards import INDEX, write_prompt_index, write_prompt_shard
 from fewstep.data.trajectories import text_fingerprint
 from fewstep.errors import UserError
+from fewstep.machine import read_error, reading, write_error, writing
 from fewstep.models.text import MAX_TOKENS, PromptEncoder
+from fewstep.outputs import claimed_folder
 
 PROGRESS = "seen.sqlite"
 
@@ -97,6 +98,21 @@ def normalize_prompt(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def check_before_loading(sources: Sequence[str], column: str, out: Path, overwrite: bool) -> None:
+    """Find, before a model is loaded, what :func:`prepare_prompts` would refuse; nothing is written or deleted.
+
+    Raises:
+        UserError: a source whose first prompt cannot be read, finished prompts in ``out``, or, with ``overwrite``,
+            other files.
+    """
+    if overwrite:
+        _own_files(out)
+    elif (out / INDEX).exists():
+        raise UserError(f"{out} already holds encoded prompts; use another --out, or --overwrite")
+    for source in sources:
+        next(read_texts(source, column), None)
+
+
 def prepare_prompts(
     sources: Sequence[str],
     encoder: PromptEncoder,
@@ -126,12 +142,19 @@ def prepare_prompts(
         "shard_size": shard_size,
         "fingerprint": text_fingerprint(encoder),
     }
-    if overwrite and out.exists():
-        _delete_prompts(out)
-    if (out / INDEX).exists():
-        raise UserError(f"{out} already holds encoded prompts; use another --out, or --overwrite")
-    texts = chain.from_iterable(read_texts(source, column) for source in sources)
-    out.mkdir(parents=True, exist_ok=True)
+    with claimed_folder(out):
+        check_before_loading(sources, column, out, overwrite)
+        if overwrite:
+            for path in _own_files(out):  # the folder stays: it is locked
+                path.unlink()
+        return _prepare(settings, encoder, out, progress)
+
+
+def _prepare(
+    settings: Mapping[str, Any], encoder: PromptEncoder, out: Path, progress: Callable[[CleaningStats], object]
+) -> CleaningStats:
+    sources, max_tokens, shard_size = settings["sources"], settings["max_tokens"], settings["shard_size"]
+    texts = chain.from_iterable(read_texts(source, settings["column"]) for source in sources)
     with closing(ProgressDB(out / PROGRESS, settings)) as database:
         stats, counts = database.stats, database.counts
         unread = islice(texts, stats.read, None)
@@ -177,13 +200,10 @@ class ProgressDB:
     """The prompts read so far, as hashes, and the progress, on disk: memory stays constant."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
-        self.connection = sqlite3.connect(file)
-        try:
-            self.connection.execute("create table if not exists seen (digest blob primary key) without rowid")
-            self.connection.execute("create table if not exists state (content text)")
+        self.file = file
+        self.connection = self._opened()
+        with reading(file, "use --overwrite"):
             row = self.connection.execute("select content from state").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{file}: cannot be read ({error}); use --overwrite") from None
         saved = json.loads(row[0]) if row else {}
         started_with = saved.get("settings", settings)
         changed = [key for key, value in settings.items() if started_with.get(key) != value]
@@ -196,25 +216,38 @@ class ProgressDB:
         self.stats = CleaningStats.from_json(saved["stats"]) if saved else CleaningStats()
         self.counts: list[int] = saved.get("counts", [])
 
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            connection = sqlite3.connect(self.file)
+            connection.execute("create table if not exists seen (digest blob primary key) without rowid")
+            connection.execute("create table if not exists state (content text)")
+        except sqlite3.OperationalError as error:  # locked, read-only, no space
+            raise write_error(self.file, error, "the same command resumes") from error
+        except sqlite3.DatabaseError as error:
+            raise read_error(self.file, error, "use --overwrite") from error
+        return connection
+
     def add_if_new(self, text: str) -> bool:
         """Whether the text was not in the database; it is from then on."""
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return self.connection.execute("insert or ignore into seen values (?)", (digest,)).rowcount > 0
+        with writing(self.file, "the same command resumes"):
+            return self.connection.execute("insert or ignore into seen values (?)", (digest,)).rowcount > 0
 
     def commit(self) -> None:
         content = json.dumps({"settings": self.settings, "stats": self.stats.to_json(), "counts": self.counts})
-        self.connection.execute("delete from state")
-        self.connection.execute("insert into state values (?)", (content,))
-        self.connection.commit()
+        with writing(self.file, "the same command resumes"):
+            self.connection.execute("delete from state")
+            self.connection.execute("insert into state values (?)", (content,))
+            self.connection.commit()
 
     def close(self) -> None:
         self.connection.close()
 
 
-def _delete_prompts(out: Path) -> None:
-    """Delete what an earlier call left in a folder. Raises: UserError for any other file there."""
-    own = {INDEX, PROGRESS, f"{PROGRESS}-journal"}
-    for path in out.iterdir():
+def _own_files(out: Path) -> list[Path]:
+    """What an earlier call left in a folder. Raises: UserError for any other file there."""
+    own, found = {INDEX, PROGRESS, f"{PROGRESS}-journal"}, list(out.iterdir())
+    for path in found:
         if path.name not in own and not path.name.startswith("shard-") and not is_partial(path):
             raise UserError(f"{path} was not written by fewstep encode-prompts; use another --out")
-    shutil.rmtree(out)
+    return found

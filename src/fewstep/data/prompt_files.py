@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.machine import file_errors, reading, reason
 
 HUB = "hf:"
 
@@ -37,7 +38,7 @@ def read_texts(source: str, column: str = "prompt") -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with reading(path), path.open(encoding="utf-8-sig", newline="") as stream:
             for number, line in enumerate(stream, start=1):
                 yield number, line.rstrip("\r\n")
     except UnicodeDecodeError:
@@ -75,18 +76,17 @@ def _csv(path: Path, column: str) -> Iterator[str]:
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
+        from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: parquet files need pyarrow; pip install 'fewstep[prompts]'") from None
-    try:
-        file = ParquetFile(path)
-    except ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from None
-    if column not in file.schema_arrow.names:
-        raise UserError(f"{path}: no column {column!r}; there are {_listed(file.schema_arrow.names)}; set --column")
-    for batch in file.iter_batches(batch_size=1024, columns=[column]):
-        yield from map(_as_text, batch.column(0).to_pylist())
+    with reading(path, "not a parquet file, or a damaged one"):
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+    if column not in names:
+        raise UserError(f"{path}: no column {column!r}; there are {_listed(names)}; set --column")
+    with reading(path, "its first rows may be readable, the file is damaged"):
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            yield from map(_as_text, batch.column(0).to_pylist())
 
 
 def _hub(source: str, column: str) -> Iterator[str]:
@@ -94,15 +94,15 @@ def _hub(source: str, column: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"{source}: Hugging Face datasets need datasets; pip install 'fewstep[prompts]'") from None
+    failures: tuple[type[Exception], ...] = (*file_errors(), ValueError, RuntimeError)
     name, _, split = source.removeprefix(HUB).partition(":")
     try:
-        rows = load_dataset(name, split=split or "train", streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
-    for number, row in enumerate(rows):
-        if column not in row:
-            raise UserError(f"{source}, row {number}: no {column!r}; there are {_listed(row)}; set --column")
-        yield _as_text(row[column])
+        for number, row in enumerate(load_dataset(name, split=split or "train", streaming=True)):
+            if column not in row:
+                raise UserError(f"{source}, row {number}: no {column!r}; there are {_listed(row)}; set --column")
+            yield _as_text(row[column])
+    except failures as error:  # the connection may also break on the way
+        raise UserError(f"{source}: {reason(error)}") from None
 
 
 def _as_text(value: Any) -> str:

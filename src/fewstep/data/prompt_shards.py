@@ -19,7 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -27,10 +27,12 @@ from fewstep.atomic import write_tensors, write_text
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.data.trajectories import check_fingerprint, shard_file
 from fewstep.errors import UserError
+from fewstep.machine import read_error, reading
 
 FORMAT = 1
 INDEX = "index.json"
 KIND = "prompts"
+_DAMAGED = "missing or damaged, run fewstep encode-prompts --overwrite"
 
 
 def write_prompt_shard(folder: Path, number: int, texts: Sequence[str], features: Sequence[Tensor]) -> None:
@@ -102,7 +104,8 @@ class PromptShards(Sequence[str]):
             shard, row = self._place(index)
             tensors, ends = self._open(shard)
             begin = ends[row - 1] if row else 0
-            features.append(tensors.get_slice("features")[begin : ends[row]].float())
+            with reading(shard_file(self.folder, shard), _DAMAGED):
+                features.append(tensors.get_slice("features")[begin : ends[row]].float())
         lengths = torch.tensor([len(feature) for feature in features])
         return EncodedPrompts(pad_sequence(features, batch_first=True), lengths)
 
@@ -114,11 +117,12 @@ class PromptShards(Sequence[str]):
 
     def _open_shard(self, shard: int) -> tuple[Any, list[int]]:
         file = shard_file(self.folder, shard)
-        try:
+        with reading(file, _DAMAGED):
             tensors = safe_open(file, "pt")
             return tensors, tensors.get_tensor("ends").tolist()
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: missing or damaged ({error}); run fewstep encode-prompts --overwrite") from None
 
     def _read_texts(self, shard: int) -> list[str]:
-        return json.loads(self._open(shard)[0].metadata()["prompts"])
+        try:
+            return json.loads(self._open(shard)[0].metadata()["prompts"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise read_error(shard_file(self.folder, shard), error, _DAMAGED) from None

@@ -3,6 +3,7 @@ distillation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,14 +24,17 @@ from fewstep.data.trajectories import (
     INDEX,
     Index,
     TrajectoryCache,
+    check_cache_folder,
     delete_cache,
     fingerprint,
+    is_complete,
     shard_file,
     write_index,
     write_shard,
 )
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.outputs import claimed_folder
 from fewstep.progress import track
 
 
@@ -80,21 +84,40 @@ def make_cache(
         teacher: the recipe's, if it is loaded already.
 
     Raises:
-        UserError: another cache or other files in ``out``, or a mistake in the recipe.
+        UserError: another cache or other files in ``out``, another process that fills it, or a mistake in the recipe.
     """
+    texts = open_prompts(recipe.prompts).texts("train")
     if teacher is None:
-        teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
-        teacher.set_resolution(recipe.resolution)
-    device = teacher.device
+        with claimed_folder(out):
+            check_cache_folder(out, overwrite)
+            teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
+            teacher.set_resolution(recipe.resolution)
+            return make_cache(recipe, out, overwrite=overwrite, teacher=teacher)
     guidance = teacher.generation_config.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_timesteps(recipe.steps)
     made_by = cache_fingerprint(teacher, anchors, recipe.teacher_steps_per_student_step, guidance)
-    if overwrite and (out / INDEX).exists():
-        delete_cache(out)
     index = Index(made_by, recipe.num_trajectories, recipe.shard_size, recipe.first_seed)
-    write_index(out, index)
+    if not overwrite and is_complete(out, index):
+        return out  # without a lock: several processes read it at once
+    with claimed_folder(out):
+        if overwrite and (out / INDEX).exists():
+            delete_cache(out)
+        write_index(out, index)
+        _fill(recipe, out, index, teacher, anchors, guidance, texts)
+    return out
 
-    texts = open_prompts(recipe.prompts).texts("train")
+
+def _fill(
+    recipe: CacheRecipe,
+    out: Path,
+    index: Index,
+    teacher: TextToImagePipeline,
+    anchors: list[float],
+    guidance: float,
+    texts: Sequence[str],
+) -> None:
+    """Sample the shards that are missing."""
+    device, substeps = teacher.device, recipe.teacher_steps_per_student_step
     denoiser: Denoiser = teacher.denoiser
     if guidance > 0:
         denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance)
@@ -108,13 +131,8 @@ def make_cache(
             part = slice(start, start + recipe.batch_size)
             noise = initial_noise(teacher, [recipe.first_seed + i for i in samples[part]], height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
-                states.append(
-                    teacher_trajectory(
-                        denoiser, noise, anchors, recipe.teacher_steps_per_student_step, teacher.shift, prompts[part]
-                    )
-                )
+                states.append(teacher_trajectory(denoiser, noise, anchors, substeps, teacher.shift, prompts[part]))
         write_shard(shard_file(out, shard), torch.cat(states), prompts, chosen)
-    return out
 
 
 def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, folder: Path) -> TrajectoryCache:

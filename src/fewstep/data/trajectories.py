@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fewstep.atomic import is_partial, write_tensors, write_text
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
+from fewstep.machine import reading
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.text import PromptEncoder
 
 FORMAT = 1
 INDEX = "index.json"
+_DAMAGED = "damaged, delete it and resume fewstep cache-trajectories"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,25 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
+def is_complete(folder: Path, index: Index) -> bool:
+    """Whether a folder holds this cache with all its shards. Raises: UserError if its index cannot be read."""
+    if not (folder / INDEX).exists() or read_index(folder) != index:
+        return False
+    return all(shard_file(folder, shard).exists() for shard in range(index.shards))
+
+
+def check_cache_folder(folder: Path, overwrite: bool) -> None:
+    """Find, before a teacher is loaded, a folder that can hold no cache.
+
+    Raises:
+        UserError: the folder holds other files, or an index that cannot be read.
+    """
+    if (folder / INDEX).exists():
+        _own_files(folder) if overwrite else read_index(folder)
+    elif folder.exists() and not all(is_partial(path) for path in folder.iterdir()):
+        raise UserError(f"{folder}: has files but no {INDEX}; use another --out")
+
+
 def write_index(folder: Path, index: Index) -> None:
     """Make a folder a cache, unless it is the same one already.
 
@@ -100,8 +120,7 @@ def write_index(folder: Path, index: Index) -> None:
         if found != index:
             raise UserError(f"{folder} holds a cache of another size or seed; use another --out, or --overwrite")
         return
-    if folder.exists() and not all(is_partial(path) for path in folder.iterdir()):
-        raise UserError(f"{folder}: has files but no {INDEX}; use another --out")
+    check_cache_folder(folder, overwrite=False)
     write_text(file, json.dumps(asdict(index), indent=1))
 
 
@@ -122,11 +141,18 @@ def read_index(folder: Path) -> Index:
 
 
 def delete_cache(folder: Path) -> None:
-    """Delete a cache. Raises: UserError, before anything is deleted, if the folder holds other files."""
-    for path in folder.iterdir():
+    """Delete a cache from its folder. Raises: UserError, before anything is deleted, if there are other files."""
+    for path in _own_files(folder):  # the folder stays: it is locked
+        path.unlink()
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """A cache's files. Raises: UserError for any other file there."""
+    found = list(folder.iterdir())
+    for path in found:
         if path.name != INDEX and not path.name.startswith("shard-") and not is_partial(path):
             raise UserError(f"{path} was not written by fewstep cache-trajectories; use another --out")
-    shutil.rmtree(folder)
+    return found
 
 
 def check_fingerprint(folder: Path, wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
@@ -169,10 +195,8 @@ class TrajectoryCache:
 
     def _open(self, shard: int):  # type: ignore[no-untyped-def]  # safetensors has no public type for it
         file = shard_file(self.folder, shard)
-        try:
+        with reading(file, _DAMAGED):
             return safe_open(file, "pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: damaged ({error}); delete it and resume fewstep cache-trajectories") from None
 
     def seeds(self, samples: Sequence[int]) -> list[int]:
         return [self.index.first_seed + i for i in samples]
@@ -182,9 +206,9 @@ class TrajectoryCache:
         states, prompts = [], []
         for sample in samples:
             shard, row = divmod(sample, self.index.shard_size)
-            read = {
-                name: self._shards[shard].get_slice(name)[row : row + 1] for name in ("states", "features", "lengths")
-            }
+            opened, names = self._shards[shard], ("states", "features", "lengths")
+            with reading(shard_file(self.folder, shard), _DAMAGED):
+                read = {name: opened.get_slice(name)[row : row + 1] for name in names}
             states.append(read["states"].float())
             prompts.append(EncodedPrompts(read["features"], read["lengths"])[:])
         return torch.cat(states), EncodedPrompts.concat(prompts)

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from fewstep.atomic import atomic_file, write_text
 from fewstep.errors import UserError
+from fewstep.machine import reading
+from fewstep.outputs import check_folder
 
 PACKAGES = {
     "emoji-datasource-google": "16.0.0",
@@ -69,7 +72,7 @@ def read_package(packages: Path, name: str, *folders: str) -> dict[str, bytes]:
     if not archive.exists():
         raise UserError(f"{archive} is missing: run without --packages to download it")
     files: dict[str, bytes] = {}
-    with tarfile.open(archive, "r|gz") as entries:
+    with reading(archive, "delete it, or run without --packages"), tarfile.open(archive, "r|gz") as entries:
         for entry in entries:
             path = entry.name.removeprefix("package/")
             if entry.isfile() and path.startswith(folders):
@@ -102,6 +105,7 @@ def build(out: Path, packages: Path | None = None) -> dict[str, int]:
     Raises:
         UserError: npm or a package is missing, or a package lacks a core object.
     """
+    check_folder(out)
     with tempfile.TemporaryDirectory() as scratch:
         if packages is None:
             packages = Path(scratch)
@@ -154,13 +158,13 @@ def _build(out: Path, packages: Path) -> dict[str, int]:
     if missing:
         raise UserError(f"the packages lack these objects of CORE: {', '.join(sorted(missing))}")
 
-    out.mkdir(parents=True, exist_ok=True)
     for style, sheet_tiles in tiles.items():
         rows = -(-len(sheet_tiles) // COLUMNS)
         sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
         for index, image in enumerate(sheet_tiles):
             sheet.paste(image, (index % COLUMNS * TILE, index // COLUMNS * TILE))
-        sheet.save(out / f"{style}.webp", lossless=True, quality=100, method=6)
+        with atomic_file(out / f"{style}.webp") as aside:
+            sheet.save(aside, "WEBP", lossless=True, quality=100, method=6)
     lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
-    (out / "objects.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_text(out / "objects.json", f"[\n{lines}\n]\n")
     return {"objects": len(objects), "core": len(core), "bytes": sum(file.stat().st_size for file in out.iterdir())}

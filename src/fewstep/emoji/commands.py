@@ -38,14 +38,16 @@ def sheet(
     """Draw every core object in each style, on the eight backgrounds in turn."""
     from fewstep.data.images import grid
     from fewstep.emoji.dataset import BACKGROUNDS, STYLES, EmojiDataset, EmojiSpec
+    from fewstep.outputs import check_image, write_image
 
+    check_image(out)
     dataset, backgrounds = EmojiDataset.load(), list(BACKGROUNDS)
     specs = [
         EmojiSpec(item.index, style, backgrounds[(item.index + shift) % len(backgrounds)], "en")
         for shift, style in enumerate(STYLES)
         for item in dataset.objects
     ]
-    grid(dataset.render(specs, jitter=False), columns=26).save(out)
+    write_image(grid(dataset.render(specs, jitter=False), columns=26), out)
     typer.echo(out)
 
 
@@ -57,7 +59,9 @@ def gallery(
     from fewstep.emoji.dataset import EmojiDataset
     from fewstep.emoji.nearest_real import write_gallery
     from fewstep.evaluation.feature_networks import open_features
+    from fewstep.outputs import check_file
 
+    check_file(out, ".safetensors")
     write_gallery(out, EmojiDataset.load(), open_features())
     typer.echo(out)
 

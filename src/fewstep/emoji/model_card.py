@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from fewstep.atomic import atomic_file, write_text
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.emoji.teacher_quality import SCORES, STEPS, Quality, generated, prompts_of
@@ -130,7 +131,8 @@ def write_loss_curve(metrics: list[dict[str, float]], file: Path) -> None:
         axes.plot(steps, [sum(v for _, v in group) / len(group) for group in groups], label=label, linewidth=0.9)
     axes.set(xlabel="step", ylabel="flow matching loss", ylim=(0, 1.0))
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=110)
+    with atomic_file(file) as aside:
+        figure.savefig(aside, dpi=110, format="png")
 
 
 def write_card(
@@ -182,5 +184,5 @@ def write_card(
         training=training,
         recipe=yaml.safe_dump(stages[-1]["recipe"], sort_keys=False, allow_unicode=True),
     )
-    (out / "README.md").write_text(card, encoding="utf-8")
+    write_text(out / "README.md", card)
     return card[card.index("## Quality") : card.index("## Training")]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from fewstep.atomic import write_tensors, write_text
+from fewstep.config.load import read_yaml
 from fewstep.emoji.model_card import sample_grid, write_card, write_loss_curve
 from fewstep.emoji.scorer import EmojiScorer
 from fewstep.emoji.teacher_quality import beside_real_images, best_guidance, by_split_and_language
+from fewstep.errors import UserError
 from fewstep.models.pipeline import load
+from fewstep.outputs import check_folder, write_image
 from fewstep.training.tracking import read_metrics
 
 
 def convert_to_fp16(folder: Path) -> None:
     """Rewrite every safetensors file in fp16, which rounds weights less than bf16. Loading converts to fp32."""
     for file in folder.rglob("*.safetensors"):
-        save_file({name: t.half().contiguous() for name, t in load_file(file).items()}, file, {"format": "pt"})
+        write_tensors(file, {name: t.half() for name, t in load_file(file).items()}, {"format": "pt"})
 
 
 def publish(runs: list[Path], out: Path, prompts: int, model: Path | None = None) -> str:
@@ -28,7 +31,21 @@ def publish(runs: list[Path], out: Path, prompts: int, model: Path | None = None
         runs: directories of the transformer's training stages, in order.
         prompts: prompts per row of the card's tables.
         model: the model's folder, where a later run trained its decoder; None is the last stage's.
+
+    Raises:
+        UserError: ``out`` exists or cannot be written, or a run lacks its recipe or metrics, before hours of sampling.
     """
+    if out.exists():
+        raise UserError(f"{out}: already exists; choose another --out")
+    check_folder(out)
+    metrics, stages, steps = [], [], 0
+    for run in runs:
+        lines, recipe = read_metrics(run / "metrics.jsonl"), read_yaml(run / "recipe.yaml")
+        if not lines:
+            raise UserError(f"{run / 'metrics.jsonl'}: has no metrics; give directories of finished runs")
+        metrics += [{**line, "step": steps + line["step"]} for line in lines]
+        stages.append({"recipe": recipe, "steps": int(lines[-1]["step"]), "seconds": lines[-1]["seconds"]})
+        steps = metrics[-1]["step"]
     pipeline = load(model or runs[-1] / "model")
     guidance, tried = best_guidance(pipeline, prompts)
     pipeline.generation_config.guidance_scale = guidance
@@ -40,15 +57,8 @@ def publish(runs: list[Path], out: Path, prompts: int, model: Path | None = None
         "by_split": by_split_and_language(pipeline, guidance, prompts),
         "compared": beside_real_images(pipeline, guidance, prompts),
     }
-    metrics, stages, steps = [], [], 0
-    for run in runs:
-        lines = read_metrics(run / "metrics.jsonl")
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        metrics += [{**line, "step": steps + line["step"]} for line in lines]
-        stages.append({"recipe": recipe, "steps": int(lines[-1]["step"]), "seconds": lines[-1]["seconds"]})
-        steps = metrics[-1]["step"]
     write_loss_curve(metrics, out / "loss.png")
-    sample_grid(pipeline, guidance).save(out / "samples.png")
+    write_image(sample_grid(pipeline, guidance), out / "samples.png")
     section = write_card(out, pipeline, guidance, prompts, quality, tried, EmojiScorer().accuracy, stages)
-    (out / "quality.json").write_text(json.dumps({"guidance": tried, **quality}, indent=2) + "\n")
+    write_text(out / "quality.json", json.dumps({"guidance": tried, **quality}, indent=2) + "\n")
     return section

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from fewstep.atomic import atomic_folder
 from fewstep.core import seeds
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.emoji.dataset import NUM_TEMPLATES, STYLES, EmojiDataset
@@ -166,7 +167,8 @@ def train(recipe: TextEncoderRecipe, run: RunDir) -> Path:
 
     trainer = Trainer(ContrastiveTraining(model), data, run, train=recipe.train, optim={"text_encoder": recipe.optim})
     trainer.fit()
-    with trainer.ema_weights():
-        text_encoder.save_pretrained(run.directory / "text_encoder")
-    tokenizer.save_pretrained(run.directory / "tokenizer")
+    with trainer.ema_weights(), atomic_folder(run.directory / "text_encoder") as aside:
+        text_encoder.save_pretrained(aside)
+    with atomic_folder(run.directory / "tokenizer") as aside:
+        tokenizer.save_pretrained(aside)
     return run.directory

@@ -12,7 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.atomic import write_text
+from fewstep.atomic import atomic_folder, write_text
 from fewstep.core import seeds
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.data.images import grid
@@ -168,7 +168,8 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
         if recipe.train_encoder:
             sample = [specs[i] for i in torch.randperm(len(specs), generator=generator)[:2048].tolist()]
             normalize_latents(vae, dataset.render(sample, generator) * 2 - 1)
-        vae.save_pretrained(run.directory / "vae")
+        with atomic_folder(run.directory / "vae") as aside:
+            vae.save_pretrained(aside)
         vae.requires_grad_(False)
         family = get_family("ZImagePipeline")
         quality = measure_vae(

@@ -13,9 +13,12 @@ from fewstep.evaluation.image_sets import ImageSet, ImageSets
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.outputs import check_file
 from fewstep.progress import ProgressBars
 from fewstep.rewards.protocol import Classifier, Scorer
 from fewstep.rewards.scorers import open_scorers
+
+REPORT_FILES = ("metrics.json", "grid.png", "index.html")
 
 
 def evaluate(
@@ -55,7 +58,9 @@ def evaluate(
         raise UserError(f"an evaluation needs at least 2 prompts, got {len(prompts)}")
     if diversity_seeds < 2:
         raise UserError(f"diversity needs at least 2 seeds, got {diversity_seeds}")
-    folder = _writable(out)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_report_folder(folder)
     write_report = report_writer() if folder is not None else None
     chosen = list(settings) if settings is not None else default_settings(model, teacher, many_steps)
     device = model.device
@@ -124,13 +129,7 @@ def report_writer() -> Callable[[Path, Metrics, Samples, Path | None], Path]:
     return write
 
 
-def _writable(out: str | Path | None) -> Path | None:
-    """The folder, created before anything is computed for it."""
-    if out is None:
-        return None
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here ({error.strerror})") from None
-    return folder
+def check_report_folder(folder: Path) -> None:
+    """Check that a report can be written. Raises: UserError."""
+    for name in REPORT_FILES:
+        check_file(folder / name)

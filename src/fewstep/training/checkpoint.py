@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from fewstep.atomic import atomic_folder, is_partial, partial_path
 from fewstep.errors import UserError
+from fewstep.machine import reason
 from fewstep.training import dcp
 from fewstep.training.distributed import DistContext
 
@@ -106,9 +107,9 @@ def save(
         dist.barrier()
     except CheckpointException as error:
         failure = next(iter(error.failures.values()))[0]
-        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
         raise UserError(
-            f"{target}: this checkpoint cannot be written ({reason}); nothing was lost, earlier ones are unchanged"
+            f"{target}: this checkpoint cannot be written ({reason(failure)}); nothing was lost, earlier ones are "
+            "unchanged"
         ) from error
     return target
 

@@ -20,16 +20,12 @@ from typing import Any, Self
 
 from PIL import Image
 
-from fewstep.atomic import write_text
+from fewstep.atomic import atomic_file, write_text
 from fewstep.config.load import dump_recipe, parse_recipe, read_yaml
 from fewstep.config.recipe import Recipe
 from fewstep.errors import UserError
+from fewstep.locks import lock
 from fewstep.training.tracking import Tracker
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 # What a run writes into its directory besides recipe.yaml: all that `overwrite` may delete.
 RUN_FILES = (
@@ -76,7 +72,7 @@ class RunDir:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._unlock = weakref.finalize(self, _lock(self.directory))
+            self._unlock = weakref.finalize(self, lock(self.directory))
             try:
                 self._claim(overwrite)
             except BaseException:
@@ -103,8 +99,8 @@ class RunDir:
     def preview(self, step: int, image: Image.Image) -> None:
         """Saves a preview image as previews/step_<step>.png and to TensorBoard."""
         path = self.directory / "previews" / f"step_{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        with atomic_file(path) as aside:
+            image.save(aside, "PNG")
         if self._tracker is not None:
             self._tracker.image(step, image)
 
@@ -156,21 +152,6 @@ def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
     if "train.steps" in changed and changed["train.steps"][1] > changed["train.steps"][0]:
         del changed["train.steps"]
     return changed
-
-
-def _lock(directory: Path) -> Callable[[], None]:
-    """Locks the directory against other processes; returns a function that unlocks it."""
-    if fcntl is None:
-        return lambda: None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{directory}: another process is using this run; wait for it, or stop it") from None
-    except OSError:
-        pass  # a file system without locks
-    return lambda: os.close(descriptor)
 
 
 def current_command() -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fewstep.atomic import write_text
+from fewstep.machine import reading, writing
 
 
 class RunningMeans:
@@ -42,32 +43,41 @@ class Tracker:
         # Imported here: it takes a second, and commands that only read a run do not need it.
         from torch.utils.tensorboard import SummaryWriter
 
-        path = directory / "metrics.jsonl"
-        _truncate(path, step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._path, self._events = directory / "metrics.jsonl", directory / "events.out.tfevents"
+        _truncate(self._path, step)
+        with writing(self._path):
+            self._lines = self._path.open("a", encoding="utf-8")
+        with writing(self._events):
+            self._board = SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics; values that are not finite become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-        self._lines.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        with writing(self._path):
+            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+            self._lines.flush()
+        with writing(self._events):
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
 
     def image(self, step: int, image: Image.Image) -> None:
         pixels = np.asarray(image.convert("RGB"))
-        self._board.add_image("preview", pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        with writing(self._events):
+            self._board.add_image("preview", pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        with writing(self._path):
+            self._lines.close()
+        with writing(self._events):
+            self._board.close()  # type: ignore[no-untyped-call]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; an incomplete last line is left out."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    with reading(path):
+        written = path.read_text(encoding="utf-8", errors="replace")
+    for text in written.splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

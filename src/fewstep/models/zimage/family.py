@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from fewstep.atomic import atomic_folder
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.text import PromptEncoder
@@ -49,7 +50,8 @@ class ZImageFamily(ModelFamily):
         ZImagePipeline(**components).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        ZImagePipeline.save_lora_weights(folder, transformer_lora_layers=dict(weights))
+        with atomic_folder(folder) as aside:
+            ZImagePipeline.save_lora_weights(aside, transformer_lora_layers=dict(weights))
 
     def denoiser(self, transformer: ZImageTransformer2DModel) -> ZImageDenoiser:
         return ZImageDenoiser(transformer)
