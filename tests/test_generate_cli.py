@@ -36,7 +36,7 @@ def test_grid_or_folder_of_images(tiny_folder, tmp_path):
     assert out.is_file()
     done = run("generate", tiny_folder, "a bear", "-o", tmp_path / "many", "--guidance-scale", 0, "--width", 32)
     assert done.exit_code == 0, done.output
-    assert [file.name for file in (tmp_path / "many").iterdir()] == ["0000.png"]
+    assert sorted(file.name for file in (tmp_path / "many").iterdir()) == ["0000.png", "generation.json"]
 
 
 def test_options_for_speed_and_memory(tiny_folder, tmp_path):

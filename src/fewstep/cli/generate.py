@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fewstep.cli.options import Device, Dtype, Model
+from fewstep.cli.options import Device, Dtype, Model, Overwrite, argument_text
 
 if TYPE_CHECKING:
-    from fewstep.inference.generate import Callback, GenerationResult, GenerationStep
+    from fewstep.inference.generate import Callback, GenerationStep
     from fewstep.models.pipeline import TextToImagePipeline
 
 
@@ -29,8 +28,8 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One image for each.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with further prompts, one a line.")] = None,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="Image file for a grid of all images, or folder for one file each.")
-    ] = Path("out.png"),
+        str, typer.Option("-o", "--out", help="Image file for a grid of all, or folder for one file each, such as out/")
+    ] = "out.png",
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. [default: the model's]")] = None,
     guidance_scale: Annotated[
@@ -71,16 +70,18 @@ def generate(
     attention_backend: Annotated[
         str | None, typer.Option(help="diffusers' attention backend, such as flash or sage. [default: native]")
     ] = None,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
 ) -> None:
-    """Generate images from prompts."""
+    """Generate images from prompts. The same command again continues an interrupted one."""
+    from fewstep.cli.image_target import Target
     from fewstep.data.prompts import read_prompts
     from fewstep.errors import UserError
-    from fewstep.inference.generate import generate as generate_images
+    from fewstep.inference.generate import generate_batches
     from fewstep.inference.params import parse_params
     from fewstep.models.pipeline import load
 
-    texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    texts = [*map(argument_text, prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
     params = parse_params(
@@ -100,14 +101,17 @@ def generate(
             "batch_size": batch_size,
         }
     )
-    _check_writable(out)
-    pipeline = load(model, device, dtype.torch_dtype if dtype else None, offload.value)
-    _speed_options(pipeline, attention_backend, vae_tiling, compile)
-    with _step_bar(len(texts)) as callback:
-        made = generate_images(pipeline, texts, params, callback)
-    _write(made, out, columns)
-    seconds = made.seconds / len(texts)
-    typer.echo(f"{out}: {len(texts)} images, NFE {made.nfe}, {seconds:.3f} s per image")
+
+    def opened() -> TextToImagePipeline:
+        pipeline = load(model, device, dtype.torch_dtype if dtype else None, offload.value)
+        _speed_options(pipeline, attention_backend, vae_tiling, compile)
+        return pipeline
+
+    with Target(out, texts, params, model, dtype, columns, overwrite).claimed() as target:
+        if target.missing:
+            with _step_bar(len(target.missing)) as callback:
+                target.fill(generate_batches(opened(), *target.remaining(), callback))
+        typer.echo(target.finish())
 
 
 def _speed_options(
@@ -119,17 +123,6 @@ def _speed_options(
         pipeline.vae.enable_tiling()
     if compile:
         pipeline.denoiser.compile_repeated_blocks()
-
-
-def _write(made: GenerationResult, out: Path, columns: int | None) -> None:
-    """One grid, or one file for each image in a folder."""
-    from fewstep.data.images import grid, to_pil
-
-    if out.suffix:
-        grid(made.images, columns or math.ceil(math.sqrt(len(made.images)))).save(out)
-    else:
-        for index, image in enumerate(made.images):
-            to_pil(image).save(out / f"{index:04d}.png")
 
 
 @contextmanager
@@ -159,18 +152,3 @@ def _step_bar(count: int) -> Iterator[Callback]:
             )
 
         yield show
-
-
-def _check_writable(out: Path) -> None:
-    """Checked before any image is made. Raises: UserError."""
-    from PIL import Image
-
-    from fewstep.errors import UserError
-
-    if out.suffix and out.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"{out}: {out.suffix} is not an image format; use .png, or a folder")
-    folder = out.parent if out.suffix else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here ({error.strerror})") from None

@@ -18,6 +18,13 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.cpu().numpy()))
 
 
+def grid_size(count: int, columns: int, height: int, width: int, gap: int = 2) -> tuple[int, int]:
+    """Width and height in pixels of a :func:`grid` of ``count`` images of these sides."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    return columns * (width + gap) - gap, rows * (height + gap) - gap
+
+
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     """Arrange images in rows of ``columns``, ``gap`` white pixels apart.
 
@@ -28,8 +35,8 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
         images = to_uint8(images)
     count, height, width, _ = images.shape
     columns = min(columns, count)
-    rows = -(-count // columns)
-    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    total_width, total_height = grid_size(count, columns, height, width, gap)
+    canvas = torch.full((total_height, total_width, 3), 255, dtype=torch.uint8)
     for index, image in enumerate(images):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image

@@ -39,6 +39,23 @@ class GenerationResult:
 
 
 @dataclass(frozen=True)
+class GeneratedBatch:
+    """The images of some of the prompts.
+
+    Attributes:
+        indices: their numbers, in the order of the prompts.
+        images: uint8 [B, H, W, 3].
+        nfe: evaluations of the transformer for each image.
+        seconds: wall time of sampling and decoding these images.
+    """
+
+    indices: range
+    images: Tensor
+    nfe: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class GenerationStep:
     """What a callback receives after every sampling step of a batch.
 
@@ -73,7 +90,6 @@ class GenerationCancelled(Exception):
     """A callback cancelled the generation. The pipeline is unchanged and can be used again."""
 
 
-@torch.no_grad()
 def generate(
     pipeline: TextToImagePipeline,
     prompts: Sequence[str],
@@ -90,6 +106,19 @@ def generate(
         UserError: no prompts, or parameters that the model cannot take.
         GenerationCancelled: ``callback`` cancelled.
     """
+    batches = list(generate_batches(pipeline, prompts, params, callback))
+    images = torch.cat([batch.images for batch in batches])
+    return GenerationResult(images, batches[0].nfe, sum(batch.seconds for batch in batches))
+
+
+@torch.no_grad()
+def generate_batches(
+    pipeline: TextToImagePipeline,
+    prompts: Sequence[str],
+    params: SamplingParams | None = None,
+    callback: Callback | None = None,
+) -> Iterator[GeneratedBatch]:
+    """The images of :func:`generate`, batch by batch as they are made; with the same arguments and errors."""
     if not prompts:
         raise UserError("no prompts: give at least one")
     resolved = (params or SamplingParams()).resolved(pipeline.generation_config)
@@ -100,9 +129,8 @@ def generate(
         system = resolved.system_prompt
         encoded = pipeline.encode(prompts, system=system, assistant_prefix=resolved.assistant_prefix)
         denoiser, sigmas = _guided(pipeline, resolved), pipeline.sigmas(resolved.steps)
-        images = []
-        start = time.perf_counter()
         for part in batched(len(prompts), resolved.batch_size):
+            start = time.perf_counter()
             x = initial_noise(pipeline, seeds[part], resolved.height, resolved.width)
             with pipeline.denoiser.cache_text_tokens():
                 for step in iterate(
@@ -117,10 +145,10 @@ def generate(
                     x = step.x_next
                     if callback is not None:
                         _report(callback, part, step, resolved.steps)
-            for some in batched(len(x), max_decode_batch_size(resolved.height, resolved.width)):
-                images.append(to_uint8(pipeline.decode(x[some])).cpu())
-        seconds = time.perf_counter() - start
-    return GenerationResult(torch.cat(images), _nfe(resolved, sigmas), seconds)
+            decoded = batched(len(x), max_decode_batch_size(resolved.height, resolved.width))
+            images = torch.cat([to_uint8(pipeline.decode(x[some])).cpu() for some in decoded])
+            seconds = time.perf_counter() - start
+            yield GeneratedBatch(range(part.start, part.stop), images, _nfe(resolved, sigmas), seconds)
 
 
 def _guided(pipeline: TextToImagePipeline, params: ResolvedParams) -> Denoiser:

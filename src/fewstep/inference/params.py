@@ -68,6 +68,14 @@ class SamplingParams(BaseModel):
         self._warn(config, found)
         return found
 
+    def image_seeds(self, count: int) -> list[int]:
+        """The seed of each of ``count`` images. Raises: UserError if ``seeds`` has another length."""
+        if self.seeds is None:
+            return [self.seed + i for i in range(count)]
+        if len(self.seeds) != count:
+            raise UserError(f"seeds: {len(self.seeds)} for {count} prompts; give one for each prompt")
+        return list(self.seeds)
+
     def _warn(self, config: GenerationConfig, found: ResolvedParams) -> None:
         """Warnings about parameters without effect, or with a bad one."""
         if config.guidance_distilled and found.steps != config.steps:
@@ -94,14 +102,6 @@ class ResolvedParams(SamplingParams):
     sampler: Sampler
     eta: float
     batch_size: int
-
-    def image_seeds(self, count: int) -> list[int]:
-        """The seed of each of ``count`` images. Raises: UserError if ``seeds`` has another length."""
-        if self.seeds is None:
-            return [self.seed + i for i in range(count)]
-        if len(self.seeds) != count:
-            raise UserError(f"seeds: {len(self.seeds)} for {count} prompts; give one for each prompt")
-        return list(self.seeds)
 
 
 def parse_params(options: Mapping[str, Any]) -> SamplingParams:

@@ -1,0 +1,127 @@
+"""Where `fewstep generate` puts its images: one file each in a folder, or one grid in a file."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from fewstep.cli.options import Dtype
+from fewstep.data.images import grid, grid_size
+from fewstep.errors import UserError
+from fewstep.inference.generate import GeneratedBatch
+from fewstep.inference.image_folder import ImageFolder, generation_manifest
+from fewstep.inference.params import SamplingParams
+from fewstep.models.components import resolve_model
+from fewstep.models.generation_config import load_generation_config
+from fewstep.outputs import check_image, claimed_folder, names_folder, write_image
+
+
+class Target:
+    """The output of one command, checked before the model is loaded.
+
+    Images are written as they are made, into the folder, or, for a grid, into a hidden one beside its file, which is
+    deleted when the grid is written.
+
+    Args:
+        out: as the user wrote it; a folder's name may end with a slash.
+        model: its name or folder.
+        columns: of the grid; None is a square.
+
+    Raises:
+        UserError: a file or folder that cannot be written, or a picture that its format cannot hold.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        prompts: Sequence[str],
+        params: SamplingParams,
+        model: str,
+        dtype: Dtype | None,
+        columns: int | None,
+        overwrite: bool,
+    ) -> None:
+        if not out:
+            raise UserError("--out is empty: give an image file, or a folder")
+        self.path, self.is_grid = Path(out), not names_folder(out)
+        self.prompts, self.params, self.overwrite = list(prompts), params, overwrite
+        self.columns = columns or math.ceil(math.sqrt(len(prompts)))
+        if self.is_grid:
+            check_image(self.path)  # a wrong ending is reported before a model is looked for
+        source = resolve_model(model)
+        if self.is_grid:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # loading the model gives them again
+                config = load_generation_config(source)
+            height, width = params.height or config.height, params.width or config.width
+            check_image(self.path, *grid_size(len(prompts), self.columns, height, width))
+        self.made_by = generation_manifest(source, prompts, params, dtype.value if dtype else None)
+        self.nfe, self.seconds = 0, 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Where the images are written as they are made."""
+        return self.path.with_name(f".{self.path.name}.images") if self.is_grid else self.path
+
+    @contextmanager
+    def claimed(self) -> Iterator[Self]:
+        """Inside, this process alone writes here. An interruption says how many images are kept.
+
+        Raises:
+            UserError: another process is using it, or it holds images of another generation.
+        """
+        with claimed_folder(self.folder):
+            self.images = self._open()
+            self.missing = self.images.missing()
+            try:
+                yield self
+            except KeyboardInterrupt:
+                done = len(self.prompts) - len(self.images.missing())
+                raise KeyboardInterrupt(
+                    f"interrupted; {done} of {len(self.prompts)} images are in {self.folder}; the same command makes "
+                    "the others"
+                ) from None
+            finally:
+                if self.is_grid and len(self.images.missing()) == len(self.prompts):
+                    shutil.rmtree(self.folder, ignore_errors=True)  # nothing worth keeping
+
+    def _open(self) -> ImageFolder:
+        try:
+            return ImageFolder(self.folder, self.made_by, overwrite=self.overwrite)
+        except UserError as other:
+            if not self.is_grid:
+                raise
+            warnings.warn(f"unfinished images are deleted: {other}", stacklevel=2)
+            return ImageFolder(self.folder, self.made_by, overwrite=True)
+
+    def remaining(self) -> tuple[list[str], SamplingParams]:
+        """The prompts of the missing images, and the parameters that give each the seed of its place."""
+        all_seeds = self.params.image_seeds(len(self.prompts))
+        seeds = tuple(all_seeds[index] for index in self.missing)
+        return [self.prompts[index] for index in self.missing], self.params.model_copy(update={"seeds": seeds})
+
+    def fill(self, batches: Iterable[GeneratedBatch]) -> None:
+        """Write the images of each batch when it is made. Raises: UserError if a file cannot be written."""
+        for batch in batches:
+            for index, image in zip(batch.indices, batch.images, strict=True):
+                self.images.write(self.missing[index], image)
+            self.nfe, self.seconds = batch.nfe, self.seconds + batch.seconds
+
+    def finish(self) -> str:
+        """Write the grid, if there is one; returns a line about the images."""
+        replaced = self.is_grid and self.path.exists()
+        if self.is_grid:
+            write_image(grid(self.images.read(), self.columns), self.path)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        made, count = len(self.missing), len(self.prompts)
+        line = f"{self.path}: {count} images"
+        if made:
+            line += f", NFE {self.nfe}, {self.seconds / made:.3f} s per image"
+        if made < count:
+            line += f"; {count - made} of them were made earlier"
+        return line + ("; an earlier file was replaced" if replaced else "")
