@@ -1,7 +1,9 @@
 """The `fewstep` program: its commands, and the conversion of exceptions into messages and exit codes."""
 
 import sys
+import threading
 import warnings
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -83,12 +85,22 @@ for name in commands.names():
 
 def main() -> None:
     """Entry point of the `fewstep` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # characters that a terminal lacks must not stop a command
+            stream.reconfigure(errors="backslashreplace")
+    threading.excepthook = _thread_failed
     app()
 
 
 def _print_warning(message: Warning | str, *place: object, **more: object) -> None:
     """A warning in one line, without its place in the code."""
     _print_line(f"warning: {' '.join(str(message).split())}")
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A full disk under a library's writing thread: it raises the error again where it is used next."""
+    if not isinstance(failed.exc_value, OSError) or describe(failed.exc_value) is None:
+        threading.__excepthook__(failed)
 
 
 def _print_line(line: str) -> None:

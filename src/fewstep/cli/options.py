@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,3 +39,11 @@ class Dtype(StrEnum):
         names = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "fp16": "float16"}
         dtype: torch.dtype = getattr(torch, names[self.value])
         return dtype
+
+
+def argument_text(word: str) -> str:
+    """An argument's UTF-8 text; in another locale, such as C, Python leaves its bytes escaped as lone surrogates."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word

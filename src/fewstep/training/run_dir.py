@@ -105,10 +105,12 @@ class RunDir:
             self._tracker.image(step, image)
 
     def close(self) -> None:
-        if self._tracker is not None:
-            self._tracker.close()
-            self._tracker = None
-        self._unlock()
+        tracker, self._tracker = self._tracker, None
+        try:
+            if tracker is not None:
+                tracker.close()
+        finally:
+            self._unlock()
 
     def __enter__(self) -> Self:
         return self
