@@ -90,18 +90,23 @@ def test_full_disk_in_cache_trajectories(tiny_folder: Path, tmp_path: Path) -> N
     assert files(tmp_path / "out") == ["index.json"]
 
 
+def log_a_thousand_steps(opened: RunDir) -> None:
+    for step in range(1000):
+        opened.log(step, {"loss": step / 3})
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 def test_full_disk_under_logs_and_previews(tmp_path: Path) -> None:
     opened = RunDir(tmp_path / "run", tiny_recipe())
-    with pytest.raises(UserError, match="events.out.tfevents: cannot be written"), opened:
-        opened.track(0)
-        full = r"(metrics.jsonl|events.out.tfevents): cannot be written \(File too large\)"
-        with file_size_limit(8192), pytest.raises(UserError, match=full):
-            for step in range(1000):
-                opened.log(step, {"loss": step / 3})
-        noise = Image.effect_noise((200, 200), 90)
-        with file_size_limit(8192), pytest.raises(UserError, match=r"step_000003.png: cannot be written \(File too"):
-            opened.preview(3, noise)
+    opened.track(0)
+    full = r"(metrics.jsonl|events.out.tfevents): cannot be written \(File too large\)"
+    with file_size_limit(8192), pytest.raises(UserError, match=full):
+        log_a_thousand_steps(opened)
+    noise = Image.effect_noise((200, 200), 90)
+    with file_size_limit(8192), pytest.raises(UserError, match=r"step_000003.png: cannot be written \(File too large"):
+        opened.preview(3, noise)
+    with pytest.raises(UserError, match=r"events.out.tfevents: cannot be written"):
+        opened.close()
     assert files(tmp_path / "run" / "previews") == []
     RunDir(tmp_path / "run", tiny_recipe())  # it was unlocked in spite of the error
 
@@ -133,7 +138,7 @@ def test_damaged_parquet_pages(tmp_path: Path, compression: str) -> None:
     content = bytearray(file.read_bytes())
     content[4:2004] = b"\xff" * 2000  # the footer, which is read first, is whole
     file.write_bytes(content)
-    with pytest.raises(UserError, match="prompts.parquet: cannot be read") as refused:
+    with pytest.raises(UserError, match=r"prompts.parquet: cannot be read") as refused:
         list(read_texts(str(file)))
     assert "\n" not in str(refused.value)
 

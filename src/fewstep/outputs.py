@@ -32,9 +32,9 @@ def names_folder(out: str) -> bool:
     """Whether a name is a folder's: there is one, or it ends with a slash; or nothing is there, and it has no ending
     such as ``.png``."""
     path = Path(out)
-    if out.endswith(("/", os.sep)) or path.is_dir():
+    if out.endswith(("/", os.sep)) or os.path.isdir(path):
         return True
-    return not path.exists() and not path.suffix
+    return not os.path.exists(path) and not path.suffix
 
 
 def check_folder(folder: str | Path) -> None:
@@ -43,10 +43,7 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         UserError: one line with the reason.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: cannot write here (it is a file, not a folder)")
-    _probe(folder)
+    _probe(Path(folder))
 
 
 def check_file(file: str | Path, suffix: str = "") -> None:
@@ -59,7 +56,7 @@ def check_file(file: str | Path, suffix: str = "") -> None:
         UserError: one line with the reason.
     """
     file = Path(file)
-    if file.is_dir() or not file.name:
+    if os.path.isdir(file) or not file.name:
         raise UserError(f"{file}: is a folder; give the name of a file")
     if not file.name.endswith(suffix):
         raise UserError(f"{file}: the name of the file must end with {suffix}")
@@ -115,7 +112,10 @@ def claimed_folder(folder: str | Path) -> Iterator[None]:
 
 
 def _probe(folder: Path, name: str = "") -> None:
-    created = [each for each in (folder, *folder.parents) if not os.path.exists(each)]  # Path.exists may raise
+    above = [folder, *folder.parents]
+    created = [each for each in above if not os.path.exists(each)]  # Path.exists may raise
+    if not os.path.isdir(above[len(created)]):
+        raise UserError(f"{above[len(created)]}: cannot write here (it is a file, not a folder)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(prefix=f".{name}.", suffix=".partial", dir=folder) as probe:

@@ -25,6 +25,8 @@ from fewstep.config.load import dump_recipe, parse_recipe, read_yaml
 from fewstep.config.recipe import Recipe
 from fewstep.errors import UserError
 from fewstep.locks import lock
+from fewstep.machine import reason
+from fewstep.outputs import check_folder
 from fewstep.training.tracking import Tracker
 
 # What a run writes into its directory besides recipe.yaml: all that `overwrite` may delete.
@@ -70,6 +72,7 @@ class RunDir:
         self._unlock: Callable[[], object] = lambda: None
         if read_only:
             return
+        check_folder(self.directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._unlock = weakref.finalize(self, lock(self.directory))
@@ -79,7 +82,7 @@ class RunDir:
                 self._unlock()
                 raise
         except OSError as error:
-            raise UserError(f"{self.directory}: cannot write here ({error.strerror})") from None
+            raise UserError(f"{self.directory}: cannot write here ({reason(error)})") from None
 
     @property
     def checkpoints(self) -> Path:
@@ -130,6 +133,9 @@ class RunDir:
             raise UserError(
                 f"{own[0]} is in the way: {self.directory} is not a run (no recipe.yaml); use another --out"
             )
+        for found in own:
+            if found.is_dir():  # another user may have started the run
+                check_folder(found)
         if overwrite:
             for found in own:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
