@@ -32,7 +32,7 @@ def run(*words: object) -> Result:
 def assert_one_line(done: Result, *parts: object) -> None:
     assert done.exit_code == 1, (done.output, done.exception)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
+    assert len(errors) == 1, (done.stderr, done.exception)
     for part in parts:
         assert str(part) in errors[0]
 
