@@ -12,6 +12,7 @@ from tiny import tiny_recipe
 
 from fewstep.emoji.commands import TRAINERS
 from fewstep.errors import UserError
+from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.outputs import check_file, check_folder, check_image, names_folder, write_image
 from fewstep.training.run_dir import RunDir
 
@@ -116,7 +117,7 @@ REFUSED = [
     (["emoji", "gallery", "--out"], "gallery.bin", "gallery.bin: the name of the file must end with .safetensors", ""),
     (["emoji", "gallery", "--out"], "taken/a.safetensors", "taken: cannot write here (it is a file", ""),
     (["emoji", "build", "--out"], "taken", "taken: cannot write here (it is a file, not a folder)", ""),
-    (["emoji", "publish", "folder", "--out"], "folder", "folder: already exists; choose another --out", ""),
+    (["emoji", "publish", "folder", "--out"], "folder", "folder: holds other files than a model", ""),
     (["emoji", "publish", "folder", "--out"], "new", "folder/metrics.jsonl: cannot be read", ""),
     (["emoji", "train", "classifier", "--out"], "taken", "taken: cannot write here", ""),
 ]
@@ -175,6 +176,17 @@ def test_resumed_run_whose_checkpoints_cannot_be_written(tmp_path: Path) -> None
     (tmp_path / "checkpoints").symlink_to(UNWRITABLE)
     with pytest.raises(UserError, match="checkpoints: cannot write here"):
         RunDir(tmp_path, tiny_recipe())
+
+
+def test_saving_a_model_deletes_no_other_files(tmp_path: Path, tiny: TextToImagePipeline) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="home: holds other files than a model, and saving would delete them"):
+        tiny.save(tmp_path / "home")
+    assert files(tmp_path) == ["home", "home/notes.txt"]
+    (tmp_path / "model").mkdir()
+    tiny.save(tmp_path / "model")
+    tiny.save(tmp_path / "model")  # an earlier model is replaced
 
 
 def test_checks_leave_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.atomic import write_tensors
 from fewstep.emoji.dataset import EmojiDataset, EmojiSpec
+from fewstep.machine import reading
 from fewstep.progress import track
 
 ImageKey = tuple[int, str, str]  # (object, style, background)
@@ -59,7 +60,8 @@ def build_bank(
     keys = list(dict.fromkeys(image_key(spec) for spec in specs))
     row = {key: index for index, key in enumerate(keys)}
     if file is not None and file.exists():
-        return LatentBank(load_file(file)["latents"], row)
+        with reading(file, "delete it, and resume"):
+            return LatentBank(load_file(file)["latents"], row)
     repeated = [EmojiSpec(*key, language="en") for key in keys for _ in range(augmentations)]
     generator = torch.Generator().manual_seed(seed)
     parts = []

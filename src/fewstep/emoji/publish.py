@@ -13,8 +13,8 @@ from fewstep.emoji.model_card import sample_grid, write_card, write_loss_curve
 from fewstep.emoji.scorer import EmojiScorer
 from fewstep.emoji.teacher_quality import beside_real_images, best_guidance, by_split_and_language
 from fewstep.errors import UserError
-from fewstep.models.pipeline import load
-from fewstep.outputs import check_folder, write_image
+from fewstep.models.pipeline import check_replaceable, load
+from fewstep.outputs import write_image
 from fewstep.training.tracking import read_metrics
 
 
@@ -33,11 +33,9 @@ def publish(runs: list[Path], out: Path, prompts: int, model: Path | None = None
         model: the model's folder, where a later run trained its decoder; None is the last stage's.
 
     Raises:
-        UserError: ``out`` exists or cannot be written, or a run lacks its recipe or metrics, before hours of sampling.
+        UserError: ``out`` cannot be written or holds other files than a model, or a run lacks its recipe or metrics.
     """
-    if out.exists():
-        raise UserError(f"{out}: already exists; choose another --out")
-    check_folder(out)
+    check_replaceable(out)
     metrics, stages, steps = [], [], 0
     for run in runs:
         lines, recipe = read_metrics(run / "metrics.jsonl"), read_yaml(run / "recipe.yaml")

@@ -16,12 +16,13 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.device import check_device
 from fewstep.errors import UserError
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
-from fewstep.models.family import Components, ModelFamily, resolve_family
+from fewstep.models.family import MODEL_INDEX, Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.offload import offload_blocks
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul
 from fewstep.models.text import PromptEncoder, PromptTooLong
 from fewstep.models.vae import to_channels_last
+from fewstep.outputs import check_folder
 
 
 class TextToImagePipeline:
@@ -171,11 +172,13 @@ class TextToImagePipeline:
             write: writes the transformer into its folder; unset, it is written with its weights as they are.
 
         Raises:
-            UserError: the weights are in fp8, which such a folder cannot hold; or it cannot be written.
+            UserError: the weights are in fp8, which such a folder cannot hold; or it cannot be written, or holds other
+                files than a model.
         """
         if write is None and is_fp8(self.transformer):
             raise UserError(f"{folder}: weights in fp8 cannot be saved as a folder; load the model in bf16")
         folder = Path(folder)
+        check_replaceable(folder)
         with atomic_folder(folder) as draft, silence_loggers():
             self.family.write_index(self.components, draft)
             for name in self.family.component_names:
@@ -186,6 +189,17 @@ class TextToImagePipeline:
             config = self.generation_config.model_dump_json(indent=2) + "\n"
             (draft / GENERATION_CONFIG).write_text(config, encoding="utf-8")
         return folder
+
+
+def check_replaceable(folder: Path) -> None:
+    """Check that a model can be saved as this folder: it is new, empty, or a model, which is replaced.
+
+    Raises:
+        UserError: it holds other files, which saving would delete; or it cannot be written.
+    """
+    check_folder(folder)
+    if folder.is_dir() and not (folder / MODEL_INDEX).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds other files than a model, and saving would delete them; use another folder")
 
 
 def load(
