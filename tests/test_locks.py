@@ -49,7 +49,7 @@ def test_second_process_is_refused_until_the_first_ends_however_it_ends(tmp_path
 
 
 def test_commands_refuse_an_output_that_another_process_writes(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a fox\n")
+    (tmp_path / "prompts.txt").write_text("a fox\na bear\n")
     recipe = tmp_path / "cache.yaml"
     recipe.write_text(f"{{kind: cache_trajectories, name: cache, teacher: {tiny_folder}, num_trajectories: 4}}")
     commands = {
@@ -57,9 +57,10 @@ def test_commands_refuse_an_output_that_another_process_writes(tiny_folder: Path
         "cache": ["cache-trajectories", recipe, "-s", "teacher=nowhere", "--out", tmp_path / "cache"],
         "model": ["convert", "nowhere", "--out", tmp_path / "model"],
         "a.safetensors": ["convert", "nowhere", "--to", "original", "--out", tmp_path / "a.safetensors"],
+        "report": ["evaluate", "nowhere", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "report"],
         "images": ["generate", tiny_folder, "a fox", "--out", f"{tmp_path / 'images'}/"],
     }
-    for name in ("shards", "cache", "images"):
+    for name in ("shards", "cache", "report", "images"):
         (tmp_path / name).mkdir()
     for name, words in commands.items():  # the model is not even looked for
         with locked_elsewhere(tmp_path / name):

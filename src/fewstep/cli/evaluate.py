@@ -1,5 +1,6 @@
 """`fewstep evaluate`: a model's figures and report."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ def evaluate(
     from fewstep.evaluation.feature_networks import open_features
     from fewstep.evaluation.runner import check_report_folder, report_writer
     from fewstep.evaluation.table import print_summary
+    from fewstep.outputs import claimed_folder
     from fewstep.rewards.scorers import open_scorers
 
     folder = out or Path("runs") / f"evaluate-{Path(model).name}"
@@ -47,14 +49,17 @@ def evaluate(
     texts = api.read_test_prompts(prompts, num_prompts)
     open_scorers(scorer)
     open_features(features)
-    measured = api.evaluate(
-        api.load(model, device, dtype.torch_dtype if dtype else None),
-        texts,
-        teacher=teacher,
-        scorers=scorer,
-        features=features,
-        out=folder,
-        seed=seed,
-    )
+    with claimed_folder(folder):
+        if (folder / "metrics.json").exists():
+            warnings.warn(f"{folder}: the report in it will be replaced", stacklevel=1)
+        measured = api.evaluate(
+            api.load(model, device, dtype.torch_dtype if dtype else None),
+            texts,
+            teacher=teacher,
+            scorers=scorer,
+            features=features,
+            out=folder,
+            seed=seed,
+        )
     print_summary(measured)
     typer.echo(folder / "index.html")
