@@ -85,7 +85,7 @@ def test_pickled_weights_are_refused(folder):
     file = folder / "transformer" / FILES["transformer"]
     torch.save(load_file(file), folder / "transformer" / "diffusion_pytorch_model.bin")
     file.unlink()
-    with pytest.raises(UserError, match=r"transformer: cannot be loaded: .*safetensors"):
+    with pytest.raises(UserError, match=r"model.safetensors: no such file; diffusion_pytorch_model.bin is pickled"):
         load(folder)
 
 
@@ -167,7 +167,7 @@ def test_loading_takes_no_more_memory_than_the_weights(tiny, tmp_path, stored, w
 def test_the_error_for_a_component_names_its_folder(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="vae: cannot be loaded"):
+    with pytest.raises(UserError, match=r"vae/model.safetensors: no such file"):
         load_component(tmp_path, "vae", torch.float32, ZIMAGE)
 
 

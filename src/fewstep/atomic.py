@@ -30,6 +30,11 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 
+def is_litter(path: Path) -> bool:
+    """Whether a file is what an operating system or an interrupted write left behind: it belongs to nobody."""
+    return is_partial(path) or path.name.startswith("._") or path.name in (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Inside, the caller writes the yielded path; it becomes ``path`` at the end, and is deleted after an error.

@@ -35,7 +35,7 @@ def convert(
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Dtype of the written weights. [default: the stored one; bf16 for fp8 and GGUF]"),
+        typer.Option(help="Dtype of the written weights. [default: the stored one, fp32 if mixed; bf16 if quantized]"),
     ] = None,
 ) -> None:
     """Convert a single file (original or ComfyUI names, fp8, GGUF) to a diffusers folder, or a folder to a file."""
@@ -68,10 +68,12 @@ def _convert(
     from fewstep.export.single_file import write_transformer
     from fewstep.models.components import load_component, read_config, resolve_model
     from fewstep.models.family import resolve_family
+    from fewstep.models.file_kinds import refuse_other_files
     from fewstep.models.pipeline import load, with_components_from
     from fewstep.models.single_file import read_transformer, stored_dtype
 
-    if model.endswith((".safetensors", ".gguf")):
+    if Path(model).is_file() or model.lower().endswith((".safetensors", ".gguf")):
+        refuse_other_files(Path(model))
         if components_from is None:
             raise UserError(f"{model}: contains the transformer alone; give --components-from, a model of its family")
         folder = resolve_model(components_from)

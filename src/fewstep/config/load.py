@@ -41,7 +41,7 @@ def find_recipe(path: str | Path) -> Path:
         return path
     load_plugins()
     folders = [BUNDLED_RECIPES, *(recipe_folders.get(name) for name in recipe_folders.names())]
-    shipped = {file.name: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    shipped = {file.name: file for folder in folders for file in sorted(folder.glob("[!.]*.yaml"))}
     for name in (path.name, path.name + ".yaml"):
         if name in shipped:
             return shipped[name]

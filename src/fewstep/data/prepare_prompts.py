@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fewstep.atomic import is_partial
+from fewstep.atomic import is_litter
 from fewstep.data.prompt_files import read_texts
 from fewstep.data.prompt_shards import INDEX, write_prompt_index, write_prompt_shard
 from fewstep.data.trajectories import text_fingerprint
@@ -248,6 +248,6 @@ def _own_files(out: Path) -> list[Path]:
     """What an earlier call left in a folder. Raises: UserError for any other file there."""
     own, found = {INDEX, PROGRESS, f"{PROGRESS}-journal"}, list(out.iterdir())
     for path in found:
-        if path.name not in own and not path.name.startswith("shard-") and not is_partial(path):
+        if path.name not in own and not path.name.startswith("shard-") and not is_litter(path):
             raise UserError(f"{path} was not written by fewstep encode-prompts; use another --out")
     return found

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.atomic import is_partial, write_tensors, write_text
+from fewstep.atomic import is_litter, write_tensors, write_text
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.errors import UserError
 from fewstep.machine import reading
@@ -103,7 +103,7 @@ def check_cache_folder(folder: Path, overwrite: bool) -> None:
     """
     if (folder / INDEX).exists():
         _own_files(folder) if overwrite else read_index(folder)
-    elif folder.exists() and not all(is_partial(path) for path in folder.iterdir()):
+    elif folder.exists() and not all(is_litter(path) for path in folder.iterdir()):
         raise UserError(f"{folder}: has files but no {INDEX}; use another --out")
 
 
@@ -150,7 +150,7 @@ def _own_files(folder: Path) -> list[Path]:
     """A cache's files. Raises: UserError for any other file there."""
     found = list(folder.iterdir())
     for path in found:
-        if path.name != INDEX and not path.name.startswith("shard-") and not is_partial(path):
+        if path.name != INDEX and not path.name.startswith("shard-") and not is_litter(path):
             raise UserError(f"{path} was not written by fewstep cache-trajectories; use another --out")
     return found
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.models.components import silence_loggers
+from fewstep.models.file_kinds import describe_tensors
+from fewstep.models.weight_files import tensor_names, weight_files
 
 
 def load_checkpoint(model_class: Any, checkpoint: str) -> nn.Module:
@@ -22,9 +24,18 @@ def load_checkpoint(model_class: Any, checkpoint: str) -> nn.Module:
         with silence_loggers():
             model, report = model_class.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"{checkpoint}: cannot be loaded as {model_class.__name__}: {_first_line(error)}") from None
+        reason = _first_line(error)
+        if Path(checkpoint).is_dir():
+            try:
+                weight_files(Path(checkpoint))
+            except UserError as absent:  # it says which files are there in place of weights
+                reason = str(absent)
+        raise UserError(f"{checkpoint}: cannot be loaded as {model_class.__name__}: {reason}") from None
     missing = sorted(report["missing_keys"])
     if missing:
+        names = tensor_names(Path(checkpoint)) if Path(checkpoint).is_dir() else set()
+        if (kind := describe_tensors(names, model.state_dict().keys())) is not None:
+            raise UserError(f"{checkpoint}: seems to be {kind}; {model_class.__name__} is needed")
         raise UserError(
             f"{checkpoint}: {len(missing)} weights of {model_class.__name__} are missing: {missing[0]}, ..."
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,27 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import UserError
 from fewstep.models.family import MODEL_INDEX, LoadingInfo, ModelFamily, resolve_family
+from fewstep.models.file_kinds import describe_file, describe_tensors
+from fewstep.models.folder_kinds import describe_path
+from fewstep.models.key_layout import KeyLayout
+from fewstep.models.weight_files import file_of_tensor, stored_dtype, tensor_names
 
 BUNDLED_MODELS = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
 
 NO_FP16 = "fp16: activations of this model family overflow in it; take bf16"
 
 _HUB_ID = re.compile(r"(hf:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DOWNLOADED = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.jinja"]
+#: What the libraries read; a repository may hold variants and single files besides, of tens of gigabytes.
+_DOWNLOADED = [
+    *("*.json", "*/*.json", "*/*.txt", "*/*.jinja"),
+    *("*/model.safetensors", "*/model-?????-of-?????.safetensors"),
+    *("*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-?????-of-?????.safetensors"),
+]
 
 #: Weights of released text encoders that hidden states do not depend on.
 _UNUSED = ("lm_head.",)
@@ -38,14 +48,12 @@ def resolve_model(path_or_name: str | Path) -> Path:
         UserError: there is no such model.
     """
     name = str(path_or_name)
-    folder = BUNDLED_MODELS.get(name, Path(path_or_name))
+    folder = BUNDLED_MODELS.get(name, Path(path_or_name).expanduser())
     if (folder / MODEL_INDEX).is_file():
         return folder
-    if folder.suffix in (".safetensors", ".gguf"):
-        raise UserError(
-            f"{folder}: a single file; convert it to a folder first: "
-            f"fewstep convert {folder} --components-from MODEL --out FOLDER"
-        )
+    kind = describe_path(folder, MODEL_INDEX)
+    if kind is not None:
+        raise UserError(f"{folder}: {kind}")
     if _HUB_ID.fullmatch(name) and not (folder.parent.exists() or folder.exists()):
         return _download(name.removeprefix("hf:"))
     names = ", ".join(BUNDLED_MODELS)
@@ -54,7 +62,7 @@ def resolve_model(path_or_name: str | Path) -> Path:
 
 def component_folder(path_or_name: str) -> Path:
     """The folder with components: a bundled model's by its name, else the path."""
-    return BUNDLED_MODELS.get(path_or_name, Path(path_or_name))
+    return BUNDLED_MODELS.get(path_or_name, Path(path_or_name).expanduser())
 
 
 def _download(repository: str) -> Path:
@@ -73,17 +81,8 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
+        raise UserError(f"{file}: {describe_file(file) or f'cannot be read ({error})'}") from None
     return config
-
-
-def stored_dtype(path: Path) -> torch.dtype:
-    """The dtype to load a component in by default: bf16 if its weights are stored in bf16, else fp32."""
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            stored = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        return torch.bfloat16 if stored == {"BF16"} else torch.float32
-    return torch.float32
 
 
 def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, family: ModelFamily | None = None) -> Any:
@@ -100,30 +99,47 @@ def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, fa
     if dtype == torch.float16 and not family.fp16:
         raise UserError(NO_FP16)
     path = folder / name
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; the model is incomplete, download or save it again")
     try:
         with silence_loggers():
             if name in family.others:
                 return family.load_other(name, path)
-            module, info = family.load_module(name, path, dtype or stored_dtype(path))
+            stored = stored_dtype(path)  # also where another is asked for: it refuses what cannot be read
+            module, info = family.load_module(name, path, dtype or stored)
+    except UserError:
+        raise
     except Exception as error:  # libraries raise many types for a bad file; the message must name it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be loaded: {reason.partition(' If you want')[0]}") from error
-    _check_loading_info(path, info)
+    _check_loading_info(path, info, module, family.key_layouts.values() if name == "transformer" else ())
     return module.eval().requires_grad_(False)
 
 
-def _check_loading_info(path: Path, info: LoadingInfo) -> None:
+def _check_loading_info(path: Path, info: LoadingInfo, module: nn.Module, layouts: Iterable[KeyLayout]) -> None:
     """Raises: UserError if weights kept their initialization, or tensors were not used."""
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(_UNUSED))
+    if missing or unexpected:
+        names, wanted = tensor_names(path), set(module.state_dict())
+        file = file_of_tensor(path, unexpected[0]) if unexpected else path
+        renamed = max((len(wanted & layout.diffusers_names(names)) for layout in layouts), default=0)
+        if renamed > max(len(wanted & names), len(wanted) / 2):
+            command = f"fewstep convert {shlex.quote(str(file))} --components-from MODEL --out FOLDER"
+            raise UserError(f"{file}: seems to have the tensor names of a single file, not of a folder; use {command}")
+        kind = describe_tensors(names, wanted)
+        if kind is not None:
+            raise UserError(f"{file}: seems to be {kind}")
     mismatched = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
     if mismatched:
         key, (found, expected) = next(iter(mismatched.items()))
-        raise UserError(f"{_file_of(path, key)}: {key} is {found}, expected {expected}{_more(len(mismatched) - 1)}")
-    missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"{file_of_tensor(path, key)}: {key} is {found}, expected {expected}{_more(len(mismatched) - 1)}"
+        )
     if missing:
         raise UserError(f"{path}: {format_tensor_names('missing', missing)}")
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(_UNUSED))
     if unexpected:
-        raise UserError(f"{_file_of(path, unexpected[0])}: {format_tensor_names('unexpected', unexpected)}")
+        raise UserError(f"{file_of_tensor(path, unexpected[0])}: {format_tensor_names('unexpected', unexpected)}")
 
 
 def format_tensor_names(problem: str, names: Sequence[str]) -> str:
@@ -135,18 +151,6 @@ def format_tensor_names(problem: str, names: Sequence[str]) -> str:
 
 def _more(count: int) -> str:
     return f" and {count} more" if count > 0 else ""
-
-
-def _file_of(path: Path, key: str) -> Path:
-    """The file that holds a tensor; the loader may have removed a prefix from its name."""
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                if any(name == key or name.endswith(f".{key}") for name in set(tensors.keys())):
-                    return file
-        except SafetensorError:
-            continue
-    return path
 
 
 @contextmanager

@@ -66,6 +66,10 @@ class KeyLayout:
         else:
             yield _replace(name, {theirs: ours for ours, theirs in self.renamed.items()}), None
 
+    def diffusers_names(self, keys: Iterable[str]) -> set[str]:
+        """The names of the format in a file -> diffusers'."""
+        return {name for bare in self.without_prefix(keys).values() for name, _ in self.to_diffusers(bare)}
+
 
 def _replace(name: str, parts: Mapping[str, str]) -> str:
     for old, new in parts.items():

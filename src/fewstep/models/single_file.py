@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +22,14 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.models.components import format_tensor_names
 from fewstep.models.family import ModelFamily
+from fewstep.models.file_kinds import describe_file, describe_tensors
 from fewstep.models.key_layout import KeyLayout
 
 SCALES = (".scale_weight", ".weight_scale")  # of an fp8 matrix, beside it
 STORAGE = ".comfy_quant"  # beside it too: its storage type, as JSON
 HINTS = (".scale_input", ".input_scale", STORAGE)  # not needed for dequantized weights
+
+_UNQUANTIZED = {"F64", "F32", "F16", "BF16"}
 
 #: Reads one tensor of a file.
 Read = Callable[[], Tensor]
@@ -56,6 +58,8 @@ def read_transformer(
         with torch.device("meta"):
             model = family.build("transformer", config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if found.keys() != shapes.keys() and (kind := describe_tensors(found.keys(), shapes.keys())) is not None:
+            raise UserError(f"{file}: seems to be {kind}")
         for problem, names in (("missing", shapes.keys() - found.keys()), ("unexpected", found.keys() - shapes)):
             if names:
                 raise UserError(f"{file}: {format_tensor_names(problem, sorted(names))}")
@@ -70,15 +74,15 @@ def read_transformer(
 
 
 def stored_dtype(file: str | Path) -> torch.dtype:
-    """The dtype to read a file in by default: fp32 if most of its numbers are stored in fp32 or fp16, else bf16.
+    """The dtype to read a file in by default: bf16 for quantized files and for those stored in bf16 alone; else fp32,
+    which rounds nothing.
 
     Raises:
         UserError: the file cannot be read.
     """
     with _open(Path(file)) as tensors:
-        counts = tensors.storage_types() if isinstance(tensors, _GGUFReader) else _storage_types(tensors)
-        wide = sum(count for storage, count in counts.items() if storage in ("F64", "F32", "F16"))
-        return torch.float32 if 2 * wide > counts.total() else torch.bfloat16
+        stored = tensors.storage_types() if isinstance(tensors, _GGUFReader) else _storage_types(tensors)
+        return torch.float32 if stored <= _UNQUANTIZED and stored != {"BF16"} else torch.bfloat16
 
 
 class _GGUFReader:
@@ -89,16 +93,16 @@ class _GGUFReader:
             from gguf import GGUFReader
         except ImportError:
             raise UserError(f"{file}: GGUF files need the gguf package; pip install 'fewstep[gguf]'") from None
-        self._tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+        try:
+            self._tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+        except (IndexError, KeyError, OverflowError, MemoryError) as error:  # of a file that was cut off
+            raise ValueError(f"{type(error).__name__}: {error}") from None
 
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
 
-    def storage_types(self) -> Counter[str]:
-        counts = Counter[str]()
-        for tensor in self._tensors.values():
-            counts[tensor.tensor_type.name] += int(tensor.n_elements)
-        return counts
+    def storage_types(self) -> set[str]:
+        return {tensor.tensor_type.name for tensor in self._tensors.values()}
 
     def get_tensor(self, name: str) -> Tensor:
         from gguf import dequantize
@@ -107,11 +111,17 @@ class _GGUFReader:
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
 
 
+def is_gguf(file: Path) -> bool:
+    """Whether a file is GGUF, by its first bytes, or by its name where it is damaged."""
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF" or file.suffix.lower() == ".gguf"
+
+
 @contextmanager
 def _open(file: Path) -> Iterator[Any]:
     """A reader with ``keys`` and ``get_tensor``. Raises: UserError if the file cannot be read, also inside."""
     try:
-        if file.suffix == ".gguf":
+        if is_gguf(file):
             yield _GGUFReader(file)
             return
         with safe_open(file, "pt") as tensors:
@@ -119,16 +129,13 @@ def _open(file: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{file}: not a {file.suffix[1:] or 'safetensors'} file, or damaged ({error})") from None
+        gguf = is_gguf(file)
+        damaged = f"not a {'gguf' if gguf else 'safetensors'} file, or damaged ({error})"
+        raise UserError(f"{file}: {damaged if gguf else describe_file(file) or damaged}") from None
 
 
-def _storage_types(tensors: Any) -> Counter[str]:
-    """How many numbers each storage type holds."""
-    counts = Counter[str]()
-    for key in tensors.keys():  # noqa: SIM118
-        part = tensors.get_slice(key)
-        counts[part.get_dtype()] += math.prod(part.get_shape())
-    return counts
+def _storage_types(tensors: Any) -> set[str]:
+    return {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
 
 
 def _readers(file: str | Path, tensors: Any, layout: KeyLayout, dtype: torch.dtype) -> dict[str, Read]:

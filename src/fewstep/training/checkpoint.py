@@ -188,7 +188,8 @@ def load_step(directory: Path, step: int, dist: DistContext | None = None) -> Ch
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The folders of all checkpoints in `directory`, complete or corrupt, oldest first."""
-    return sorted((path for path in directory.glob(f"{PREFIX}*") if path.is_dir()), key=_step)
+    own = (path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
+    return sorted((path for path in own if path.is_dir()), key=_step)
 
 
 def _step(path: Path) -> int:

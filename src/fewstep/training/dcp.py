@@ -1,6 +1,7 @@
 """Tensors on disk by torch's distributed checkpoint (DCP): each process writes its own part, and any number of
 processes reads them again. In safetensors files, without the pickled index that DCP writes by default."""
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,23 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+SHARD_PREFIX = "shard-"
+
+
+class _Shards(FileSystem):
+    """Lists the files that ``write`` wrote: DCP opens every safetensors file of a folder, whoever left it there."""
+
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        return [file for file in super().ls(path) if Path(file).name.startswith(SHARD_PREFIX)]
+
+
+class _ShardReader(HuggingFaceStorageReader):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.fs = _Shards()
 
 
 def write(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -48,7 +65,7 @@ def load_into(folder: Path, group: str, live: Mapping[str, Tensor]) -> None:
         return
     targets = {_key(group, name): tensor.detach() for name, tensor in live.items()}
     with _one_process_is_fine():
-        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=_alone())
+        dcp.load(targets, storage_reader=_ShardReader(folder), no_dist=_alone())
 
 
 def _alone() -> bool:
@@ -64,7 +81,7 @@ def _one_process_is_fine() -> Iterator[None]:
 
 
 def _index(folder: Path, group: str) -> dict[str, TensorStorageMetadata]:
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found = _ShardReader(folder).read_metadata().state_dict_metadata
     start = _key(group, "")
     return {
         key.removeprefix(start): meta
