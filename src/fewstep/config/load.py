@@ -39,6 +39,9 @@ def find_recipe(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
+    if path.is_dir():
+        own = path / "recipe.yaml"
+        raise UserError(f"{path}: a folder, not a recipe" + (f"; the recipe of this run is {own}" * own.is_file()))
     load_plugins()
     folders = [BUNDLED_RECIPES, *(recipe_folders.get(name) for name in recipe_folders.names())]
     shipped = {file.name: file for folder in folders for file in sorted(folder.glob("[!.]*.yaml"))}

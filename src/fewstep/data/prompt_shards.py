@@ -61,6 +61,8 @@ class PromptShards(Sequence[str]):
         self.folder = Path(folder)
         try:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            if "samples" in index:
+                raise UserError(f"{folder}: trajectories, not prompts; name it in trajectory.cache")
             if index["format"] != FORMAT or index["kind"] != KIND:
                 raise ValueError("another kind or format")
             self.fingerprint, self._ends = index["fingerprint"], list(accumulate(index["counts"]))

@@ -128,7 +128,10 @@ def read_index(folder: Path) -> Index:
     """Raises: UserError if there is none, or it cannot be read."""
     file = folder / INDEX
     try:
-        index = Index(**json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "kind" in content:
+            raise UserError(f"{folder}: encoded {content['kind']}, not trajectories; name it in prompts.source")
+        index = Index(**content)
     except FileNotFoundError:
         raise UserError(
             f"{folder} is not a cache ({INDEX} is missing); make one with fewstep cache-trajectories"

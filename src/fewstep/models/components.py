@@ -111,6 +111,9 @@ def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, fa
         raise
     except Exception as error:  # libraries raise many types for a bad file; the message must name it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        names = tensor_names(path) if name in family.modules else set()
+        if (kind := describe_tensors(names, names)) is not None:  # a LoRA adapter, or quantized
+            raise UserError(f"{path}: seems to be {kind}") from None
         raise UserError(f"{path}: cannot be loaded: {reason.partition(' If you want')[0]}") from error
     _check_loading_info(path, info, module, family.key_layouts.values() if name == "transformer" else ())
     return module.eval().requires_grad_(False)

@@ -20,6 +20,8 @@ def describe_path(path: Path, index: str) -> str | None:
     """
     if path.is_dir():
         return _describe_folder(path, index)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return "a recipe, not a model; fewstep distill makes a model of it"
     known = describe_weights(path) if path.is_file() else None
     if path.suffix.lower() not in _SINGLE_FILES or (known is not None and known not in CONVERTIBLE):
         return known
