@@ -19,10 +19,12 @@ from fewstep.data.images import grid
 from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
 from fewstep.emoji.latents import build_bank
 from fewstep.emoji.recipes import FlowMatchingRecipe, TransformerSettings
+from fewstep.methods.models_setup import load_init
 from fewstep.models.components import component_folder, load_component
+from fewstep.models.consistency import check_components
 from fewstep.models.family import get_family
 from fewstep.models.generation_config import GenerationConfig
-from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.vae import to_channels_last
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
@@ -103,10 +105,9 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
     text_folder = component_folder(recipe.text_encoder)
     text_encoder = load_component(text_folder, "text_encoder", torch.float32, family)
     tokenizer = load_component(text_folder, "tokenizer", family=family)
+    check_components(text_folder, family, {"text_encoder": text_encoder, "tokenizer": tokenizer})
     torch.manual_seed(recipe.train.seed)
     transformer = build_transformer(recipe.model, text_encoder.config.hidden_size, vae.config.latent_channels)
-    if recipe.init is not None:
-        transformer.load_state_dict(load(recipe.init).transformer.state_dict())
     config = GenerationConfig(steps=50, guidance_scale=recipe.guidance_scale, height=IMAGE_SIZE, width=IMAGE_SIZE)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
     components = {
@@ -114,6 +115,8 @@ def train(recipe: FlowMatchingRecipe, run: RunDir) -> Path:
         "scheduler": scheduler,
     }  # fmt: skip
     model = TextToImagePipeline(family, components, config)
+    if recipe.init is not None:
+        load_init(model, recipe.init)
 
     file = run.directory / "latents.safetensors"
     bank = build_bank(dataset, specs, model.encode_images, recipe.data.augmentations_per_object, seed=2, file=file)

@@ -205,14 +205,21 @@ def load_init(student: TextToImagePipeline, path_or_name: str) -> None:
     """Give the student the weights of another model of the same architecture.
 
     Raises:
-        UserError: its transformer has other shapes.
+        UserError: its transformer has other shapes, or its latents another scale.
     """
+    init = load(path_or_name)
+    for name in ("scaling_factor", "shift_factor"):
+        own, other = student.vae.config.get(name), init.vae.config.get(name)
+        if own != other:
+            raise UserError(
+                f"init: {path_or_name} has other latents: {name} is {other} in its vae/config.json, expected {own}; "
+                "start from a model with the same autoencoder"
+            )
     try:
-        student.transformer.load_state_dict(load(path_or_name).transformer.state_dict())
+        student.transformer.load_state_dict(init.transformer.state_dict())
     except RuntimeError as error:
-        raise UserError(
-            f"init: {path_or_name} does not have the teacher's architecture ({error})".split("\n")[0]
-        ) from None
+        reason = str(error).splitlines()[-1].strip().rstrip(".")  # the first line names the class alone
+        raise UserError(f"init: {path_or_name} does not have the teacher's architecture ({reason})") from None
 
 
 def load_adapter(transformer: nn.Module, scale: float, student: str) -> None:
@@ -221,7 +228,7 @@ def load_adapter(transformer: nn.Module, scale: float, student: str) -> None:
     Raises:
         UserError: there is none, or it has another rank or other layers.
     """
-    file = Path(student).parent / LORA / "pytorch_lora_weights.safetensors"
+    file = Path(student).expanduser().resolve().parent / LORA / "pytorch_lora_weights.safetensors"
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewstep.core.registry import load_plugins, model_families
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
+from fewstep.models.consistency import Mismatch, scheduler_mismatches
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.key_layout import KeyLayout
 from fewstep.models.text import PromptEncoder
@@ -104,6 +105,15 @@ class ModelFamily(ABC):
     def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
         """How a folder without ``fewstep.json`` is sampled, from its scheduler, and the name of the model it is taken
         for."""
+
+    def mismatches(self, components: Components) -> Iterator[Mismatch]:
+        """Components that do not fit the others, by name, each with the reason (``consistency.check_components``).
+
+        Args:
+            components: all of them, or those of the prompt encoder alone.
+        """
+        if "scheduler" in components:
+            yield from scheduler_mismatches(components["scheduler"])
 
     def shift(self, components: Components) -> float:
         """The shift of the noise levels (``core.flow.shift_sigma``)."""

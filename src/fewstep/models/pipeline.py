@@ -16,6 +16,7 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.device import check_device
 from fewstep.errors import UserError
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
+from fewstep.models.consistency import check_components
 from fewstep.models.family import MODEL_INDEX, Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.offload import offload_blocks
@@ -71,6 +72,8 @@ class TextToImagePipeline:
         return next(self.transformer.parameters()).device
 
     def to(self, device: torch.device | str) -> TextToImagePipeline:
+        """Move all modules. Raises: UserError if there is no such device."""
+        device = check_device(device)
         for name in self.family.modules:
             self.components[name].to(device)
         return self
@@ -227,6 +230,7 @@ def load(
     family = resolve_family(folder)
     fp8 = dtype == FP8
     components = _load_components(folder, family, family.component_names, torch.bfloat16 if fp8 else dtype)
+    check_components(folder, family, components)
     if fp8:
         quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(device))
     model = TextToImagePipeline(family, components, load_generation_config(folder))
@@ -247,6 +251,7 @@ def with_components_from(transformer: nn.Module, path_or_name: str | Path) -> Te
     family = resolve_family(folder)
     names = [name for name in family.component_names if name != "transformer"]
     components = {"transformer": transformer, **_load_components(folder, family, names)}
+    check_components(folder, family, components)
     return TextToImagePipeline(family, components, load_generation_config(folder))
 
 
@@ -262,6 +267,7 @@ def meta_pipeline(folder: Path, dtype: torch.dtype) -> TextToImagePipeline:
             module = family.build(name, read_config(folder, name))
         # nn.Module's own method: diffusers' would warn about dtypes of real weights
         components[name] = nn.Module.to(module, dtype).eval().requires_grad_(False)
+    check_components(folder, family, components)
     return TextToImagePipeline(family, components, load_generation_config(folder))
 
 
@@ -273,6 +279,7 @@ def load_prompt_encoder(
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
     components = _load_components(folder, family, ("text_encoder", "tokenizer"), dtype)
+    check_components(folder, family, components)
     components["text_encoder"].to(device)
     has_config = (folder / GENERATION_CONFIG).exists()
     return family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")

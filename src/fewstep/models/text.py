@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.precision import without_autocast
+from fewstep.errors import UserError
 
 MAX_TOKENS = 512  # of a prompt with its template, unless a family has another limit
 #: Tokens, padding included, in one batch of the text encoder. All layers' hidden states are in memory at once: 0.8 GB
@@ -28,10 +30,18 @@ def apply_chat_template(tokenizer: Any, text: str, system: str = "", assistant_p
     Args:
         system: the system prompt; "" leaves the turn out.
         assistant_prefix: text placed inside ``<think>...</think>`` after the user's turn; "" leaves it out.
+
+    Raises:
+        UserError: the tokenizer's template is damaged, or has no system turn.
     """
     turns = [{"role": "system", "content": system}] if system else []
     turns += [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    try:
+        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        turn = " with a system prompt" if system else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{tokenizer.name_or_path}: its chat template cannot be applied{turn} ({reason})") from None
     return f"{chat}<think>\n{assistant_prefix}\n</think>\n\n" if assistant_prefix else chat
 
 

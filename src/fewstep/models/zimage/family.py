@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from fewstep.atomic import atomic_folder
+from fewstep.models.consistency import Mismatch, text_mismatches, vae_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.text import PromptEncoder
@@ -72,6 +73,17 @@ class ZImageFamily(ModelFamily):
     def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, ...]:
         factor = vae_scale_factor(components["vae"])
         return components["transformer"].in_channels, height // factor, width // factor
+
+    def mismatches(self, components: Components) -> Iterator[Mismatch]:
+        transformer = components.get("transformer")
+        if transformer is not None:
+            config = transformer.config
+            if self.patch_size not in config.all_patch_size or 1 not in config.all_f_patch_size:
+                patches = f"{list(config.all_patch_size)} and {list(config.all_f_patch_size)}"
+                yield "transformer", f"its patch sizes are {patches}; {self.patch_size} and 1 are needed"
+            yield from vae_mismatches(components["vae"], config.in_channels)
+        yield from text_mismatches(components, None if transformer is None else self.prompt_features(components))
+        yield from super().mismatches(components)
 
     def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
         if self.shift(components) == TURBO_SHIFT:

@@ -1,0 +1,76 @@
+"""Whether the components of a model fit each other: found when it is loaded, not in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import UserError
+from fewstep.models.text import apply_chat_template
+
+if TYPE_CHECKING:
+    from fewstep.models.family import Components, ModelFamily
+
+#: A component's name, and what is wrong with it.
+Mismatch = tuple[str, str]
+
+_PROBE = "a fox in the snow"
+
+
+def check_components(folder: Path, family: ModelFamily, components: Components) -> None:
+    """Refuse a model whose components do not belong together.
+
+    Args:
+        components: all of them, or those of the prompt encoder alone.
+
+    Raises:
+        UserError: names the component and both values.
+    """
+    for name, problem in family.mismatches(components):
+        raise UserError(f"{folder / name}: {problem}")
+
+
+def text_mismatches(components: Components, width: int | None) -> Iterator[Mismatch]:
+    """What is wrong with a tokenizer and a language model as the prompt encoder.
+
+    Args:
+        width: of the prompts' features that the transformer takes; None if it is not loaded.
+    """
+    config, tokenizer = components["text_encoder"].config, components["tokenizer"]
+    if width is not None and config.hidden_size != width:
+        yield "text_encoder", f"its hidden states have {config.hidden_size} features, the transformer takes {width}"
+    if tokenizer is None:  # a model of shapes alone
+        return
+    if len(tokenizer) > config.vocab_size:
+        yield "tokenizer", f"has {len(tokenizer)} tokens, the text encoder has embeddings for {config.vocab_size}"
+    if tokenizer.chat_template is None:
+        yield "tokenizer", "has no chat template; add the chat_template.jinja that the text encoder was trained with"
+    elif _PROBE not in apply_chat_template(tokenizer, _PROBE):
+        yield "tokenizer", "its chat template leaves the prompt out"
+
+
+def vae_mismatches(vae: Any, channels: int) -> Iterator[Mismatch]:
+    """What is wrong with an ``AutoencoderKL`` for latents of so many channels."""
+    config = vae.config
+    if config.latent_channels != channels:
+        yield "vae", f"its latents have {config.latent_channels} channels, the transformer takes {channels}"
+    for side in ("in_channels", "out_channels"):
+        if config[side] != 3:
+            yield "vae", f"{side} is {config[side]}; images have 3"
+    for name in ("scaling_factor", "shift_factor"):
+        value = config[name]
+        if not _is_finite(value) or (name == "scaling_factor" and value <= 0):
+            yield "vae", f"{name} in its config.json is {value}; the transformer's latents need a finite number"
+
+
+def scheduler_mismatches(scheduler: Any) -> Iterator[Mismatch]:
+    """What is wrong with the shift of the noise levels."""
+    shift = scheduler.config.get("shift")
+    if not _is_finite(shift) or shift <= 0:
+        yield "scheduler", f"shift in its scheduler_config.json is {shift}; a number above 0 is needed"
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
