@@ -21,6 +21,7 @@ from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
 from fewstep.inference.params import parse_params
 from fewstep.jobs import distill as _distill
+from fewstep.models.fingerprint import recipe_fingerprints
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.rewards.scorers import open_scorers
 from fewstep.stages import run_stages
@@ -75,7 +76,8 @@ def distill(
     test = list(source.texts("test")[: settings.num_prompts])
     _check_evaluation(settings, stage.prompts.source, validation, test)
     validator = make_validator(validation, settings.scorers)
-    with init_distributed() as dist, open_run(dist, directory, resolved, overwrite=overwrite) as run:
+    options: dict[str, Any] = {"overwrite": overwrite, "fingerprints": recipe_fingerprints(resolved)}
+    with init_distributed() as dist, open_run(dist, directory, resolved, **options) as run:
         if isinstance(resolved, DistillRecipe):
             student = _distill(resolved, run, validator, dist)
         else:
@@ -145,8 +147,13 @@ def evaluate(
     """
     texts = read_test_prompts(prompts, num_prompts) if isinstance(prompts, str | Path) else list(prompts)
     measured = _loaded(model)
-    teacher = teacher if teacher is not None else measured.generation_config.teacher
-    if teacher is not None and not isinstance(teacher, TextToImagePipeline):
+    own = measured.generation_config.teacher
+    if teacher is None and own is not None:
+        try:
+            teacher = load(own, measured.device, measured.transformer.dtype)
+        except UserError as error:
+            raise UserError(f"the model's teacher, as in its fewstep.json, cannot be opened: {error}") from None
+    elif teacher is not None and not isinstance(teacher, TextToImagePipeline):
         teacher = load(teacher, measured.device, measured.transformer.dtype)
     return _evaluate(measured, prompts=texts, teacher=teacher, out=out, **options)
 

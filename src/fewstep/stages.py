@@ -15,6 +15,8 @@ from fewstep.atomic import atomic_folder, write_text
 from fewstep.config.load import recipe_model
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
 from fewstep.jobs import Validator, distill
+from fewstep.models.fingerprint import recipe_fingerprints
+from fewstep.models.generation_config import GENERATION_CONFIG, load_generation_config
 from fewstep.training.distributed import DistContext, open_run
 from fewstep.training.malloc import malloc_trim
 from fewstep.training.run_dir import RunDir
@@ -74,7 +76,8 @@ def run_stages(
         folder = run.directory / "stages" / f"{number}-{stage.name}"
         cache = run.directory / "cache" / shared_trajectory_cache(stage, recipe.stages)
         resolved = stage_recipe(recipe, stage, student)
-        with open_run(dist, folder, resolved, resume_command=run.resume_command) as inner:
+        known = recipe_fingerprints(resolved)
+        with open_run(dist, folder, resolved, fingerprints=known, resume_command=run.resume_command) as inner:
             student = distill(resolved, inner, validator, dist, cache)
         free_memory()
         before = lines[-1]["step"] if lines else 0
@@ -86,4 +89,6 @@ def run_stages(
     write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     with atomic_folder(target) as aside:
         shutil.copytree(student, aside, copy_function=_link_or_copy, dirs_exist_ok=True)
+        # the path to the teacher differs from another folder
+        write_text(aside / GENERATION_CONFIG, load_generation_config(student).dump(target))
     return target

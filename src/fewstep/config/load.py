@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from fewstep.config.explain import explain
+from fewstep.config.overrides import set_override
 from fewstep.config.recipe import Recipe
 from fewstep.config.renamed_keys import RENAMED_KINDS
 from fewstep.core.registry import load_plugins, recipe_folders, recipe_kinds
@@ -30,7 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = find_recipe(path)
     tree = read_yaml(file)
     for override in overrides:
-        _override(tree, override)
+        set_override(tree, override, _model_of(tree))
     return parse_recipe(tree, str(path))
 
 
@@ -117,7 +118,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with some fields changed, as ``"train.steps=100"``. Raises: UserError in one line."""
     tree = recipe.model_dump(mode="json")
     for override in overrides:
-        _override(tree, override)
+        set_override(tree, override, _model_of(tree))
     return parse_recipe(tree, recipe.name)
 
 
@@ -126,28 +127,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError(f"-s {override}: expected key=value, as in -s train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"-s {override}: the value is not valid YAML") from None
-    node: Any = tree
-    for part in parts[:-1]:
-        if isinstance(node, list):  # a stage, by its number from 0
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"-s {override}: {part} is not one of 0 to {len(node) - 1}")
-            node = node[int(part)]
-        else:
-            # A missing section may have defaults for all else; a wrong name is found by the schema, with a suggestion.
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise UserError(f"-s {override}: {part} holds a value, not further keys")
-    if isinstance(node, list):
-        raise UserError(f"-s {override}: name a field of one of them, as in {parts[-2]}.0.train.steps=100")
-    node[parts[-1]] = value
+def _model_of(tree: dict[str, Any]) -> type[Recipe] | None:
+    """The pydantic model of a recipe that is not checked yet, if its kind is known."""
+    load_plugins()
+    kind = tree.get("kind")
+    return recipe_model(kind) if isinstance(kind, str) and kind in recipe_kinds else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
@@ -126,6 +127,16 @@ class CacheRecipe(Recipe):
     precision: Literal["fp32", "bf16", "auto"] = Field(
         default="auto", description="bf16: the teacher runs under autocast; auto: where the device is faster with it."
     )
+
+
+def flat_recipe(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested recipe by dotted key, as in ``stages.0.train.steps``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        flat |= flat_recipe(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 recipe_kinds.register("distill", DistillRecipe)

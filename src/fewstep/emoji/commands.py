@@ -86,6 +86,7 @@ def train(
 
     from fewstep.config.load import load_recipe
     from fewstep.errors import UserError
+    from fewstep.models.fingerprint import recipe_fingerprints
     from fewstep.training.run_dir import RunDir
 
     resolved = load_recipe(recipe, overrides or [])
@@ -93,7 +94,8 @@ def train(
         command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "distill"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     trainer = importlib.import_module(TRAINERS[resolved.kind])
-    with RunDir(out or Path("runs") / resolved.name, resolved, overwrite=overwrite) as run:
+    known = recipe_fingerprints(resolved)
+    with RunDir(out or Path("runs") / resolved.name, resolved, overwrite=overwrite, fingerprints=known) as run:
         typer.echo(trainer.train(resolved, run))
 
 

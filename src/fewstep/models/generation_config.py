@@ -12,6 +12,8 @@ from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
 from fewstep.models.family import resolve_family
+from fewstep.models.fingerprint import path_fingerprint
+from fewstep.models.moved import find_moved, stored_path
 
 GENERATION_CONFIG = "fewstep.json"
 
@@ -28,7 +30,8 @@ class GenerationConfig(BaseModel):
     sampler: Sampler = Field("euler", description='"euler", or "sde": fresh noise in each step.')
     eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
     system_prompt: str = Field("", description="System prompt; empty is none.")
-    teacher: str | None = Field(None, description="The model it was distilled from: a folder, or a bundled name.")
+    teacher: str | None = Field(None, description="The model it was distilled from: a folder, hub id or bundled name.")
+    teacher_fingerprint: str | None = Field(None, description="Of a teacher in a folder: recognizes it after a move.")
     height: int = Field(1024, ge=1, description="Pixels.")
     width: int = Field(1024, ge=1, description="Pixels.")
 
@@ -39,6 +42,15 @@ class GenerationConfig(BaseModel):
         if sigmas is None or (sigmas and sigmas[-1] == 0):
             return sigmas
         return [*sigmas, 0.0]
+
+    def dump(self, folder: Path) -> str:
+        """The text of ``fewstep.json`` in a folder; a teacher in another folder is named by the path from there."""
+        stored = None if self.teacher is None else stored_path(self.teacher, folder)
+        known = self.teacher_fingerprint
+        if self.teacher is not None and stored is not None and stored != self.teacher:
+            known = path_fingerprint(Path(self.teacher).expanduser())
+        content = self.model_copy(update={"teacher": stored, "teacher_fingerprint": known})
+        return content.model_dump_json(indent=2) + "\n"
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:
@@ -51,12 +63,15 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     if not file.exists():
         return _infer_generation_config(folder)
     try:
-        return GenerationConfig.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        config = GenerationConfig.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"{file}: {wrong}") from error
     except ValueError as error:  # not JSON, not UTF-8
         raise UserError(f"{file}: {error}") from error
+    if config.teacher is None:
+        return config
+    return config.model_copy(update={"teacher": find_moved(config.teacher, folder, config.teacher_fingerprint)})
 
 
 def _infer_generation_config(folder: Path) -> GenerationConfig:

@@ -189,8 +189,7 @@ class TextToImagePipeline:
                     write(draft / name)
                 else:
                     self.components[name].save_pretrained(draft / name)
-            config = self.generation_config.model_dump_json(indent=2) + "\n"
-            (draft / GENERATION_CONFIG).write_text(config, encoding="utf-8")
+            (draft / GENERATION_CONFIG).write_text(self.generation_config.dump(folder), encoding="utf-8")
         return folder
 
 

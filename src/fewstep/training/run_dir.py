@@ -2,12 +2,14 @@
 
 runs/<name>/
     recipe.yaml             as resolved
+    fingerprints.json       of the models and files that the recipe names
     metrics.jsonl, events.out.tfevents.*
     checkpoints/  previews/
     model/ or student/  report/
     stages/                 a run for each stage of a recipe with several
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -22,7 +24,7 @@ from PIL import Image
 
 from fewstep.atomic import atomic_file, write_text
 from fewstep.config.load import dump_recipe, parse_recipe, read_yaml
-from fewstep.config.recipe import Recipe
+from fewstep.config.recipe import Recipe, flat_recipe
 from fewstep.errors import UserError
 from fewstep.locks import lock
 from fewstep.machine import reason
@@ -49,6 +51,8 @@ class RunDir:
     recipe: saved as recipe.yaml. A directory that holds a run of another recipe is refused; more steps, another
         cadence of logs and checkpoints, and another evaluation do not make it another recipe.
     overwrite: deletes the files of an earlier run in the directory, and nothing else there.
+    fingerprints: of the models and files that the recipe names, by its dotted keys. A path that changed while its
+        fingerprint did not is the same model, moved; a fingerprint that changed is another one.
     resume_command: the command that resumes the run after an interruption; by default that of this process.
     read_only: the main process owns the directory: nothing is written or locked here.
 
@@ -62,11 +66,13 @@ class RunDir:
         recipe: Recipe,
         *,
         overwrite: bool = False,
+        fingerprints: Mapping[str, str] | None = None,
         resume_command: str | None = None,
         read_only: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.recipe = recipe
+        self.fingerprints = dict(fingerprints or {})
         self.resume_command = resume_command or current_command()
         self._tracker: Tracker | None = None
         self._unlock: Callable[[], object] = lambda: None
@@ -141,17 +147,35 @@ class RunDir:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
         elif own:  # without files of a run, another recipe is fine
             changes = diff_recipes(_resolved(path), self.recipe.model_dump(mode="json"))
+            changes = self._without_moved(changes)
             if changes:
                 shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
                 raise UserError(
                     f"{self.directory} holds a run of another recipe ({shown}); use another --out, or --overwrite"
                 )
         write_text(path, dump_recipe(self.recipe))
+        if self.fingerprints:
+            write_text(self._fingerprint_file, json.dumps(self.fingerprints, indent=1))
+
+    @property
+    def _fingerprint_file(self) -> Path:
+        return self.directory / "fingerprints.json"
+
+    def _without_moved(self, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+        """Changes without the paths of what was only moved, and with those whose content is another one."""
+        try:
+            earlier = json.loads(self._fingerprint_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a run of an earlier version: its paths must be the same
+            return dict(changes)
+        both = self.fingerprints.keys() & earlier.keys()
+        moved = {key for key in both if self.fingerprints[key] == earlier[key]}
+        other = dict.fromkeys(sorted(both - moved), ("the one it started with", "one of other content"))
+        return {**other, **{key: change for key, change in changes.items() if key not in moved}}
 
 
 def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The dotted keys in which two resolved recipes differ, without those that may change when a run is resumed."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat_recipe(old), flat_recipe(new)
     changed = {
         key: (before.get(key, "(none)"), after.get(key, "(none)"))
         for key in dict.fromkeys([*after, *before])
@@ -192,13 +216,3 @@ def _resolved(path: Path) -> dict[str, Any]:
         return parse_recipe(saved, str(path)).model_dump(mode="json")
     except UserError:
         return saved
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
