@@ -17,7 +17,7 @@ from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.progress import track
 
-GUIDANCE_SCALES = (1.0, 2.0, 3.0)  # candidates
+GUIDANCE_SCALES = (2.0, 3.0, 4.0)  # candidates
 STEPS, FEW_STEPS = 50, 4
 NEAREST = "nearest_real_acc"
 SCORES = (*ACCURACIES, NEAREST)  # each the mean over images of 1 where it is right
