@@ -39,6 +39,13 @@ class ErrorBoundary(TyperGroup):
                 raise
             _print_line(f"error: {line}")
             raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
+            from fewstep.core.device import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            _print_line("error: out of memory; take smaller batches or images, or see what fits: fewstep plan RECIPE")
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

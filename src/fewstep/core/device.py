@@ -7,6 +7,13 @@ import torch
 from fewstep.errors import UserError
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of a GPU or of the CPU is not sufficient."""
+    # the CPU's allocator raises a plain RuntimeError, and so does torch where a size does not even fit 64 bits
+    signs = ("not enough memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def check_device(device: torch.device | str) -> torch.device:
     """The device, on which torch can allocate tensors here.
 

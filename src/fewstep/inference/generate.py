@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ def generate_batches(
                     x = step.x_next
                     if callback is not None:
                         _report(callback, part, step, resolved.steps)
+            _warn_if_not_finite(x, part)
             decoded = batched(len(x), max_decode_batch_size(resolved.height, resolved.width))
             images = torch.cat([to_uint8(pipeline.decode(x[some])).cpu() for some in decoded])
             seconds = time.perf_counter() - start
@@ -172,6 +174,17 @@ def _report(callback: Callback, part: slice, step: SamplerStep, steps: int) -> N
     images = range(part.start, part.stop)
     if callback(GenerationStep(images, step.index + 1, steps, step)) is False:
         raise GenerationCancelled(f"cancelled after step {step.index + 1} of {steps}")
+
+
+def _warn_if_not_finite(latents: Tensor, part: slice) -> None:
+    """An overflow would become a black image without a word."""
+    bad = [part.start + row for row, fine in enumerate(latents.isfinite().flatten(1).all(dim=1).tolist()) if not fine]
+    if bad:
+        warnings.warn(
+            f"image {bad[0]}: its latents are not finite{f', as those of {len(bad) - 1} more' if bad[1:] else ''}; lower "
+            "guidance_scale, or take weights in fp32",
+            stacklevel=3,
+        )
 
 
 @contextmanager
