@@ -30,7 +30,7 @@ def evaluate(
         str, typer.Option(help="Feature network: open-nsfw, or clip, dinov2 or inception with :PATH_OR_HUB_ID.")
     ] = "open-nsfw",
     out: Annotated[Path | None, typer.Option(help="Folder of the report. [default: runs/evaluate-<model>]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i starts from seed + i.")] = 0,
     device: Device = "cpu",
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. [default: as stored]")] = None,
 ) -> None:

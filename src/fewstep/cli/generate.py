@@ -30,7 +30,7 @@ def generate(
     out: Annotated[
         str, typer.Option("-o", "--out", help="Image file for a grid of all, or folder for one file each, such as out/")
     ] = "out.png",
-    seed: Annotated[int, typer.Option(min=0, help="Image i starts from seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i starts from seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. [default: the model's]")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="g in cond + g (cond - null); 0 is none. [default: the model's]")

@@ -63,7 +63,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: not a UTF-8 text file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45, a number of 5000 digits
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys to values")

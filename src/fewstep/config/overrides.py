@@ -54,7 +54,7 @@ def _parse(override: str, text: str) -> Any:
     """Raises: UserError if the text is not YAML, or ends with what YAML takes for a comment."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2024-13-45, a number of 5000 digits
         raise UserError(f"-s {override}: the value is not valid YAML; quote text with special characters") from None
     comment = _COMMENT.search(text)
     if comment is not None and _same(text[: comment.start()], value):
@@ -66,7 +66,7 @@ def _same(text: str, value: Any) -> bool:
     """Whether this is the whole text of a value."""
     try:
         return bool(yaml.safe_load(text) == value)
-    except yaml.YAMLError:  # the end of a quoted text is missing
+    except (yaml.YAMLError, ValueError, RecursionError):  # the end of a quoted text is missing
         return False
 
 

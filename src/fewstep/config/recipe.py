@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
-from fewstep.config.base import NAME, Settings
+from fewstep.config.base import NAME, BatchSize, GuidanceScale, Pixels, Seed, Settings, Updates
 from fewstep.config.method import MethodConfig, method_union
 from fewstep.config.sections import (
     EvaluateSettings,
@@ -46,8 +46,8 @@ class Stage(Settings):
     student: StudentSettings = Field(default_factory=StudentSettings, description="The student's steps.")
     method: MethodConfig = Field(description="The method; its keys depend on method.name.")
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to train on.")
-    resolution: int | None = Field(
-        None, ge=1, description="Pixels of a side in training, and of the student; null is the teacher's."
+    resolution: Pixels | None = Field(
+        None, description="Pixels of a side in training, and of the student; null is the teacher's."
     )
     models: ModelsSettings = Field(default_factory=ModelsSettings, description="Full copies, or LoRA on one base.")
     trajectory: TrajectorySettings = Field(
@@ -114,16 +114,16 @@ class CacheRecipe(Recipe):
     kind: Literal["cache_trajectories"] = Field(description="Keeps a teacher's trajectories on disk.")
     teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to draw from.")
-    resolution: int | None = Field(None, ge=1, description="Pixels of a side; null is the teacher's.")
+    resolution: Pixels | None = Field(None, description="Pixels of a side; null is the teacher's.")
     steps: int = Field(default=4, ge=1, le=64, description="The student's steps: one state is kept for each.")
-    teacher_steps_per_student_step: int = Field(default=12, ge=1, description="Teacher steps per student step.")
-    guidance_scale: float | None = Field(
-        None, ge=0, description="The teacher's guidance; null is its generation config's."
+    teacher_steps_per_student_step: Updates = Field(default=12, description="Teacher steps per student step.")
+    guidance_scale: GuidanceScale | None = Field(
+        None, description="The teacher's guidance; null is its generation config's."
     )
-    num_trajectories: int = Field(ge=1, description="How many trajectories.")
+    num_trajectories: int = Field(ge=1, le=10**9, description="How many trajectories.")
     shard_size: int = Field(default=256, ge=1, description="Trajectories in a file.")
-    first_seed: int = Field(default=1_000_000, ge=0, description="Sample i starts from seed first_seed + i.")
-    batch_size: int = Field(default=64, ge=1, description="Trajectories that are sampled together.")
+    first_seed: Seed = Field(default=1_000_000, description="Sample i starts from seed first_seed + i.")
+    batch_size: BatchSize = Field(default=64, description="Trajectories that are sampled together.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         default="auto", description="bf16: the teacher runs under autocast; auto: where the device is faster with it."
     )

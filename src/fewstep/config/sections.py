@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fewstep.config.base import Fraction, Settings
+from fewstep.config.base import BatchSize, Fraction, GuidanceScale, Seed, Settings, Updates
 from fewstep.core import flow
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -23,15 +23,15 @@ class BestSettings(Settings):
 
 
 class TrainSettings(Settings):
-    steps: int = Field(ge=1, description="Steps of the training.")
+    steps: int = Field(ge=1, le=10**9, description="Steps of the training.")
     max_minutes: float | None = Field(
         default=None, gt=0, description="Ends the training earlier, after this many minutes of it."
     )
-    batch_size: int = Field(ge=1, description="Samples in a batch; every update of a trainable part takes a new batch.")
-    gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Batches whose gradients are averaged into one update."
+    batch_size: BatchSize = Field(description="Samples in a batch; every update of a trainable part takes a new batch.")
+    gradient_accumulation_steps: Updates = Field(
+        default=1, description="Batches whose gradients are averaged into one update."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of all noise.")
+    seed: Seed = Field(default=0, description="Seed of the initial weights and of all noise.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="bf16: losses under autocast, weights stay fp32; auto: where the device is faster with it."
     )
@@ -56,7 +56,9 @@ class TrainSettings(Settings):
         description="What follows when an alert rule fires: nothing, a warning, the end of the run, or the end of the "
         "run at its last good checkpoint.",
     )
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; null is torch's default.")
+    num_threads: int | None = Field(
+        default=None, ge=1, le=4096, description="CPU threads of torch; null is torch's default."
+    )
 
 
 class OptimSettings(Settings):
@@ -158,8 +160,10 @@ class ModelsSettings(Settings):
         description="Of frozen weights: teacher, text encoder, autoencoder; fp8: the linear layers of the teacher's "
         "blocks, all other weights bf16. Trained weights are fp32.",
     )
-    rank: int = Field(default=32, ge=1, description="Rank of the student's adapter.")
-    fake_score_rank: int | None = Field(None, ge=1, description="Rank of the other adapters; null is the student's.")
+    rank: int = Field(default=32, ge=1, le=65_536, description="Rank of the student's adapter.")
+    fake_score_rank: int | None = Field(
+        None, ge=1, le=65_536, description="Rank of the other adapters; null is the student's."
+    )
     lora_alpha: float | None = Field(
         None, gt=0, description="Adapters add (lora_alpha / rank) B A; null is the rank: a scale of 1."
     )
@@ -178,10 +182,12 @@ class TrajectorySettings(Settings):
     cache: str | None = Field(
         None, description="Folder that fewstep cache-trajectories made; null makes one in the run's folder."
     )
-    num_trajectories: int = Field(default=1024, ge=1, description="Trajectories of a cache made in the run's folder.")
-    teacher_steps_per_student_step: int = Field(default=12, ge=1, description="Teacher steps per student step.")
-    guidance_scale: float | None = Field(
-        None, ge=0, description="The teacher's guidance; null is its generation config's."
+    num_trajectories: int = Field(
+        default=1024, ge=1, le=10**9, description="Trajectories of a cache made in the run's folder."
+    )
+    teacher_steps_per_student_step: Updates = Field(default=12, description="Teacher steps per student step.")
+    guidance_scale: GuidanceScale | None = Field(
+        None, description="The teacher's guidance; null is its generation config's."
     )
 
 

@@ -9,6 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Seeds are integers from 0 to this one: the range of ``torch.Generator.manual_seed`` (``config.base.Seed`` checks it).
+MAX_SEED = 2**64 - 1
+
+
+def image_seed(first: int, index: int) -> int:
+    """The seed of image ``index`` in a row that starts from the seed ``first``; it wraps around after ``MAX_SEED``."""
+    return (first + index) % (MAX_SEED + 1)
+
 
 def derive_seed(*keys: int | str) -> int:
     """A seed in [0, 2^63) from a purpose and numbers, such as ``derive_seed("noise", seed, position)``.

@@ -125,11 +125,12 @@ def _fill(
     missing = [n for n in range(index.shards) if not shard_file(out, n).exists()]
     for shard in track(missing, "the teacher's trajectories"):
         samples = index.sample_range(shard)
-        chosen = [texts[_draw_prompt(recipe.first_seed + i, len(texts))] for i in samples]
+        seeds = index.seeds(samples)
+        chosen = [texts[_draw_prompt(seed, len(texts))] for seed in seeds]
         prompts, states = teacher.encode(chosen), []
         for start in range(0, len(samples), recipe.batch_size):
             part = slice(start, start + recipe.batch_size)
-            noise = initial_noise(teacher, [recipe.first_seed + i for i in samples[part]], height, width)
+            noise = initial_noise(teacher, seeds[part], height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
                 states.append(teacher_trajectory(denoiser, noise, anchors, substeps, teacher.shift, prompts[part]))
         write_shard(shard_file(out, shard), torch.cat(states), prompts, chosen)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.atomic import is_litter, write_tensors, write_text
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.seeds import image_seed
 from fewstep.errors import UserError
 from fewstep.machine import reading
 from fewstep.models.pipeline import TextToImagePipeline
@@ -48,6 +49,10 @@ class Index:
     def sample_range(self, shard: int) -> range:
         """The numbers of a shard's samples."""
         return range(shard * self.shard_size, min(self.samples, (shard + 1) * self.shard_size))
+
+    def seeds(self, samples: Sequence[int]) -> list[int]:
+        """The seeds of samples, by their numbers."""
+        return [image_seed(self.first_seed, i) for i in samples]
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -202,7 +207,7 @@ class TrajectoryCache:
             return safe_open(file, "pt")
 
     def seeds(self, samples: Sequence[int]) -> list[int]:
-        return [self.index.first_seed + i for i in samples]
+        return self.index.seeds(samples)
 
     def read(self, samples: Sequence[int]) -> tuple[Tensor, EncodedPrompts]:
         """States [B, K, C, ..., H, W] in fp32, and the encoded prompts of these samples."""

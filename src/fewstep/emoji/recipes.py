@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fewstep.config.base import Fraction, Settings
+from fewstep.config.base import Fraction, GuidanceScale, Settings
 from fewstep.config.recipe import TrainingRecipe
 from fewstep.config.sections import OptimSettings
 
 LossWeight = Annotated[float, Field(ge=0)]
+RotaryDim = Annotated[int, Field(ge=2, multiple_of=2)]
 
 
 class EmojiDataSettings(Settings):
@@ -28,12 +29,19 @@ class EmojiDataSettings(Settings):
 class VAESettings(Settings):
     """diffusers' AutoencoderKL."""
 
-    block_out_channels: list[int] = Field(
+    block_out_channels: list[Annotated[int, Field(ge=1, le=65_536)]] = Field(
         min_length=1, description="Channels of each level; each level but the last halves the resolution."
     )
     layers_per_block: int = Field(default=1, ge=1, description="Residual blocks in each level.")
     latent_channels: int = Field(default=16, ge=1, description="Channels of the latents.")
     norm_num_groups: int = Field(default=8, ge=1, description="Groups of the group normalization.")
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"block_out_channels {channels} is not a multiple of norm_num_groups")
+        return self
 
 
 class VAELossSettings(Settings):
@@ -59,7 +67,7 @@ class TextEncoderSettings(Settings):
     hidden_size: int = Field(ge=1, description="Width of the text encoder and of the features that condition.")
     layers: int = Field(ge=2, description="Layers; the output of the second to last conditions.")
     heads: int = Field(ge=1, description="Attention heads.")
-    head_dim: int = Field(ge=1, description="Width of an attention head.")
+    head_dim: int = Field(ge=2, multiple_of=2, description="Width of an attention head.")
     intermediate_size: int = Field(ge=1, description="Width of the feed-forward layers.")
 
 
@@ -72,7 +80,17 @@ class TransformerSettings(Settings):
         ge=0, description="Layers over image tokens alone, and over caption tokens alone, that precede these."
     )
     n_heads: int = Field(ge=1, description="Attention heads; dim / n_heads must be the sum of axes_dims.")
-    axes_dims: tuple[int, int, int] = Field(description="Rotary dimensions of caption position, row and column.")
+    axes_dims: tuple[RotaryDim, RotaryDim, RotaryDim] = Field(
+        description="Rotary dimensions of caption position, row and column."
+    )
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.dim != self.n_heads * sum(self.axes_dims):
+            raise ValueError(
+                f"dim {self.dim} is not n_heads {self.n_heads} times the sum of axes_dims, {sum(self.axes_dims)}"
+            )
+        return self
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -138,13 +156,13 @@ class FlowMatchingRecipe(TrainingRecipe):
         description="Folder with text_encoder/ and tokenizer/: the run that trained them, or a model; or a bundled "
         "model's name."
     )
-    guidance_scale: float = Field(
-        3.0, ge=0, description="Guidance of the previews and of the saved model: cond + g (cond - null)."
+    guidance_scale: GuidanceScale = Field(
+        3.0, description="Guidance of the previews and of the saved model: cond + g (cond - null)."
     )
     init: str | None = Field(
         None, description="Model whose transformer to start from: a folder or the name of a bundled one."
     )
-    shift: float = Field(default=3.0, gt=0, description="Shift of the noise levels.")
+    shift: float = Field(default=3.0, gt=0, le=1000, description="Shift of the noise levels.")
     logit_mean: float = Field(default=0.0, description="Mean of logit(u).")
     logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u).")
     prompt_dropout: Fraction = Field(default=0.1, description="Fraction of prompts replaced by the null prompt.")
@@ -162,5 +180,5 @@ class FlowMatchingRecipe(TrainingRecipe):
 class ClassifierRecipe(TrainingRecipe):
     kind: Literal["classifier"] = Field(description="Trains the classifier of object, style and background.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their labels.")
-    base_channels: int = Field(default=64, ge=8, description="Channels of the first layer.")
+    base_channels: int = Field(default=64, ge=8, multiple_of=4, description="Channels of the first layer.")
     optim: OptimSettings = Field(description="Optimizer.")

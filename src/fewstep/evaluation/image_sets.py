@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.registry import image_sources, load_plugins
-from fewstep.core.seeds import generator
+from fewstep.core.seeds import generator, image_seed
 from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
@@ -88,7 +88,7 @@ class ImageSets:
         main = generate(setting.model, self.prompts, params, callback)
         # The first of a prompt's seeds is its main image; the others are beyond all main seeds.
         some = [prompt for prompt in self.prompts[: self.some] for _ in range(self.num_seeds - 1)]
-        more = generate(setting.model, some, params.model_copy(update={"seed": self.seed + count}), callback)
+        more = generate(setting.model, some, params.model_copy(update={"seed": image_seed(self.seed, count)}), callback)
         others = more.images.unflatten(0, (self.some, self.num_seeds - 1))
         seeds = torch.cat([main.images[: self.some, None], others], dim=1)
         figures = {

@@ -12,6 +12,7 @@ from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
+from fewstep.inference.params import parse_params
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.outputs import check_file
 from fewstep.progress import ProgressBars
@@ -58,6 +59,9 @@ def evaluate(
         raise UserError(f"an evaluation needs at least 2 prompts, got {len(prompts)}")
     if diversity_seeds < 2:
         raise UserError(f"diversity needs at least 2 seeds, got {diversity_seeds}")
+    if diversity_prompts < 0:
+        raise UserError(f"diversity_prompts: at least 0, got {diversity_prompts}")
+    parse_params({"seed": seed, "steps": many_steps})  # in range, before any image is made
     folder = None if out is None else Path(out)
     if folder is not None:
         check_report_folder(folder)

@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fewstep.config.base import BatchSize, GuidanceScale, Pixels, SamplingSteps, Seed
 from fewstep.config.explain import explain
 from fewstep.core.samplers import Sampler
+from fewstep.core.seeds import MAX_SEED, image_seed
 from fewstep.errors import UserError
 from fewstep.inference.batching import max_batch_size
 from fewstep.models.generation_config import GenerationConfig
@@ -20,9 +22,9 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    steps: int | None = Field(None, ge=1, description="Sampling steps.")
-    guidance_scale: float | None = Field(
-        None, ge=0, description="Guidance as in diffusers' Z-Image pipeline, cond + g (cond - null); 0 is none."
+    steps: SamplingSteps | None = Field(None, description="Sampling steps.")
+    guidance_scale: GuidanceScale | None = Field(
+        None, description="Guidance as in diffusers' Z-Image pipeline, cond + g (cond - null); 0 is none."
     )
     negative_prompt: str = Field("", description="Negative prompt for classifier-free guidance.")
     system_prompt: str | None = Field(None, description='System prompt before every prompt; "" is none.')
@@ -31,13 +33,13 @@ class SamplingParams(BaseModel):
         0.0, ge=0, description="Upper bound of the guided velocity's norm, over the conditional one's; 0 is no bound."
     )
     cfg_truncation: float = Field(1.0, ge=0, le=1, description="No guidance where 1 - sigma is larger.")
-    height: int | None = Field(None, ge=1, description="Pixels.")
-    width: int | None = Field(None, ge=1, description="Pixels.")
+    height: Pixels | None = Field(None, description="Pixels.")
+    width: Pixels | None = Field(None, description="Pixels.")
     sampler: Sampler | None = Field(None, description="euler, or sde with fresh noise in each step.")
     eta: float | None = Field(None, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
-    seed: int = Field(0, ge=0, description="Image i starts from seed + i.")
-    seeds: tuple[int, ...] | None = Field(None, description="One seed for each prompt, in place of seed.")
-    batch_size: int | None = Field(None, ge=1, description="Images sampled together; None fits two million pixels.")
+    seed: Seed = Field(0, description=f"Image i starts from seed + i, and from 0 again after {MAX_SEED}.")
+    seeds: tuple[Seed, ...] | None = Field(None, description="One seed for each prompt, in place of seed.")
+    batch_size: BatchSize | None = Field(None, description="Images sampled together; None fits two million pixels.")
     adapters: Mapping[str, float] = Field(
         default_factory=dict, description="LoRA adapters on the transformer, by name, with their scales."
     )
@@ -71,7 +73,7 @@ class SamplingParams(BaseModel):
     def image_seeds(self, count: int) -> list[int]:
         """The seed of each of ``count`` images. Raises: UserError if ``seeds`` has another length."""
         if self.seeds is None:
-            return [self.seed + i for i in range(count)]
+            return [image_seed(self.seed, i) for i in range(count)]
         if len(self.seeds) != count:
             raise UserError(f"seeds: {len(self.seeds)} for {count} prompts; give one for each prompt")
         return list(self.seeds)
@@ -94,14 +96,14 @@ class SamplingParams(BaseModel):
 class ResolvedParams(SamplingParams):
     """Sampling parameters of which only ``seeds`` may be None."""
 
-    steps: int
-    guidance_scale: float
+    steps: SamplingSteps
+    guidance_scale: GuidanceScale
     system_prompt: str
-    height: int
-    width: int
+    height: Pixels
+    width: Pixels
     sampler: Sampler
     eta: float
-    batch_size: int
+    batch_size: BatchSize
 
 
 def parse_params(options: Mapping[str, Any]) -> SamplingParams:

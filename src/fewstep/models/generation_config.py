@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fewstep.config.base import Fraction, GuidanceScale, Pixels, SamplingSteps
 from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
@@ -21,19 +24,21 @@ GENERATION_CONFIG = "fewstep.json"
 class GenerationConfig(BaseModel):
     """Sampling defaults of a model. diffusers does not read them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    steps: int = Field(50, ge=1, description="Number of steps that it was trained for, or gives the best images with.")
-    guidance_scale: float = Field(0.0, ge=0, description="Guidance g in cond + g (cond - null); 0 is none.")
+    steps: SamplingSteps = Field(
+        50, description="Number of steps that it was trained for, or gives the best images with."
+    )
+    guidance_scale: GuidanceScale = Field(0.0, description="Guidance g in cond + g (cond - null); 0 is none.")
     guidance_distilled: bool = Field(False, description="Guidance is distilled into the weights: g must be 0.")
     sigmas: list[float] | None = Field(None, description="Its sigmas, from 1 down to the terminal 0.")
     sampler: Sampler = Field("euler", description='"euler", or "sde": fresh noise in each step.')
-    eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
+    eta: Fraction = Field(1.0, description="Share of fresh noise in each step of the sde sampler.")
     system_prompt: str = Field("", description="System prompt; empty is none.")
     teacher: str | None = Field(None, description="The model it was distilled from: a folder, hub id or bundled name.")
     teacher_fingerprint: str | None = Field(None, description="Of a teacher in a folder: recognizes it after a move.")
-    height: int = Field(1024, ge=1, description="Pixels.")
-    width: int = Field(1024, ge=1, description="Pixels.")
+    height: Pixels = Field(1024, description="Pixels.")
+    width: Pixels = Field(1024, description="Pixels.")
 
     @field_validator("sigmas")
     @classmethod
@@ -42,6 +47,17 @@ class GenerationConfig(BaseModel):
         if sigmas is None or (sigmas and sigmas[-1] == 0):
             return sigmas
         return [*sigmas, 0.0]
+
+    @model_validator(mode="after")
+    def _check_sigmas(self) -> Self:
+        sigmas = self.sigmas
+        if sigmas is None:
+            return self
+        if sigmas[0] != 1 or any(high <= low for high, low in pairwise(sigmas)):
+            raise ValueError(f"sigmas {sigmas}: expected noise levels that descend from 1 to 0")
+        if len(sigmas) != self.steps + 1:
+            raise ValueError(f"sigmas: {len(sigmas)} levels with steps {self.steps}; expected one more than steps")
+        return self
 
     def dump(self, folder: Path) -> str:
         """The text of ``fewstep.json`` in a folder; a teacher in another folder is named by the path from there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fewstep.errors import UserError
@@ -35,6 +36,9 @@ def parse_gpu(text: str) -> GPUSpec:
     if text.lower() in GPUS:
         return GPUS[text.lower()]
     try:
-        return GPUSpec(float(text.lower().removesuffix("gb")) * 1e9, 0.0)
+        size = float(text.lower().removesuffix("gb"))
     except ValueError:
-        raise UserError(f"--gpu {text}: give a size such as 24GB, or one of {', '.join(GPUS)}") from None
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise UserError(f"--gpu {text}: give a size such as 24GB, or one of {', '.join(GPUS)}")
+    return GPUSpec(size * 1e9, 0.0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 
-from fewstep.config.base import Fraction, Settings
+from fewstep.config.base import Fraction, Settings, Updates
 from fewstep.config.method import MethodConfig
 from fewstep.config.schedule import Step, resolve_step
 from fewstep.core.registry import loss_terms
@@ -26,6 +26,12 @@ class RenoiseSettings(Settings):
     )
     sigma_min: Fraction = Field(default=0.02, description="Lowest sigma drawn.")
     sigma_max: Fraction = Field(default=0.98, description="Highest sigma drawn.")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
+        return self
 
 
 class TermsSection(Settings):
@@ -49,7 +55,7 @@ class DMDConfig(MethodConfig):
     name: Literal["dmd"]
     terms: TermsSection = Field(description="Loss terms of the student's objective, by name.")
     renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
-    fake_score_updates: int = Field(default=5, ge=1, description="Updates of the fake score for each of the student.")
+    fake_score_updates: Updates = Field(default=5, description="Updates of the fake score for each of the student.")
     fake_score_start: Step = Field(
         default=0, description="Step at which the fake score (and a discriminator) start training: before DM does."
     )
@@ -64,7 +70,10 @@ class DMDConfig(MethodConfig):
         description="Real latents of the terms that need them: teacher, or an image source such as emoji.",
     )
     num_real_images: int = Field(
-        default=1024, ge=2, description="Images from an image source; of the teacher: trajectory.num_trajectories."
+        default=1024,
+        ge=2,
+        le=10**7,
+        description="Images from an image source; of the teacher: trajectory.num_trajectories.",
     )
 
     def _terms(self) -> dict[str, type[LossTerm]]:
@@ -116,13 +125,15 @@ class DMDConfig(MethodConfig):
 
 def first_step(weight: Schedule, steps: int) -> int:
     """The first step with a positive weight; ``steps`` if there is none."""
-    return next((step for step in range(steps) if weight(step) > 0), steps)
+    return next((step for step in weight.breakpoints if step < steps and weight(step) > 0), steps)
 
 
 def first_gap(weights: list[Schedule], steps: int) -> int | None:
     """The first step after the student's start at which all weights are 0."""
     start = min(first_step(weight, steps) for weight in weights)
-    return next((step for step in range(start, steps) if not any(weight(step) > 0 for weight in weights)), None)
+    # between breakpoints a weight stays 0, or positive
+    changes = sorted({step for weight in weights for step in weight.breakpoints if start <= step < steps})
+    return next((step for step in changes if not any(weight(step) > 0 for weight in weights)), None)
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Self
 from pydantic import Field
 from torch import Tensor
 
+from fewstep.config.base import GuidanceScale
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.registry import loss_terms
 from fewstep.methods.dmd.normalize import dmd_weight
@@ -29,8 +30,8 @@ def cfg_augmentation(x0_cond: Tensor, x0_null: Tensor, alpha: float) -> Tensor:
 
 
 class CFGAugmentationSettings(TermSettings):
-    guidance_scale: float = Field(
-        3.0, ge=0, description="The teacher's guidance, as in x_cond + g (x_cond - x_null); 0 is none."
+    guidance_scale: GuidanceScale = Field(
+        3.0, description="The teacher's guidance, as in x_cond + g (x_cond - x_null); 0 is none."
     )
 
 
