@@ -15,7 +15,7 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
-from fewstep.core.precision import uses_bf16
+from fewstep.core.precision import uses_bf16, warn_if_emulated
 from fewstep.core.samplers import iterate
 from fewstep.core.seeds import generator
 from fewstep.data.batch import DistillBatch
@@ -92,6 +92,8 @@ def make_cache(
             check_cache_folder(out, overwrite)
             teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
             teacher.set_resolution(recipe.resolution)
+            if recipe.precision == "bf16":
+                warn_if_emulated("precision bf16", teacher.device, "precision: auto, or fp32")
             return make_cache(recipe, out, overwrite=overwrite, teacher=teacher)
     guidance = teacher.generation_config.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_timesteps(recipe.steps)

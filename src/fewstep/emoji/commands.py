@@ -87,6 +87,7 @@ def train(
     from fewstep.config.load import load_recipe
     from fewstep.errors import UserError
     from fewstep.models.fingerprint import recipe_fingerprints
+    from fewstep.training.precision import resolve_precision
     from fewstep.training.run_dir import RunDir
 
     resolved = load_recipe(recipe, overrides or [])
@@ -94,8 +95,10 @@ def train(
         command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "distill"
         raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     trainer = importlib.import_module(TRAINERS[resolved.kind])
+    directory = out or Path("runs") / resolved.name
+    resolved = resolve_precision(resolved, directory, overwrite=overwrite)
     known = recipe_fingerprints(resolved)
-    with RunDir(out or Path("runs") / resolved.name, resolved, overwrite=overwrite, fingerprints=known) as run:
+    with RunDir(directory, resolved, overwrite=overwrite, fingerprints=known) as run:
         typer.echo(trainer.train(resolved, run))
 
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
-from fewstep.errors import UserError
+from fewstep.models.linear_layers import matching_linears
 
 if TYPE_CHECKING:
     from fewstep.models.denoiser import TransformerDenoiser
@@ -37,8 +37,9 @@ def add_adapter(
         target_modules: endings of the linear layers' names.
 
     Raises:
-        UserError: no layer matches.
+        UserError: an ending matches no linear layer.
     """
+    matching_linears(transformer, target_modules, "target_modules")
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=rank,
@@ -46,12 +47,9 @@ def add_adapter(
         target_modules=list(target_modules),
         init_lora_weights=True,
     )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
-            inject_adapter_in_model(config, transformer, name)
-    except ValueError as error:
-        raise UserError(f"target_modules {', '.join(target_modules)}: no such layers in the transformer") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
+        inject_adapter_in_model(config, transformer, name)
     for layer in lora_layers(transformer):
         layer._disable_adapters = True
     for key, parameter in transformer.named_parameters():

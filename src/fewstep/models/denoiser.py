@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.compiler import check_compiler
 from fewstep.core.conditioning import EncodedPrompts
-from fewstep.errors import UserError
 from fewstep.models.block import TransformerBlock
 
 RECOMPILE_LIMIT = 64  # compiled versions of the block
@@ -64,11 +62,9 @@ class TransformerDenoiser(nn.Module, ABC):
         speed.
 
         Raises:
-            UserError: on a CPU without a C++ compiler.
+            UserError: a compiler is missing.
         """
-        compiler = os.environ.get("CXX", "g++")
-        if next(self.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
-            raise UserError(f"compile: {compiler} is missing; install a C++ compiler, or set compile to false")
+        check_compiler(next(self.parameters()).device, "compile")
         # One base with several LoRA adapters has a graph for each adapter, with and without gradient, at each shape.
         # Beyond the limit the compiler falls back to eager execution without an error.
         from torch._dynamo import config

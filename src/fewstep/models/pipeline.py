@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
 from fewstep.atomic import atomic_folder
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.device import check_device
+from fewstep.core.precision import warn_if_emulated
 from fewstep.errors import UserError
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
 from fewstep.models.family import MODEL_INDEX, Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.offload import offload_blocks
-from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul
+from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul, warn_without_fp8_matmul
 from fewstep.models.text import PromptEncoder, PromptTooLong
 from fewstep.models.vae import to_channels_last
 from fewstep.outputs import check_folder
@@ -116,7 +118,12 @@ class TextToImagePipeline:
         try:
             with silence_loggers():
                 self.transformer.set_attention_backend(backend)
-        except (ImportError, RuntimeError, ValueError) as error:
+            dtype = torch.bfloat16 if is_fp8(self.transformer) else self.transformer.dtype
+            tokens = torch.ones(1, 32, 1, 64, device=self.device, dtype=dtype)
+            dispatch_attention_fn(tokens, tokens, tokens, backend=AttentionBackendName(backend))  # some fail only here
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+            with silence_loggers():
+                self.transformer.set_attention_backend("native")
             raise UserError(f"attention {backend}: {str(error).splitlines()[0]}") from error
 
     def sigmas(self, steps: int) -> list[float]:
@@ -232,6 +239,8 @@ def load(
     check_components(folder, family, components)
     if fp8:
         quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(device))
+        warn_without_fp8_matmul(device)
+    _warn_about_bf16(components["transformer"], device)
     model = TextToImagePipeline(family, components, load_generation_config(folder))
     if offload == "none":
         return model.to(device)
@@ -280,8 +289,14 @@ def load_prompt_encoder(
     components = _load_components(folder, family, ("text_encoder", "tokenizer"), dtype)
     check_components(folder, family, components)
     components["text_encoder"].to(device)
+    _warn_about_bf16(components["text_encoder"], device)
     has_config = (folder / GENERATION_CONFIG).exists()
     return family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")
+
+
+def _warn_about_bf16(module: nn.Module, device: torch.device) -> None:
+    if any(weight.dtype == torch.bfloat16 for weight in module.parameters()):
+        warn_if_emulated("weights in bf16", device, "dtype fp32 (in recipes models.frozen_dtype: fp32)")
 
 
 def _load_components(

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fewstep.config.sections import OptimSettings
+from fewstep.core.compiler import check_compiler
 from fewstep.errors import UserError
 
 
@@ -46,7 +47,7 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], settings: OptimSettings)
     """The optimizer of trained parameters by name: AdamW, fused (a third of the time on a CPU), or torchao's with 8-bit
     moments (arXiv 2110.02861); or Muon with AdamW.
 
-    Raises: UserError for adamw8bit if torchao is not installed.
+    Raises: UserError for adamw8bit if torchao is not installed, or its compiler.
     """
     parameters = list(weights.values())
     common: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
@@ -54,6 +55,7 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], settings: OptimSettings)
         return torch.optim.AdamW(parameters, lr=settings.lr, fused=True, **common)
     if settings.optimizer == "muon":
         return MuonWithAdamW(weights, settings)
+    check_compiler(parameters[0].device, "optim.*.optimizer=adamw8bit")
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
