@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.config.load import load_recipe
+from fewstep.config.method import VALIDATION
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
 from fewstep.config.sections import EvaluateSettings, PromptSettings
 from fewstep.data.prompts import open_prompts, read_prompts
 from fewstep.errors import UserError
+from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
 from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.runner import evaluate as _evaluate
 from fewstep.evaluation.runner import report_writer
-from fewstep.evaluation.validation import make_validator
+from fewstep.evaluation.validation import make_validator, validation_metrics
 from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
 from fewstep.inference.params import parse_params
@@ -26,6 +29,7 @@ from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.rewards.scorers import open_scorers
 from fewstep.stages import run_stages
 from fewstep.training.distributed import init_distributed, open_run
+from fewstep.training.precision import resolve_precision
 
 __all__ = ["DistillResult", "distill", "evaluate", "generate", "load"]
 
@@ -75,9 +79,14 @@ def distill(
     validation = list(source.texts("validation")[: settings.validation_prompts])
     test = list(source.texts("test")[: settings.num_prompts])
     _check_evaluation(settings, stage.prompts.source, validation, test)
+    for each in [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages:
+        _check_best_metric(each, validation, settings.scorers)
     validator = make_validator(validation, settings.scorers)
-    options: dict[str, Any] = {"overwrite": overwrite, "fingerprints": recipe_fingerprints(resolved)}
-    with init_distributed() as dist, open_run(dist, directory, resolved, **options) as run:
+    with ExitStack() as stack:
+        dist = stack.enter_context(init_distributed())
+        resolved = resolve_precision(resolved, directory, dist, overwrite=overwrite)
+        options: dict[str, Any] = {"overwrite": overwrite, "fingerprints": recipe_fingerprints(resolved)}
+        run = stack.enter_context(open_run(dist, directory, resolved, **options))
         if isinstance(resolved, DistillRecipe):
             student = _distill(resolved, run, validator, dist)
         else:
@@ -186,7 +195,22 @@ def _check_evaluation(settings: EvaluateSettings, source: str, validation: Seque
             "evaluate.validate_every=0"
         )
     if settings.enabled or settings.validate_every:
-        open_scorers(settings.scorers)
+        opened = open_scorers(settings.scorers)
+        if settings.scorers is not None:
+            check_applicable(opened, [*test] if settings.enabled else [*validation])
     if settings.enabled:
         open_features(settings.features)
         report_writer()
+
+
+def _check_best_metric(stage: Stage, validation: Sequence[str], scorers: Sequence[str] | None) -> None:
+    """Raises: UserError if the best checkpoint is chosen by a score that validation does not have."""
+    best = stage.train.keep_best
+    if best is None or not best.metric.startswith(VALIDATION):
+        return
+    known = validation_metrics(validation, scorers)
+    if best.metric not in known:
+        raise UserError(
+            f"train.keep_best.metric: there is no {best.metric!r} with these scorers and validation prompts; there are "
+            + ", ".join(known)
+        )

@@ -14,7 +14,7 @@ from fewstep.data.images import grid
 from fewstep.data.prompts import open_prompts
 from fewstep.inference.generate import generate
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
-from fewstep.methods.models_setup import build_models
+from fewstep.methods.models_setup import build_models, check_models
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
@@ -51,6 +51,7 @@ def distill(
     dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
     teacher = load(recipe.teacher, dist.device, dtype, offload="model")
     teacher.set_resolution(recipe.resolution)
+    check_models(recipe, teacher)
     with dist.main_process_first():
         data = DataSetup(recipe, teacher, prompts, cache or run.directory / "cache")
         sources = method_class.batch_sources(data)

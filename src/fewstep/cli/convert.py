@@ -72,7 +72,10 @@ def _convert(
     from fewstep.models.pipeline import load, with_components_from
     from fewstep.models.single_file import read_transformer, stored_dtype
 
-    if Path(model).is_file() or model.lower().endswith((".safetensors", ".gguf")):
+    single_file = Path(model).is_file() or model.lower().endswith((".safetensors", ".gguf"))
+    if components_from is not None and not single_file:
+        raise UserError(f"--components-from: no effect on {model}, which is not a single file; leave it out")
+    if single_file:
         refuse_other_files(Path(model))
         if components_from is None:
             raise UserError(f"{model}: contains the transformer alone; give --components-from, a model of its family")

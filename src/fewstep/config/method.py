@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from fewstep.config.base import Settings
+from fewstep.core.method import UPDATE_METRICS
 from fewstep.core.registry import load_plugins, methods
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
+
+
+VALIDATION = "val/"  # how the names of validation metrics begin
 
 
 class MethodConfig(Settings):
@@ -27,6 +31,21 @@ class MethodConfig(Settings):
     def extra_models(self) -> list[str]:
         """Names of trainable copies of the teacher beside the student, such as the fake score."""
         return []
+
+    def metric_names(self, stage: Stage) -> set[str] | None:
+        """Every metric that the losses may give, as ``<part>/<name>``; None if they are not known beforehand."""
+        return None
+
+    def check_metric(self, metric: str, stage: Stage) -> None:
+        """Raises: ValueError if this is no metric of the training; those of validation are checked elsewhere."""
+        known = self.metric_names(stage)
+        if known is not None and not metric.startswith(VALIDATION):
+            known |= {f"{part}/{name}" for part in self.trainable_parts() for name in UPDATE_METRICS}
+            if metric not in known:
+                raise ValueError(
+                    f"train.keep_best.metric: there is no {metric!r}; there are {', '.join(sorted(known))}, and "
+                    f"{VALIDATION}* of the scorers"
+                )
 
     def check(self, stage: Stage) -> None:
         """Refuse what does not fit the rest of the recipe.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, create_model, model_validator
 
 from fewstep.config.base import NAME, BatchSize, GuidanceScale, Pixels, Seed, Settings, Updates
-from fewstep.config.method import MethodConfig, method_union
+from fewstep.config.method import VALIDATION, MethodConfig, method_union
 from fewstep.config.sections import (
     EvaluateSettings,
     ModelsSettings,
@@ -76,7 +76,16 @@ class Stage(Settings):
                 f"{', '.join(parts)})"
             )
         self.method.check(self)
+        if self.train.keep_best is not None:
+            self.method.check_metric(self.train.keep_best.metric, self)
         return self
+
+
+def check_validated(stage: Stage, evaluate: EvaluateSettings) -> None:
+    """Raises: ValueError if the best checkpoint is chosen by a metric of validation, and there is none."""
+    best = stage.train.keep_best
+    if best is not None and best.metric.startswith(VALIDATION) and not evaluate.validate_every:
+        raise ValueError(f"train.keep_best.metric {best.metric}: never measured; set evaluate.validate_every")
 
 
 class DistillRecipe(Stage, Recipe):
@@ -84,6 +93,11 @@ class DistillRecipe(Stage, Recipe):
     teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     init: str | None = Field(None, description="Model whose weights the student starts from; null is the teacher.")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="Validation and final report.")
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> Self:
+        check_validated(self, self.evaluate)
+        return self
 
     @classmethod
     def validation_model(cls) -> type[Self]:
@@ -101,6 +115,8 @@ class StagesRecipe(Recipe):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
+        for stage in self.stages:
+            check_validated(stage, self.evaluate)
         return self
 
     @classmethod

@@ -90,6 +90,12 @@ class OptimSettings(Settings):
         description="Decay of the weights' moving average for previews and export; null keeps none.",
     )
 
+    @model_validator(mode="after")
+    def _check_decay(self) -> OptimSettings:
+        if self.lr_schedule == "constant" and self.min_lr_ratio:
+            raise ValueError("min_lr_ratio: no effect on a constant rate; set lr_schedule, or leave it out")
+        return self
+
 
 # --- distillation ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +136,8 @@ class StudentSettings(Settings):
 
     @model_validator(mode="after")
     def _check_timesteps(self) -> StudentSettings:
+        if self.sampler == "euler" and self.eta != 1:
+            raise ValueError("eta: no effect on the euler sampler; set student.sampler: sde, or leave it out")
         levels = self.timesteps
         if levels is None:
             return self
@@ -174,6 +182,13 @@ class ModelsSettings(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute each block in the backward pass instead of keeping its activations."
     )
+
+    @model_validator(mode="after")
+    def _check_adapter_keys(self) -> ModelsSettings:
+        for key in ("rank", "fake_score_rank", "lora_alpha", "target_modules"):
+            if self.train == "full" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: no effect on full copies; set models.train: lora, or leave it out")
+        return self
 
 
 class TrajectorySettings(Settings):

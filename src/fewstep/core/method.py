@@ -15,6 +15,10 @@ Batch = Any
 Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
+#: Metrics that the trainer logs of every trainable part, as ``<part>/<name>``, besides those of its loss.
+UPDATE_METRICS = ("loss", "grad_norm", "lr", "nonfinite_skips")
+
+
 @dataclass(frozen=True)
 class Shard:
     """One process's part of every batch."""

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.emoji.build import COLUMNS, TILE
+from fewstep.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets" / "emoji"
 
@@ -133,8 +134,11 @@ class EmojiDataset:
 
     @classmethod
     def load(cls, count: int | None = None) -> EmojiDataset:
-        """The core objects (``build.CORE``), or the first ``count`` of them."""
-        core = [item for item, is_core in _listing() if is_core][:count]
+        """The core objects (``build.CORE``), or the first ``count`` of them. Raises: UserError if there are fewer."""
+        core = [item for item, is_core in _listing() if is_core]
+        if count is not None and count > len(core):
+            raise UserError(f"num_objects {count}: the dataset has {len(core)} objects")
+        core = core[:count]
         return cls([EmojiObject(index, o.tile, o.code, o.en, o.zh) for index, o in enumerate(core)])
 
     @classmethod

@@ -13,6 +13,7 @@ from fewstep.core.registry import image_sources, load_plugins
 from fewstep.core.seeds import generator, image_seed
 from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
+from fewstep.evaluation.applicability import mean_scores
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
 from fewstep.evaluation.images import as_float, as_uint8
 from fewstep.evaluation.metrics_file import Figures, ImageColumn
@@ -199,8 +200,3 @@ def _sharpness(images: ImageSet, real: ImageSet | None) -> float | None:
         return None
     reference = measure.hf_energy(as_float(real.main))
     return measure.hf_energy(as_float(images.main[rows])) / reference if reference else None
-
-
-def mean_scores(scores: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each score over the images that it applies to; a score that applies to none is left out."""
-    return {key: float(values[~values.isnan()].mean()) for key, values in scores.items() if not values.isnan().all()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
+from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
@@ -69,6 +70,8 @@ def evaluate(
     chosen = list(settings) if settings is not None else default_settings(model, teacher, many_steps)
     device = model.device
     opened = open_scorers(scorers, device)
+    if scorers is not None:
+        check_applicable(opened, prompts)
     network = open_features(features, device)
     images: dict[str, ImageSet] = {}
     figures: dict[str, Figures] = {}

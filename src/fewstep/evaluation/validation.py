@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fewstep.evaluation import metrics as measure
-from fewstep.evaluation.image_sets import mean_scores
+from fewstep.evaluation.applicability import applicable_scores, mean_scores
 from fewstep.evaluation.images import as_float
 from fewstep.inference.generate import generate
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.rewards.scorers import open_scorers
+
+
+def validation_metrics(prompts: Sequence[str], scorers: Sequence[str] | None = None) -> list[str]:
+    """The names of the metrics that :func:`make_validator` gives for these prompts. Arguments as there."""
+    scores = [key for scorer in open_scorers(scorers).values() for key in applicable_scores(scorer, prompts)]
+    return [f"val/{key}" for key in [*scores, "saturation", "hf_energy"]]
 
 
 def make_validator(

@@ -180,9 +180,9 @@ def _warn_if_not_finite(latents: Tensor, part: slice) -> None:
     """An overflow would become a black image without a word."""
     bad = [part.start + row for row, fine in enumerate(latents.isfinite().flatten(1).all(dim=1).tolist()) if not fine]
     if bad:
+        others = f", as those of {len(bad) - 1} more" if bad[1:] else ""
         warnings.warn(
-            f"image {bad[0]}: its latents are not finite{f', as those of {len(bad) - 1} more' if bad[1:] else ''}; lower "
-            "guidance_scale, or take weights in fp32",
+            f"image {bad[0]}: its latents are not finite{others}; lower guidance_scale, or take weights in fp32",
             stacklevel=3,
         )
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core import flow
+from fewstep.core.compiler import check_compiler
 from fewstep.core.dtensor import full_state_dict
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
@@ -23,6 +24,7 @@ from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_ada
 from fewstep.models.components import load_component, resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.linear_layers import matching_linears
 from fewstep.models.parallel import shard_denoiser
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.quantize import is_fp8, quantize_fp8_
@@ -93,6 +95,18 @@ class Models:
             add_adapter(plain, name, spec.rank, spec.alpha, target_modules=spec.target_modules)
         plain.load_state_dict(full_state_dict(sharded))
         return plain
+
+
+def check_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> None:
+    """Find what :func:`build_models` would refuse, before any data is made for them.
+
+    Raises:
+        UserError: an ending in ``models.target_modules`` matches no layer, or there is no compiler.
+    """
+    if recipe.models.train == "lora" and recipe.models.target_modules is not None:
+        matching_linears(teacher.transformer, recipe.models.target_modules, "models.target_modules")
+    if recipe.models.compile:
+        check_compiler(teacher.device, "models.compile")
 
 
 def build_models(

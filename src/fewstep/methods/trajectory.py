@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 class TrajectoryConfig(MethodConfig):
     name: Literal["trajectory"]
 
+    def metric_names(self, stage: Stage) -> set[str]:
+        return {f"student/trajectory_mse_{k}" for k in range(1, stage.student.steps + 1)}
+
     def check(self, stage: Stage) -> None:
         if not stage.student.follows_teacher_trajectory:
             raise ValueError(

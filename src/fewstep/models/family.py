@@ -67,7 +67,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_other(self, name: str, path: Path) -> Any:
-        """Load a component without weights from its folder."""
+        """Load a component without weights from its folder.
+
+        Raises:
+            UserError: it has settings that would not be obeyed (``models.scheduler`` checks those of a scheduler).
+        """
 
     @abstractmethod
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.config.method import VALIDATION
 from fewstep.config.sections import OptimSettings, TrainSettings
 from fewstep.core.method import Batch, BatchSource, Method
 from fewstep.errors import UserError
@@ -63,6 +64,7 @@ class Trainer:
         self.position = 0  # batches used
         self.seconds = 0.0  # of training, over all sessions
         self.best: tuple[int, float] | None = None  # step and value of the best `train.keep_best` so far
+        self._reported: set[str] = set()
         self._means = RunningMeans()
         self._saved = (0, time.monotonic())  # step and time of the last checkpoint
 
@@ -205,6 +207,8 @@ class Trainer:
         """Whether a line of metrics is the best so far by `train.keep_best`; if so, it is remembered."""
         keep_best = self.train.keep_best
         value = metrics.get(keep_best.metric) if keep_best is not None else None
+        if keep_best is not None and value is None:
+            self._report_missing(keep_best.metric, metrics)
         if keep_best is None or value is None or not math.isfinite(value):
             return False
         sign = 1 if keep_best.mode == "max" else -1
@@ -212,6 +216,15 @@ class Trainer:
             return False
         self.best = (self.step, value)
         return True
+
+    def _report_missing(self, metric: str, metrics: Mapping[str, float]) -> None:
+        """Says once that the metric of `train.keep_best` is not among those logged: it may be misspelled."""
+        waits = metric.startswith(VALIDATION) and not any(name.startswith(VALIDATION) for name in metrics)
+        if waits or metric in self._reported:
+            return
+        self._reported.add(metric)
+        if self.dist.is_main_process:
+            log_line(f"train.keep_best.metric {metric}: not logged at step {self.step}; there are {', '.join(metrics)}")
 
     def _on_alert(self, alert: Alert) -> None:
         """Reports an alert, and stops or rolls back if `train.on_alert` says so."""

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
 
 
+# Metrics of the student, beside those of the terms.
+SAMPLE_METRICS = ("student/x0_mean", "student/x0_std", "student/x0_nyquist")
+RELATIVE_METRICS = ("student/x0_mean_diff", "student/x0_std_ratio", "student/x0_nyquist_ratio")  # to the teacher's
+STEP_METRICS = ("student/ca_dm_cosine", "student/ca_dm_ratio")
+
+
 class RenoiseSettings(Settings):
     schedule: Literal["shared", "full", "constrained", "hybrid"] = Field(
         default="hybrid", description="Where the noise levels of CA and DM are drawn (arXiv 2511.22677)."
@@ -99,11 +105,33 @@ class DMDConfig(MethodConfig):
     def fake_score_start_step(self, total_steps: int) -> int:
         return resolve_step(self.fake_score_start, total_steps)
 
+    def metric_names(self, stage: Stage) -> set[str] | None:
+        active = self.terms.active(stage.train.steps)
+        terms = {name: loss_terms.get(name) for name in active}
+        names = set(STEP_METRICS if {"cfg_augmentation", "distribution_matching"} <= terms.keys() else ())
+        if any(term.uses_sample for term in terms.values()):
+            names |= {*SAMPLE_METRICS, *(RELATIVE_METRICS if stage.train.on_alert != "off" else ())}
+        for name, term in terms.items():
+            known = term.metric_names(active[name][0])
+            if known is None:
+                return None
+            names |= known
+        return names
+
     def check(self, stage: Stage) -> None:
         steps = stage.train.steps
         active = self.terms.active(steps)
         if not active:
             raise ValueError("method.terms: no term has a weight, the student would not be trained")
+        for name, (_, weight) in active.items():
+            if weight.breakpoints[-1] > steps:
+                raise ValueError(
+                    f"method.terms.{name}.weight changes at step {weight.breakpoints[-1]}, after the last of {steps}"
+                )
+        if self.real_source != "teacher" and not self.measures_real:
+            raise ValueError(f"method.real_source {self.real_source}: no term needs real latents; leave it out")
+        if stage.trajectory.cache is not None and not (self.measures_real and self.real_source == "teacher"):
+            raise ValueError("trajectory.cache: no term uses the teacher's trajectories; leave it out")
         for settings, _ in active.values():
             settings.check(stage, self)
         rank = stage.models.fake_score_rank

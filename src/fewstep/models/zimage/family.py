@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from fewstep.atomic import atomic_folder
+from fewstep.errors import UserError
 from fewstep.models.consistency import Mismatch, text_mismatches, vae_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.scheduler import load_scheduler
 from fewstep.models.text import PromptEncoder
 from fewstep.models.vae import vae_scale_factor
 from fewstep.models.zimage.denoiser import PATCH_SIZE, ZImageDenoiser
@@ -23,6 +27,20 @@ TURBO_SHIFT = 3  # Z-Image-Turbo's shift of the noise levels; Z-Image's is 6
 
 #: The linear layers of a block: attention's four and the feed-forward's three.
 BLOCK_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+
+
+def check_transformer(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse settings of ``ZImageTransformer2DModel`` that :class:`ZImageDenoiser` does not compute, and settings that
+    the class ignores. Raises: UserError that names the file and the setting."""
+    known = inspect.signature(ZImageTransformer2DModel.__init__).parameters
+    for key, value in config.items():
+        if key not in known and not key.startswith("_") and value not in (None, False):
+            raise UserError(f"{file}: {key} is not supported: {ZImageTransformer2DModel.__name__} has no such setting")
+    supported = {"all_patch_size": [PATCH_SIZE], "all_f_patch_size": [1], "siglip_feat_dim": None, "qk_norm": True}
+    for key, only in supported.items():
+        value = config.get(key, only)
+        if (list(value) if isinstance(value, tuple) else value) != only:
+            raise UserError(f"{file}: {key} {json.dumps(value)} is not supported; only {json.dumps(only)} is")
 
 
 class ZImageFamily(ModelFamily):
@@ -37,14 +55,18 @@ class ZImageFamily(ModelFamily):
         if name == "text_encoder":
             return Qwen3Model.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **options)
         cls = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name]
+        if name == "transformer":
+            check_transformer(cls.load_config(path, local_files_only=True), path / "config.json")
         return cls.from_pretrained(path, torch_dtype=dtype, **options)
 
     def load_other(self, name: str, path: Path) -> Any:
-        return {"tokenizer": Qwen2Tokenizer, "scheduler": FlowMatchEulerDiscreteScheduler}[name].from_pretrained(path)
+        return load_scheduler(path) if name == "scheduler" else Qwen2Tokenizer.from_pretrained(path)
 
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
         if name == "text_encoder":
             return Qwen3Model(Qwen3Config(**config))
+        if name == "transformer":
+            check_transformer(config, Path(name) / "config.json")
         return {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name].from_config(dict(config))
 
     def write_index(self, components: Components, folder: Path) -> None:

@@ -123,6 +123,11 @@ class LossTerm(ABC):
     @abstractmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self: ...
 
+    @classmethod
+    def metric_names(cls, settings: TermSettings) -> set[str] | None:
+        """Every metric that it may give, as ``<part>/<name>``; None if they are not known beforehand."""
+        return None
+
     def trainables(self) -> list[Trainable]:
         """Its own trainable parts, with their losses."""
         return []

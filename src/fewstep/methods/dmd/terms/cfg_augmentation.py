@@ -45,6 +45,10 @@ class CFGAugmentation(DirectionTerm):
         self.alpha, self.eps = alpha, eps
 
     @classmethod
+    def metric_names(cls, settings: TermSettings) -> set[str]:
+        return {"student/cfg_aug_abs"}
+
+    @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, CFGAugmentationSettings)
         return cls(settings.guidance_scale + 1, setup.config.dmd_norm_eps)

@@ -90,6 +90,12 @@ class DistributionMatching(DirectionTerm):
         self.updates, self.start_step, self.ema_to_student = updates, start_step, ema_to_student
 
     @classmethod
+    def metric_names(cls, settings: TermSettings) -> set[str]:
+        assert isinstance(settings, DistributionMatchingSettings)
+        coarse = {f"student/dm_abs_{factor}" for factor, weight in settings.scales.items() if weight}
+        return {"student/dm_abs", "student/fake_score_loss_ratio"} | coarse
+
+    @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, DistributionMatchingSettings)
         scales = {factor: weight for factor, weight in sorted(settings.scales.items()) if weight}

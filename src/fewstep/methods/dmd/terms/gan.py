@@ -69,6 +69,10 @@ class GAN(RegularizerTerm):
         self.r1_weight, self.r1_sigma, self.start_step = r1_weight, r1_sigma, start_step
 
     @classmethod
+    def metric_names(cls, settings: TermSettings) -> set[str]:
+        return {"student/gan", "discriminator/accuracy", "discriminator/r1"}
+
+    @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, GANSettings)
         head = DiscriminatorHead(setup.teacher.denoiser.feature_dim).to(setup.teacher.device)

@@ -38,6 +38,10 @@ class MeanVariance(RegularizerTerm):
         self.mean, self.std = mean, std
 
     @classmethod
+    def metric_names(cls, settings: TermSettings) -> set[str]:
+        return {"student/mean_variance"}
+
+    @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         batches = -(-MEASURED_LATENTS // setup.batch_size)
         real = setup.sources["real"]

@@ -45,6 +45,10 @@ class FeatureMMD(RegularizerTerm):
         self.extractor, self.renoise, self.all_gather = extractor, renoise, all_gather
 
     @classmethod
+    def metric_names(cls, settings: TermSettings) -> set[str]:
+        return {"student/mmd"}
+
+    @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         return cls(setup.teacher.denoiser, setup.renoise, setup.dist.all_gather)
 

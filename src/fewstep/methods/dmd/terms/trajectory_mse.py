@@ -48,6 +48,10 @@ class TrajectoryMSE(RegularizerTerm):
         self.student, self.sigmas = student, sigmas
 
     @classmethod
+    def metric_names(cls, settings: TermSettings) -> set[str]:
+        return {"student/trajectory_mse"}
+
+    @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         return cls(setup.student, setup.sigmas)
 
