@@ -33,7 +33,9 @@ class TrainSettings(Settings):
     )
     seed: Seed = Field(default=0, description="Seed of the initial weights and of all noise.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
-        "fp32", description="bf16: losses under autocast, weights stay fp32; auto: where the device is faster with it."
+        "fp32",
+        description="bf16: losses under autocast, weights stay fp32; auto: where the device is faster with it, decided "
+        "when the run starts and kept when it is resumed.",
     )
     log_every: int = Field(
         default=10, ge=1, description="Steps between lines in metrics.jsonl; each is the mean over them."
