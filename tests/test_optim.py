@@ -109,5 +109,5 @@ def test_learning_rate() -> None:
     assert [learning_rate(cosine, step, 12) for step in (1, 2, 4, 8, 12)] == pytest.approx([0.25, 0.5, 1, 0.55, 0.1])
     linear = OptimSettings(lr=2.0, lr_schedule="linear")
     assert [learning_rate(linear, step, 5) for step in (1, 2, 3, 4, 5)] == pytest.approx([2, 1.5, 1, 0.5, 0])
-    constant = OptimSettings(lr=2.0, min_lr_ratio=0.5)
+    constant = OptimSettings(lr=2.0)
     assert [learning_rate(constant, step, 5) for step in (1, 5, 50)] == [2, 2, 2]
