@@ -99,13 +99,14 @@ def test_the_teacher_is_loaded_in_the_models_dtype(monkeypatch):
 
 
 def test_command_line_evaluates_a_file_of_prompts(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a fox\na bear\nan owl\n")
+    prompts = [f"a noto emoji of a {animal} on a blue background" for animal in ("fox", "bear", "cat")]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     options = ["--num-prompts", "2", "--scorer", "emoji", "--features", "open-nsfw", "--dtype", "bf16", "--seed", "5"]
     arguments = ["evaluate", "micro", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "report")]
     done = CliRunner().invoke(app, [*arguments, *options])
     assert done.exit_code == 0, done.output
     run = json.loads((tmp_path / "report" / "metrics.json").read_text())["run"]
-    assert run["prompt_list"] == ["a fox", "a bear"]
+    assert run["prompt_list"] == prompts[:2]
     assert (run["dtype"], run["first_seed"], run["feature_network"]) == ("bfloat16", 5, "open-nsfw")
     assert (tmp_path / "report" / "index.html").is_file()
 
