@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch import nn
 
 _PROBE = 384  # side of the matrices whose product is timed
 
@@ -45,6 +46,12 @@ def warn_if_emulated(setting: str, device: torch.device, instead: str) -> None:
             f"times as long as in fp32; use {instead}",
             stacklevel=2,
         )
+
+
+def warn_if_weights_are_emulated(module: nn.Module, device: torch.device) -> None:
+    """:func:`warn_if_emulated` for a module with weights in bf16."""
+    if any(weight.dtype == torch.bfloat16 for weight in module.parameters()):
+        warn_if_emulated("weights in bf16", device, "dtype fp32 (in recipes models.frozen_dtype: fp32)")
 
 
 @cache

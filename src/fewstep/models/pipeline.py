@@ -15,7 +15,7 @@ from fewstep.atomic import atomic_folder
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.device import check_device
-from fewstep.core.precision import warn_if_emulated
+from fewstep.core.precision import warn_if_weights_are_emulated
 from fewstep.errors import UserError
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
@@ -240,7 +240,7 @@ def load(
     if fp8:
         quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(device))
         warn_without_fp8_matmul(device)
-    _warn_about_bf16(components["transformer"], device)
+    warn_if_weights_are_emulated(components["transformer"], device)
     model = TextToImagePipeline(family, components, load_generation_config(folder))
     if offload == "none":
         return model.to(device)
@@ -289,14 +289,9 @@ def load_prompt_encoder(
     components = _load_components(folder, family, ("text_encoder", "tokenizer"), dtype)
     check_components(folder, family, components)
     components["text_encoder"].to(device)
-    _warn_about_bf16(components["text_encoder"], device)
+    warn_if_weights_are_emulated(components["text_encoder"], device)
     has_config = (folder / GENERATION_CONFIG).exists()
     return family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")
-
-
-def _warn_about_bf16(module: nn.Module, device: torch.device) -> None:
-    if any(weight.dtype == torch.bfloat16 for weight in module.parameters()):
-        warn_if_emulated("weights in bf16", device, "dtype fp32 (in recipes models.frozen_dtype: fp32)")
 
 
 def _load_components(
