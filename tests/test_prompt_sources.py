@@ -84,6 +84,7 @@ def test_nothing_is_held_out_of_two_prompts_or_with_fraction_0(tmp_path: Path) -
     assert parts == {"train": numbered(50), "validation": [], "test": []}
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts are also")
 def test_files_name_the_held_out_prompts(tmp_path: Path) -> None:
     source = write_prompts(tmp_path, [*numbered(100), "both", "tested"])
     validation = write_prompts(tmp_path, ["validated", "both", "tested"], "validation.txt")

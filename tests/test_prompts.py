@@ -42,9 +42,9 @@ def test_every_file_format_gives_the_same_prompts(tmp_path, kind):
     assert list(read_texts(str(write(tmp_path, kind)))) == TEXTS
 
 
-def test_values_that_are_not_text_become_empty(tmp_path):
+def test_missing_values_become_empty(tmp_path):
     file = tmp_path / "odd.jsonl"
-    file.write_text('{"prompt": null}\n"bare"\n\n{"prompt": 3}\n')
+    file.write_text('{"prompt": null}\n"bare"\n\n{"prompt": []}\n')
     assert list(read_texts(str(file))) == ["", "bare", ""]
     pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "odd.parquet")
     assert list(read_texts(str(tmp_path / "odd.parquet"))) == ["a", ""]
@@ -53,15 +53,15 @@ def test_values_that_are_not_text_become_empty(tmp_path):
 def test_quoted_csv_fields_may_span_lines(tmp_path):
     file = tmp_path / "long.csv"
     file.write_text('prompt,n\n"first\nsecond",1\n')
-    assert list(read_texts(str(file))) == ["first\nsecond"]
+    assert list(read_texts(str(file))) == ["first second"]
 
 
 MISTAKES = {
-    "none.txt": (None, "no such file"),
-    "list.pdf": (b"x", "prompts come from .txt, .jsonl, .csv, .parquet"),
+    "none.txt": (None, "No such file or folder"),
+    "list.pdf": (b"%PDF-1.7\n\xe2\xe3", "not a text file; prompts come from .txt, .jsonl, .json, .csv"),
     "bad.jsonl": (b'{"prompt": "a"}\n{"prom', "bad.jsonl, line 2: not JSON"),
     "other.jsonl": (b'{"text": "a"}\n', "line 1: no 'prompt'; there are text; set --column"),
-    "other.csv": (b"text,n\na,1\n", "no column 'prompt'; there are text, n"),
+    "other.csv": (b"text,n\na,1\n", "no 'prompt'; there are text, n"),
     "bytes.txt": (b"\xff\xfe\xfa", "not a UTF-8 text file"),
     "no.parquet": (b"PAR", "not a parquet file"),
 }

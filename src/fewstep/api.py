@@ -12,7 +12,10 @@ from fewstep.config.load import load_recipe
 from fewstep.config.method import VALIDATION
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
 from fewstep.config.sections import EvaluateSettings, PromptSettings
-from fewstep.data.prompts import open_prompts, read_prompts
+from fewstep.core.registry import load_plugins, prompt_sources
+from fewstep.data.prompt_files import read_prompts
+from fewstep.data.prompt_shards import is_encoded
+from fewstep.data.prompts import PromptSource, check_held_out, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
@@ -76,6 +79,7 @@ def distill(
     settings = resolved.evaluate
     stage: Stage = resolved if isinstance(resolved, DistillRecipe) else resolved.stages[-1]
     source = open_prompts(stage.prompts)
+    _check_held_out(resolved, source)
     validation = list(source.texts("validation")[: settings.validation_prompts])
     test = list(source.texts("test")[: settings.num_prompts])
     _check_evaluation(settings, stage.prompts.source, validation, test)
@@ -144,7 +148,7 @@ def evaluate(
 
     Args:
         prompts: a list of prompts; or the name of a prompt source or a folder of encoded prompts, whose test prompts
-            are used; or a text file with one prompt per line.
+            are used; or any other source of :func:`fewstep.data.prompt_files.read_texts`, which is used whole.
         num_prompts: the number of prompts, the first ones, from a source, folder or file. A list is used whole.
         teacher: by default the one in the model's generation config. It is loaded on the model's device and in its
             dtype.
@@ -171,11 +175,20 @@ def _loaded(model: str | Path | TextToImagePipeline) -> TextToImagePipeline:
     return model if isinstance(model, TextToImagePipeline) else load(model)
 
 
-def read_test_prompts(source: str | Path, count: int) -> list[str]:
-    """The first prompts of a text file, or of the test split of a prompt source."""
-    if Path(source).is_file():
-        return read_prompts(source)[:count]
-    return list(open_prompts(PromptSettings(source=str(source))).texts("test")[:count])
+def read_test_prompts(source: str | Path, count: int, column: str = "prompt") -> list[str]:
+    """The first prompts of the test split of a prompt source or of encoded prompts, or of a file."""
+    load_plugins()
+    if str(source) in prompt_sources or is_encoded(source):
+        return list(open_prompts(PromptSettings(source=str(source))).texts("test")[:count])
+    return read_prompts(source, column)[:count]
+
+
+def _check_held_out(recipe: DistillRecipe | StagesRecipe, last: PromptSource) -> None:
+    """Raises: UserError if any stage trains on the prompts that the run is measured on."""
+    training = {"prompts": last.texts("train")}
+    if isinstance(recipe, StagesRecipe):
+        training = {f"stage {one.name}, prompts": open_prompts(one.prompts).texts("train") for one in recipe.stages}
+    check_held_out(training, last.texts("validation"), last.texts("test"))
 
 
 def _check_evaluation(settings: EvaluateSettings, source: str, validation: Sequence[str], test: Sequence[str]) -> None:

@@ -5,16 +5,17 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Overwrite
+from fewstep.cli.options import Column, Overwrite
 
 
 def prompts(
     sources: Annotated[
-        list[str], typer.Argument(help=".txt, .jsonl, .csv or .parquet files, or hf:owner/name[:split].")
+        list[str],
+        typer.Argument(help=".txt, .jsonl, .json, .csv, .tsv or .parquet files, folders, or hf:owner/name[:split]."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the encoded prompts.")],
     model: Annotated[str, typer.Option(help="Folder or name of the model whose text encoder encodes the prompts.")],
-    column: Annotated[str, typer.Option(help="Column or key of the prompts, in all but text files.")] = "prompt",
+    column: Column = "prompt",
     max_tokens: Annotated[
         int, typer.Option(min=1, max=512, help="Longer prompts, with the chat template, are left out.")
     ] = 512,

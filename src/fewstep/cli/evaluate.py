@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Device, Dtype
+from fewstep.cli.options import Column, Device, Dtype
 
 
 def evaluate(
@@ -14,8 +14,9 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help='A model\'s folder, hub id, or bundled name ("micro").')
     ],
     prompts: Annotated[
-        str, typer.Option(help="A prompt source (emoji), a text file with one prompt per line, or encoded prompts.")
+        str, typer.Option(help="A prompt source (emoji), a .txt, .jsonl, .json, .csv, ... file, or encoded prompts.")
     ] = "emoji",
+    column: Column = "prompt",
     num_prompts: Annotated[int, typer.Option(min=2, help="Number of test prompts.")] = 200,
     teacher: Annotated[
         str | None, typer.Option(help="The model it was distilled from. [default: as in its fewstep.json]")
@@ -46,7 +47,7 @@ def evaluate(
     # Mistakes are reported before the model is loaded.
     check_report_folder(folder)
     report_writer()
-    texts = api.read_test_prompts(prompts, num_prompts)
+    texts = api.read_test_prompts(prompts, num_prompts, column)
     open_scorers(scorer)
     open_features(features)
     with claimed_folder(folder):

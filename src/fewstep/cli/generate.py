@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fewstep.cli.options import Device, Dtype, Model, Overwrite, argument_text
+from fewstep.cli.options import Column, Device, Dtype, Model, Overwrite, argument_text
 
 if TYPE_CHECKING:
     from fewstep.inference.generate import Callback, GenerationStep
@@ -26,7 +25,11 @@ class Offload(StrEnum):
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One image for each.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="Text file with further prompts, one a line.")] = None,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(help="Further prompts: a .txt (one a line), .jsonl, .json, .csv, ... file, or a folder."),
+    ] = None,
+    column: Column = "prompt",
     out: Annotated[
         str, typer.Option("-o", "--out", help="Image file for a grid of all, or folder for one file each, such as out/")
     ] = "out.png",
@@ -75,13 +78,15 @@ def generate(
 ) -> None:
     """Generate images from prompts. The same command again continues an interrupted one."""
     from fewstep.cli.image_target import Target
-    from fewstep.data.prompts import read_prompts
+    from fewstep.data.prompt_files import read_prompts
+    from fewstep.data.prompt_text import clean_prompt
     from fewstep.errors import UserError
     from fewstep.inference.generate import generate_batches
     from fewstep.inference.params import parse_params
     from fewstep.models.pipeline import load
 
-    texts = [*map(argument_text, prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    typed = [clean_prompt(argument_text(prompt)) for prompt in prompts or []]
+    texts = [*typed, *(read_prompts(prompts_file, column) if prompts_file else [])]
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
     params = parse_params(

@@ -21,6 +21,7 @@ Overrides = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start over: delete an earlier run's files in the directory.")
 ]
+Column = Annotated[str, typer.Option(help="Column or key of the prompts, in all but text files.")]
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, ...")]
 
 

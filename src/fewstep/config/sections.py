@@ -105,9 +105,10 @@ class OptimSettings(Settings):
 class PromptSettings(Settings):
     source: str = Field(
         default="emoji",
-        description="A prompt source (emoji), a text file with one prompt per line, or a folder written by "
-        "fewstep encode-prompts.",
+        description="A prompt source (emoji), a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a folder of these, a "
+        "folder written by fewstep encode-prompts, or hf:owner/name[:split].",
     )
+    column: str = Field(default="prompt", description="Column or key of the prompts, in all but text files.")
     validation_source: str | None = Field(
         None, description="File or folder of the validation prompts; null holds them out of the source."
     )

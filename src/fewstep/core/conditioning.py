@@ -42,6 +42,12 @@ class EncodedPrompts:
         return EncodedPrompts(self.features.to(device), self.lengths)
 
     @staticmethod
+    def pad(features: Sequence[Tensor]) -> EncodedPrompts:
+        """One batch, in fp32, of the features [L_i, D] of single prompts."""
+        padded = nn.utils.rnn.pad_sequence([feature.float() for feature in features], batch_first=True)
+        return EncodedPrompts(padded, torch.tensor([len(feature) for feature in features]))
+
+    @staticmethod
     def concat(batches: Sequence[EncodedPrompts]) -> EncodedPrompts:
         """Several batches as one, padded to the longest prompt."""
         longest = max(batch.features.shape[1] for batch in batches)

@@ -93,11 +93,6 @@ def script_of(text: str) -> str:
     return "Japanese" if scripts["Japanese"] else scripts.most_common(1)[0][0]
 
 
-def normalize_prompt(text: str) -> str:
-    """Composed Unicode (NFC), with white space of any kind as single spaces."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
 def check_before_loading(sources: Sequence[str], column: str, out: Path, overwrite: bool) -> None:
     """Find, before a model is loaded, what :func:`prepare_prompts` would refuse; nothing is written or deleted.
 
@@ -176,18 +171,17 @@ def _clean(
     """The prompts to keep; ``stats`` counts every prompt as it passes."""
     for text in texts:
         stats.read += 1
-        prompt = normalize_prompt(text)
-        if not prompt:
+        if not text:
             stats.empty += 1
-        elif not database.add_if_new(prompt):
+        elif not database.add_if_new(text):
             stats.duplicate += 1
-        elif (tokens := encoder.count(prompt)) > max_tokens:
+        elif (tokens := encoder.count(text)) > max_tokens:
             stats.too_long += 1
         else:
             stats.kept += 1
             stats.tokens[tokens] += 1
-            stats.languages[script_of(prompt)] += 1
-            yield prompt
+            stats.languages[script_of(text)] += 1
+            yield text
 
 
 def _batched(texts: Iterator[str], size: int) -> Iterator[list[str]]:

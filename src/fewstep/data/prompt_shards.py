@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fewstep.atomic import write_tensors, write_text
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.data.encodable_texts import EncodableTexts
 from fewstep.data.trajectories import check_fingerprint, shard_file
 from fewstep.errors import UserError
 from fewstep.machine import read_error, reading
@@ -50,7 +50,18 @@ def write_prompt_index(
     write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
 
 
-class PromptShards(Sequence[str]):
+def is_encoded(path: str | Path) -> bool:
+    """Whether a folder has, or once had, encoded prompts: an index, or shards without one."""
+    folder = Path(path)
+    return is_finished(folder) or shard_file(folder, 0).exists()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether all prompts of a folder are encoded: the index is written last."""
+    return (folder / INDEX).exists()
+
+
+class PromptShards(EncodableTexts):
     """The prompts of a folder as a sequence of texts; :meth:`encoded` gives their features.
 
     Raises:
@@ -85,6 +96,9 @@ class PromptShards(Sequence[str]):
         selected._rows = np.asarray(self._rows)[rows]
         return selected
 
+    def stored(self) -> PromptShards:
+        return self
+
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
@@ -107,9 +121,8 @@ class PromptShards(Sequence[str]):
             tensors, ends = self._open(shard)
             begin = ends[row - 1] if row else 0
             with reading(shard_file(self.folder, shard), _DAMAGED):
-                features.append(tensors.get_slice("features")[begin : ends[row]].float())
-        lengths = torch.tensor([len(feature) for feature in features])
-        return EncodedPrompts(pad_sequence(features, batch_first=True), lengths)
+                features.append(tensors.get_slice("features")[begin : ends[row]])
+        return EncodedPrompts.pad(features)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Shard and row of a prompt."""

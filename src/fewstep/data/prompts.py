@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 from fewstep.config.sections import PromptSettings
 from fewstep.core.registry import load_plugins, prompt_sources
-from fewstep.data.prompt_shards import PromptShards
+from fewstep.data.prompt_files import read_prompts
+from fewstep.data.prompt_shards import PromptShards, is_encoded
+from fewstep.data.prompt_text import comparison_key
 from fewstep.errors import UserError
 
 PromptSplit = Literal["train", "validation", "test"]
@@ -26,8 +28,7 @@ class PromptSource(Protocol):
 
 
 def open_prompts(settings: PromptSettings) -> PromptSource:
-    """The source that ``settings.source`` names: a registered prompt source, else a text file or a folder of encoded
-    prompts.
+    """The source that ``settings.source`` names: a registered prompt source, else files, a dataset or encoded prompts.
 
     Raises:
         UserError: there is no such source, or it cannot be read.
@@ -38,27 +39,9 @@ def open_prompts(settings: PromptSettings) -> PromptSource:
     return source
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a UTF-8 text file, one per line, without blank lines.
-
-    Raises:
-        UserError: the file cannot be read, is not UTF-8, or holds no prompt.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a UTF-8 text file") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path}: no prompts in it; write one per line")
-    return prompts
-
-
 @prompt_sources.register("file")
 class FilePrompts:
-    """A text file with one prompt per line, or a folder that ``fewstep encode-prompts`` wrote, which is read lazily.
+    """Whatever :func:`read_texts` reads, or a folder that ``fewstep encode-prompts`` wrote, which is read lazily.
 
     ``settings.validation_source`` and ``settings.test_source`` name further files or folders for these splits. Where
     one is null, ``settings.heldout_fraction`` of the different prompts of the source are held out for it. A hash of the
@@ -66,15 +49,16 @@ class FilePrompts:
     prompts are added to a long list. In a short list, each of the two parts has at least one prompt and less than half.
     A source of fewer than three different prompts, or a fraction of 0, holds nothing out: the part is empty.
 
-    A text found in several of the splits is kept in one: test before validation before training. Opening a folder reads
-    its texts once, to hash them; encoded features are only read when used.
+    A text found in several of the splits is kept in one, test before validation before training, with a warning where
+    the user named the file. Texts that differ only in case, white space or compatibility forms count as the same.
+    Opening a folder reads its texts once, to hash them; encoded features are only read when used.
 
     Raises:
         UserError: a file or folder cannot be read, or no prompt is left for training.
     """
 
     def __init__(self, settings: PromptSettings) -> None:
-        source = _open_texts(settings.source)
+        source = _open_texts(settings.source, settings.column)
         hashes = _hash_texts(source)
         held_out = _held_out(hashes, settings.heldout_fraction)
         files = {"test": settings.test_source, "validation": settings.validation_source}
@@ -85,9 +69,10 @@ class FilePrompts:
                 texts, own = source, hashes
                 chosen = np.isin(own, held_out[split]) & ~np.isin(own, used)
             else:
-                texts = _open_texts(path)
+                texts = _open_texts(path, settings.column)
                 own = _hash_texts(texts)
                 chosen = ~np.isin(own, used)
+                _warn_of_overlap(path, split, int((~chosen).sum()), int(np.isin(own[chosen], hashes).sum()))
             self._texts[split] = _select(texts, chosen)
             used = np.concatenate([used, own[chosen]])
         self._texts["train"] = _select(source, ~np.isin(hashes, used))
@@ -100,13 +85,48 @@ class FilePrompts:
         return self._texts[split]
 
 
-def _open_texts(path: str) -> Sequence[str]:
-    return PromptShards(path) if Path(path).is_dir() else read_prompts(path)
+def check_held_out(training: Mapping[str, Iterable[str]], validation: Sequence[str], test: Sequence[str]) -> None:
+    """Check what no single source can: that nothing trains on the prompts that a run is measured on.
+
+    Args:
+        training: training prompts by the recipe's key, or the folder, that they come from.
+
+    Raises:
+        UserError: a validation prompt is a test prompt, or a training prompt is one of both.
+    """
+    tested = {comparison_key(text): "test" for text in test}
+    validated = {comparison_key(text): "validation" for text in validation}
+    for where, texts, held_out in [
+        ("prompts", validation, tested),
+        *((where, texts, validated | tested) for where, texts in training.items()),
+    ]:
+        shared = [text for text in texts if comparison_key(text) in held_out]
+        if shared:
+            found, used_as = shared[0], held_out[comparison_key(shared[0])]
+            raise UserError(
+                f"{where}: {len(shared)} prompts are also {used_as} prompts, such as {found[:60]!r}; leave them out "
+                "there, or name other files in prompts.validation_source and prompts.test_source"
+            )
+
+
+def _warn_of_overlap(path: str, split: str, tested: int, trained: int) -> None:
+    if tested:
+        warnings.warn(
+            f"{path}: {tested} {split} prompts are also test prompts; they are used for test only", stacklevel=4
+        )
+    if trained:
+        warnings.warn(
+            f"{path}: {trained} {split} prompts are also in prompts.source; they are not trained on", stacklevel=4
+        )
+
+
+def _open_texts(source: str, column: str) -> Sequence[str]:
+    return PromptShards(source) if is_encoded(source) else read_prompts(source, column)
 
 
 def _hash_texts(texts: Iterable[str]) -> np.ndarray:
-    """uint64 [N], uniform over its range."""
-    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    """uint64 [N], uniform over its range; equal for prompts that count as the same."""
+    digests = (hashlib.blake2b(comparison_key(text).encode(), digest_size=8).digest() for text in texts)
     return np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64)
 
 
