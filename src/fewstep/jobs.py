@@ -12,6 +12,7 @@ from fewstep.config.recipe import DistillRecipe
 from fewstep.core.registry import methods
 from fewstep.data.images import grid
 from fewstep.data.prompts import open_prompts
+from fewstep.data.text_prompts import encodable
 from fewstep.inference.generate import generate
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.models_setup import build_models, check_models
@@ -32,6 +33,7 @@ def distill(
     validator: Validator | None = None,
     dist: DistContext | None = None,
     cache: Path | None = None,
+    encoded: Path | None = None,
 ) -> Path:
     """Distill, and save the student's moving average as ``<run>/student``, an ordinary diffusers folder; the best one
     by ``train.keep_best``, if it is not the last, as ``<run>/student-best``.
@@ -42,17 +44,18 @@ def distill(
         validator: measures the student every ``evaluate.validate_every`` steps.
         dist: the processes that train together; the main process writes.
         cache: folder of the teacher's trajectories; ``<run>/cache`` by default.
+        encoded: folder for encoded prompts that do not fit into memory; ``<run>/encoded-prompts`` by default.
     """
     dist = dist or DistContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     method_class: type[DistillMethod] = methods.get(recipe.method.name)
     torch.manual_seed(recipe.train.seed)
     source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
-    prompts = source.texts("train")
     dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
     teacher = load(recipe.teacher, dist.device, dtype, offload="model")
     teacher.set_resolution(recipe.resolution)
     check_models(recipe, teacher)
     with dist.main_process_first():
+        prompts = encodable(teacher, source.texts("train"), encoded or run.directory / "encoded-prompts")
         data = DataSetup(recipe, teacher, prompts, cache or run.directory / "cache")
         sources = method_class.batch_sources(data)
     models = build_models(recipe, teacher, recipe.method.extra_models(), dist)

@@ -77,8 +77,9 @@ def run_stages(
         cache = run.directory / "cache" / shared_trajectory_cache(stage, recipe.stages)
         resolved = stage_recipe(recipe, stage, student)
         known = recipe_fingerprints(resolved)
+        encoded = run.directory / "encoded-prompts"
         with open_run(dist, folder, resolved, fingerprints=known, resume_command=run.resume_command) as inner:
-            student = distill(resolved, inner, validator, dist, cache)
+            student = distill(resolved, inner, validator, dist, cache, encoded)
         free_memory()
         before = lines[-1]["step"] if lines else 0
         lines += [{**line, "step": before + line["step"]} for line in read_metrics(folder / "metrics.jsonl")]

@@ -10,6 +10,7 @@ from fewstep.core.method import BatchSource, Shard
 from fewstep.core.registry import image_sources
 from fewstep.core.seeds import generator, noise_rows
 from fewstep.data.batch import DistillBatch
+from fewstep.data.text_prompts import encodable
 from fewstep.errors import UserError
 from fewstep.models.pipeline import TextToImagePipeline
 
@@ -24,7 +25,8 @@ def rendered_image_batches(
     """
     images_of = image_sources.get(source_name)()
     stream = generator("real images", seed)
-    chosen = [prompts[i] for i in torch.randint(len(prompts), (count,), generator=stream).tolist()]
+    numbers = torch.randint(len(prompts), (count,), generator=stream).tolist()
+    chosen = [prompts[i] for i in numbers]
     for prompt in chosen:
         if not images_of.knows(prompt):
             raise UserError(
@@ -32,12 +34,14 @@ def rendered_image_batches(
             )
     images = images_of.render(chosen, stream, model.generation_config.height)
     latents = torch.cat([model.encode_images(part.to(model.device)) for part in images.split(128)]).cpu()
-    encoded = model.encode(chosen)
+    texts = encodable(model, prompts).select(numbers).stored()
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
         rows = shard.rows(size)
         own = torch.randint(count, (size,), generator=generator("images", seed, position))[rows]
         noise = noise_rows(rows, latents.shape[1:], "noise", seed, position)
-        return DistillBatch(noise.to(model.device), encoded[own], latents[own, None].to(model.device))
+        return DistillBatch(
+            noise.to(model.device), texts.encoded(own.tolist()).to(model.device), latents[own, None].to(model.device)
+        )
 
     return source

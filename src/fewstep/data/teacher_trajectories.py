@@ -19,7 +19,9 @@ from fewstep.core.precision import uses_bf16, warn_if_emulated
 from fewstep.core.samplers import iterate
 from fewstep.core.seeds import generator
 from fewstep.data.batch import DistillBatch
-from fewstep.data.prompts import open_prompts
+from fewstep.data.encodable_texts import EncodableTexts
+from fewstep.data.prompts import check_held_out, open_prompts
+from fewstep.data.text_prompts import encodable
 from fewstep.data.trajectories import (
     INDEX,
     Index,
@@ -75,18 +77,23 @@ def cache_fingerprint(
 
 
 def make_cache(
-    recipe: CacheRecipe, out: Path, *, overwrite: bool = False, teacher: TextToImagePipeline | None = None
+    recipe: CacheRecipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    teacher: TextToImagePipeline | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Path:
     """Fill ``out`` with the teacher's trajectories; shards from an earlier call are kept.
 
     Args:
         overwrite: delete a cache that is in ``out``.
-        teacher: the recipe's, if it is loaded already.
+        teacher, prompts: the recipe's teacher and training prompts, if they are loaded already.
 
     Raises:
         UserError: another cache or other files in ``out``, another process that fills it, or a mistake in the recipe.
     """
-    texts = open_prompts(recipe.prompts).texts("train")
+    prompts = open_prompts(recipe.prompts).texts("train") if prompts is None else prompts
     if teacher is None:
         with claimed_folder(out):
             check_cache_folder(out, overwrite)
@@ -94,7 +101,7 @@ def make_cache(
             teacher.set_resolution(recipe.resolution)
             if recipe.precision == "bf16":
                 warn_if_emulated("precision bf16", teacher.device, "precision: auto, or fp32")
-            return make_cache(recipe, out, overwrite=overwrite, teacher=teacher)
+            return make_cache(recipe, out, overwrite=overwrite, teacher=teacher, prompts=prompts)
     guidance = teacher.generation_config.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_timesteps(recipe.steps)
     made_by = cache_fingerprint(teacher, anchors, recipe.teacher_steps_per_student_step, guidance)
@@ -105,7 +112,7 @@ def make_cache(
         if overwrite and (out / INDEX).exists():
             delete_cache(out)
         write_index(out, index)
-        _fill(recipe, out, index, teacher, anchors, guidance, texts)
+        _fill(recipe, out, index, teacher, anchors, guidance, encodable(teacher, prompts))
     return out
 
 
@@ -116,7 +123,7 @@ def _fill(
     teacher: TextToImagePipeline,
     anchors: list[float],
     guidance: float,
-    texts: Sequence[str],
+    texts: EncodableTexts,
 ) -> None:
     """Sample the shards that are missing."""
     device, substeps = teacher.device, recipe.teacher_steps_per_student_step
@@ -128,21 +135,27 @@ def _fill(
     for shard in track(missing, "the teacher's trajectories"):
         samples = index.sample_range(shard)
         seeds = index.seeds(samples)
-        chosen = [texts[_draw_prompt(seed, len(texts))] for seed in seeds]
-        prompts, states = teacher.encode(chosen), []
+        chosen = [_draw_prompt(seed, len(texts)) for seed in seeds]
+        encoded, states = texts.encoded(chosen), []
         for start in range(0, len(samples), recipe.batch_size):
             part = slice(start, start + recipe.batch_size)
             noise = initial_noise(teacher, seeds[part], height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
-                states.append(teacher_trajectory(denoiser, noise, anchors, substeps, teacher.shift, prompts[part]))
-        write_shard(shard_file(out, shard), torch.cat(states), prompts, chosen)
+                states.append(
+                    teacher_trajectory(denoiser, noise, anchors, substeps, teacher.shift, encoded[part].to(device))
+                )
+        kept = EncodedPrompts(encoded.features.to(teacher.text_encoder.dtype), encoded.lengths)
+        write_shard(shard_file(out, shard), torch.cat(states), kept, [texts[i] for i in chosen])
 
 
-def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, folder: Path) -> TrajectoryCache:
-    """The teacher's trajectories for a distillation: the recipe's cache, or one made in ``folder``.
+def open_trajectory_cache(
+    recipe: DistillRecipe, teacher: TextToImagePipeline, folder: Path, prompts: Sequence[str]
+) -> TrajectoryCache:
+    """The teacher's trajectories for a distillation: the recipe's cache, or one made in ``folder`` of training prompts.
 
     Raises:
-        UserError: the recipe's cache is of another teacher or schedule, or incomplete.
+        UserError: the recipe's cache is of another teacher or schedule, or incomplete, or has prompts that the recipe
+            holds out.
     """
     settings, steps = recipe.trajectory, recipe.student.steps
     guidance = settings.guidance_scale
@@ -151,7 +164,9 @@ def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, f
     substeps = settings.teacher_steps_per_student_step
     made_by = cache_fingerprint(teacher, flow.uniform_timesteps(steps), substeps, guidance)
     if settings.cache is not None:
-        return TrajectoryCache(settings.cache, made_by)
+        found, source = TrajectoryCache(settings.cache, made_by), open_prompts(recipe.prompts)
+        check_held_out({settings.cache: found.texts()}, source.texts("validation"), source.texts("test"))
+        return found
     cache = CacheRecipe(
         kind="cache_trajectories",
         name=recipe.name,
@@ -164,7 +179,7 @@ def open_trajectory_cache(recipe: DistillRecipe, teacher: TextToImagePipeline, f
         shard_size=64,  # one batch per file: an interruption loses seconds
         precision=recipe.train.precision,
     )
-    return TrajectoryCache(make_cache(cache, folder, teacher=teacher), made_by)
+    return TrajectoryCache(make_cache(cache, folder, teacher=teacher, prompts=prompts), made_by)
 
 
 def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> BatchSource:

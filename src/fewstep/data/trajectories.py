@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -206,6 +206,11 @@ class TrajectoryCache:
         with reading(file, _DAMAGED):
             return safe_open(file, "pt")
 
+    def texts(self) -> Iterator[str]:
+        """The prompts of all samples, in order."""
+        for shard in self._shards:
+            yield from json.loads(shard.metadata()["prompts"])
+
     def seeds(self, samples: Sequence[int]) -> list[int]:
         return self.index.seeds(samples)
 
@@ -218,5 +223,5 @@ class TrajectoryCache:
             with reading(shard_file(self.folder, shard), _DAMAGED):
                 read = {name: opened.get_slice(name)[row : row + 1] for name in names}
             states.append(read["states"].float())
-            prompts.append(EncodedPrompts(read["features"], read["lengths"])[:])
+            prompts.append(EncodedPrompts(read["features"].float(), read["lengths"])[:])
         return torch.cat(states), EncodedPrompts.concat(prompts)

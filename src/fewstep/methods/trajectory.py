@@ -72,7 +72,7 @@ class TrajectoryDistillation(DistillMethod):
 
     @classmethod
     def batch_sources(cls, setup: DataSetup) -> dict[str, BatchSource]:
-        cache = open_trajectory_cache(setup.recipe, setup.teacher, setup.cache)
+        cache = open_trajectory_cache(setup.recipe, setup.teacher, setup.cache, setup.prompts)
         train = setup.recipe.train
         return {"train": teacher_batches(cache, setup.teacher, train.batch_size, train.seed)}
 

@@ -23,7 +23,7 @@ from fewstep.models.family import MODEL_INDEX, Components, ModelFamily, resolve_
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.offload import offload_blocks
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul, warn_without_fp8_matmul
-from fewstep.models.text import PromptEncoder, PromptTooLong
+from fewstep.models.text import PromptEncoder
 from fewstep.models.vae import to_channels_last
 from fewstep.outputs import check_folder
 
@@ -135,19 +135,16 @@ class TextToImagePipeline:
         return flow.get_sigmas(steps, self.shift)
 
     def encode(self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = "") -> EncodedPrompts:
-        """Encoded prompts, each encoded once; "" is the null prompt.
+        """One batch of encoded prompts, in fp32; "" is the null prompt. Recent prompts are cached.
 
         Args:
             system: the system prompt; None is the generation config's, "" is none.
             assistant_prefix: text placed inside ``<think>...</think>`` after the prompt.
 
         Raises:
-            UserError: a prompt is too long.
+            UserError: a prompt is too long, or not valid Unicode.
         """
-        try:
-            return self.encoder(texts, system=system, assistant_prefix=assistant_prefix)
-        except PromptTooLong as error:
-            raise UserError(str(error)) from error
+        return self.encoder(texts, system=system, assistant_prefix=assistant_prefix)
 
     @property
     def latent_multiple(self) -> int:

@@ -1,7 +1,8 @@
-"""Prompt encoding with a causal language model: each prompt encoded once, in batches of bounded size."""
+"""Prompt encoding with a causal language model, in batches of bounded size, with a cache of bounded size."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,10 +19,7 @@ MAX_TOKENS = 512  # of a prompt with its template, unless a family has another l
 #: Tokens, padding included, in one batch of the text encoder. All layers' hidden states are in memory at once: 0.8 GB
 #: for Z-Image's text encoder in bf16.
 MAX_TOKENS_PER_BATCH = 4096
-
-
-class PromptTooLong(ValueError):
-    """A prompt has more tokens than the model takes."""
+CACHE_BYTES = 2**28  # of features that an encoder keeps: some 1,000 prompts of Z-Image
 
 
 def apply_chat_template(tokenizer: Any, text: str, system: str = "", assistant_prefix: str = "") -> str:
@@ -45,8 +43,28 @@ def apply_chat_template(tokenizer: Any, text: str, system: str = "", assistant_p
     return f"{chat}<think>\n{assistant_prefix}\n</think>\n\n" if assistant_prefix else chat
 
 
+class FeatureCache:
+    """Features by key; beyond ``capacity`` bytes, those that were not used for the longest time are dropped."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.bytes = capacity, 0
+        self._entries: OrderedDict[Any, Tensor] = OrderedDict()
+
+    def get(self, key: Any) -> Tensor | None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def add(self, key: Any, feature: Tensor) -> None:
+        """``key`` must be new."""
+        self._entries[key] = feature
+        self.bytes += feature.nbytes
+        while self.bytes > self.capacity:
+            self.bytes -= self._entries.popitem(last=False)[1].nbytes
+
+
 class PromptEncoder:
-    """Encodes each prompt once and caches it by its text, system prompt and assistant prefix.
+    """Encodes prompts, and caches them by text, system prompt and assistant prefix in the text encoder's dtype.
 
     Only as many tokens run through the text encoder as the longest prompt of a batch has; diffusers pads to the limit.
     Padding is on the right and the encoder is causal, so the features are the same.
@@ -74,49 +92,62 @@ class PromptEncoder:
         self.tokenizer, self.text_encoder, self.system = tokenizer, text_encoder, system
         self.hidden_state, self.max_tokens = hidden_state, max_tokens
         self.on_device: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._cache: dict[tuple[str, str, str], Tensor] = {}
+        self._cache = FeatureCache(CACHE_BYTES)
 
-    @torch.no_grad()
     def __call__(
         self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = ""
     ) -> EncodedPrompts:
-        """Encode prompts; "" is the null prompt, through the same template.
+        """Encode prompts, as one batch in fp32; "" is the null prompt, through the same template.
 
         Args:
             system: the system prompt; None is the encoder's default.
             assistant_prefix: text placed inside ``<think>...</think>``.
 
         Raises:
-            PromptTooLong: a prompt with its template exceeds ``max_tokens``.
+            UserError: a prompt with its template exceeds ``max_tokens``, or is not valid Unicode.
         """
+        return EncodedPrompts.pad(self.features(texts, system=system, assistant_prefix=assistant_prefix))
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = "") -> list[Tensor]:
+        """The features [L, D] of prompts in the text encoder's dtype, cached. Arguments and errors as for a call."""
         system = self.system if system is None else system
         keys = [(text, system, assistant_prefix) for text in texts]
-        new = [key for key in dict.fromkeys(keys) if key not in self._cache]
+        found = {key: feature for key in dict.fromkeys(keys) if (feature := self._cache.get(key)) is not None}
+        new = [key for key in dict.fromkeys(keys) if key not in found]
         if new:
             with self.on_device():
-                features = self.encode_uncached(
+                made = self.encode_uncached(
                     [text for text, _, _ in new], system=system, assistant_prefix=assistant_prefix
                 )
-            self._cache |= {key: feature.float() for key, feature in zip(new, features, strict=True)}
-        chosen = [self._cache[key] for key in keys]
-        return EncodedPrompts(
-            nn.utils.rnn.pad_sequence(chosen, batch_first=True),
-            torch.tensor([len(feature) for feature in chosen]),
-        )
+            for key, feature in zip(new, made, strict=True):
+                found[key] = feature
+                self._cache.add(key, feature)
+        return [found[key] for key in keys]
 
     @torch.no_grad()
     def encode_uncached(
         self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = ""
     ) -> list[Tensor]:
-        """The features [L, D] of prompts in the text encoder's dtype; nothing is cached. Arguments and errors as for a
-        call."""
+        """As :meth:`features`, without the cache; the text encoder must be on its device."""
+        tokens = self._tokens(texts, system, assistant_prefix)
+        return [feature for batch in _batches(tokens) for feature in self._encode_batch(batch)]
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Raises: UserError as a call would, without the text encoder's work."""
+        for start in range(0, len(texts), 1000):
+            self._tokens(texts[start : start + 1000], None, "")
+
+    def _tokens(self, texts: Sequence[str], system: str | None, assistant_prefix: str) -> list[Tensor]:
         chats = [self.template(text, system=system, assistant_prefix=assistant_prefix) for text in texts]
-        tokens = [torch.tensor(ids) for ids in self.tokenizer(chats).input_ids]
+        for chat in chats:
+            _check_unicode(chat)
+        tokens = [torch.tensor(ids) for ids in self.tokenizer(chats).input_ids] if chats else []
         for text, ids in zip(texts, tokens, strict=True):
             if len(ids) > self.max_tokens:
                 shown = text if len(text) <= 60 else f"{text[:57]}..."
-                raise PromptTooLong(f"prompt has {len(ids)} tokens, at most {self.max_tokens} fit: {shown!r}")
-        return [feature for batch in _batches(tokens) for feature in self._encode_batch(batch)]
+                raise UserError(f"prompt has {len(ids)} tokens, at most {self.max_tokens} fit: {shown!r}")
+        return tokens
 
     def template(self, text: str, *, system: str | None = None, assistant_prefix: str = "") -> str:
         """The text that is tokenized for a prompt. Arguments as for a call."""
@@ -136,7 +167,16 @@ class PromptEncoder:
                 attention_mask=mask.to(device),
                 output_hidden_states=True,
             ).hidden_states[self.hidden_state]
-        return [feature[: len(ids)] for feature, ids in zip(features, tokens, strict=True)]
+        # clones: a view would keep the whole padded batch in memory
+        return [feature[: len(ids)].clone() for feature, ids in zip(features, tokens, strict=True)]
+
+
+def _check_unicode(chat: str) -> None:
+    try:
+        chat.encode()
+    except UnicodeEncodeError as error:
+        shown = chat[max(0, error.start - 40) : error.start + 1]
+        raise UserError(f"not valid Unicode: remove the lone surrogate at the end of {shown!r}") from None
 
 
 def _batches(prompts: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -35,6 +35,7 @@ from fewstep.training.tracking import Tracker
 RUN_FILES = (
     *("checkpoints", "previews", "metrics.jsonl", "events.out.tfevents.*"),
     *("model", "student", "student-best", "report", "vae", "text_encoder", "tokenizer", "cache", "stages", "lora"),
+    "encoded-prompts",
 )
 
 # Keys that may change when a run is resumed: they do not change what one step does.

@@ -11,6 +11,7 @@ from fewstep.core.samplers import sample_euler
 from fewstep.data.image_batches import rendered_image_batches
 from fewstep.data.prompt_batches import prompt_batches
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
+from fewstep.data.text_prompts import encodable
 from fewstep.inference.batching import batched, max_batch_size
 from fewstep.methods.base import DataSetup, MethodSetup
 from fewstep.methods.dmd import monitor
@@ -26,17 +27,17 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     recipe, config, train = setup.recipe, setup.recipe.method, setup.recipe.train
     assert isinstance(config, DMDConfig)
     sources: dict[str, BatchSource] = {}
+    if not config.requires_real:  # first, because it encodes all prompts, and the other sources need some of them
+        sources["train"] = prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed)
     if config.measures_real and config.real_source == "teacher":
-        cache = open_trajectory_cache(recipe, setup.teacher, setup.cache)
+        cache = open_trajectory_cache(recipe, setup.teacher, setup.cache, setup.prompts)
         sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)
     elif config.measures_real:
         sources["real"] = rendered_image_batches(
             *(config.real_source, setup.teacher, setup.prompts),
             *(config.num_real_images, train.batch_size, train.seed),
         )
-    if config.requires_real:
-        return sources | {"train": sources["real"]}
-    return sources | {"train": prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed)}
+    return {"train": sources["real"]} | sources if config.requires_real else sources
 
 
 def teacher_latent_stats(setup: MethodSetup) -> dict[str, float]:
@@ -49,7 +50,8 @@ def teacher_latent_stats(setup: MethodSetup) -> dict[str, float]:
         return {name: float(value) for name, value in monitor.latent_stats(latents).items()}
     height, width = teacher.generation_config.height, teacher.generation_config.width
     count = 16 if height * width <= 256**2 else 4  # large images have enough latents
-    prompts = teacher.encode([setup.prompts[i * len(setup.prompts) // count] for i in range(count)])
+    texts = encodable(teacher, setup.prompts)
+    prompts = texts.encoded([i * len(texts) // count for i in range(count)]).to(teacher.device)
     noise = initial_noise(teacher, range(count), height, width)
     guidance_scale = teacher.generation_config.guidance_scale
     denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance_scale)
