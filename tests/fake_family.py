@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,6 +63,9 @@ class FakeTextEncoder(ModelMixin, ConfigMixin):
 
 class FakeTokenizer:
     """Splits text into bytes; stored as one file."""
+
+    def __call__(self, texts: Sequence[str]) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[list(text.encode()) for text in texts])
 
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir()

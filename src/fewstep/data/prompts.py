@@ -112,11 +112,11 @@ def check_held_out(training: Mapping[str, Iterable[str]], validation: Sequence[s
 def _warn_of_overlap(path: str, split: str, tested: int, trained: int) -> None:
     if tested:
         warnings.warn(
-            f"{path}: {tested} {split} prompts are also test prompts; they are used for test only", stacklevel=4
+            f"{path}: {tested} {split} prompts are also test prompts; they are used for test only", stacklevel=1
         )
     if trained:
         warnings.warn(
-            f"{path}: {trained} {split} prompts are also in prompts.source; they are not trained on", stacklevel=4
+            f"{path}: {trained} {split} prompts are also in prompts.source; they are not trained on", stacklevel=1
         )
 
 

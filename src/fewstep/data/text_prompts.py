@@ -84,12 +84,15 @@ class TextPrompts(EncodableTexts):
             if shards.exists():
                 return self._write(shards, [])
         kept: list[Tensor] = []
+        size = 0
         with progress_bar(len(self), "prompts encoded") as advance:
             for start in range(0, len(self), PART):
                 part = self.texts[start : start + PART]
-                kept += [feature.cpu() for feature in self.encoder.features(part)]
+                features = [feature.cpu() for feature in self.encoder.features(part)]
+                kept += features
+                size += sum(feature.nbytes for feature in features)
                 advance(len(part))
-                if self.folder is not None and sum(feature.nbytes for feature in kept) > MEMORY_BYTES:
+                if self.folder is not None and size > MEMORY_BYTES:
                     return self._write(self._shards_folder(self.folder), kept)
         return FeatureList(self.texts, kept)
 

@@ -19,6 +19,7 @@ from fewstep.data.images import to_uint8
 from fewstep.errors import UserError
 from fewstep.inference.batching import batched, max_decode_batch_size
 from fewstep.inference.params import ResolvedParams, SamplingParams
+from fewstep.inference.prompt_parts import PromptParts
 from fewstep.models.adapters import active_adapters
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline
@@ -104,7 +105,7 @@ def generate(
         callback: called after every step of every batch.
 
     Raises:
-        UserError: no prompts, or parameters that the model cannot take.
+        UserError: no prompts, one that cannot be encoded, or parameters that the model cannot take.
         GenerationCancelled: ``callback`` cancelled.
     """
     batches = list(generate_batches(pipeline, prompts, params, callback))
@@ -127,18 +128,17 @@ def generate_batches(
     pipeline.latent_shape(resolved.height, resolved.width)  # an impossible size is an error before any work
 
     with _adapters(pipeline, resolved.adapters):
-        system = resolved.system_prompt
-        encoded = pipeline.encode(prompts, system=system, assistant_prefix=resolved.assistant_prefix)
+        encoded = PromptParts(pipeline, prompts, resolved.system_prompt, resolved.assistant_prefix)
         denoiser, sigmas = _guided(pipeline, resolved), pipeline.sigmas(resolved.steps)
         for part in batched(len(prompts), resolved.batch_size):
-            start = time.perf_counter()
+            own, start = encoded[part], time.perf_counter()
             x = initial_noise(pipeline, seeds[part], resolved.height, resolved.width)
             with pipeline.denoiser.cache_text_tokens():
                 for step in iterate(
                     denoiser,
                     x,
                     sigmas,
-                    encoded[part],
+                    own,
                     sampler=resolved.sampler,
                     eta=resolved.eta,
                     noise=_PerImageNoise(seeds[part]),

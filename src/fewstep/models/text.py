@@ -133,10 +133,10 @@ class PromptEncoder:
         tokens = self._tokens(texts, system, assistant_prefix)
         return [feature for batch in _batches(tokens) for feature in self._encode_batch(batch)]
 
-    def check(self, texts: Sequence[str]) -> None:
+    def check(self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = "") -> None:
         """Raises: UserError as a call would, without the text encoder's work."""
         for start in range(0, len(texts), 1000):
-            self._tokens(texts[start : start + 1000], None, "")
+            self._tokens(texts[start : start + 1000], system, assistant_prefix)
 
     def _tokens(self, texts: Sequence[str], system: str | None, assistant_prefix: str) -> list[Tensor]:
         chats = [self.template(text, system=system, assistant_prefix=assistant_prefix) for text in texts]
