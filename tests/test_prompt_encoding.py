@@ -168,7 +168,9 @@ RUN = ["train.steps=1", "train.batch_size=2", "train.sample_every=0", "train.pre
        "trajectory.teacher_steps_per_student_step=1"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("terms", "capacity"), [("trajectory_mse: {}", 2**28), ("mean_variance: {}", 0), ("mmd: {}", 2**28)])
+@pytest.mark.parametrize(
+    ("terms", "capacity"), [("trajectory_mse: {}", 2**28), ("mean_variance: {}", 0), ("mmd: {}", 2**28)]
+)
 def test_trajectories_statistics_and_batches_share_features(
     fresh: TextToImagePipeline, tiny_folder: Path, tmp_path: Path, counted: Counted, terms: str, capacity: int
 ) -> None:

@@ -20,6 +20,7 @@ from fewstep.data.prompt_shards import PromptShards
 from fewstep.data.prompt_text import clean_prompt, comparison_key
 from fewstep.data.prompts import check_held_out, open_prompts
 from fewstep.errors import UserError
+from fewstep.evaluation.prompts import read_test_prompts
 from fewstep.models.pipeline import TextToImagePipeline
 
 FOX, APPLE = "a noto emoji of a fox on a blue background", "a red apple"
@@ -66,7 +67,7 @@ def test_what_a_source_means_is_the_same_everywhere(tmp_path: Path, case: str, t
     name, content, expected = SOURCES[case]
     path = write(tmp_path, name, content)
     assert read_prompts(path) == expected
-    assert api.read_test_prompts(path, 100) == expected
+    assert read_test_prompts(path, 100) == expected
     opened = open_prompts(PromptSettings(source=str(path), heldout_fraction=0))
     assert list(opened.texts("train")) == expected
     prepare_prompts([str(path)], tiny.encoder, tmp_path / "encoded")
@@ -101,7 +102,7 @@ MISTAKES = {
 def test_mistakes_are_one_line_in_every_command(tmp_path: Path, case: str) -> None:
     name, content, message = MISTAKES[case]
     path = write(tmp_path, name, content)
-    for read in (read_prompts, lambda p: api.read_test_prompts(p, 10)):
+    for read in (read_prompts, lambda p: read_test_prompts(p, 10)):
         with pytest.raises(UserError, match=message) as error:
             read(path)
         assert "\n" not in str(error.value)
@@ -138,7 +139,7 @@ def test_folders_are_read_in_the_order_of_names(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": [["a cat", "two cats"], ["a hen"]]}), folder / "0004.parquet")
     expected = [FOX, APPLE, "a dog", "a cat", "two cats", "a hen"]
     assert read_prompts(folder) == expected
-    assert api.read_test_prompts(folder, 2) == expected[:2]
+    assert read_test_prompts(folder, 2) == expected[:2]
     opened = open_prompts(PromptSettings(source=str(folder), heldout_fraction=0))
     assert list(opened.texts("train")) == expected
     (tmp_path / "empty").mkdir()

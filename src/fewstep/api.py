@@ -11,15 +11,13 @@ from typing import Any
 from fewstep.config.load import load_recipe
 from fewstep.config.method import VALIDATION
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
-from fewstep.config.sections import EvaluateSettings, PromptSettings
-from fewstep.core.registry import load_plugins, prompt_sources
-from fewstep.data.prompt_files import read_prompts
-from fewstep.data.prompt_shards import is_encoded
+from fewstep.config.sections import EvaluateSettings
 from fewstep.data.prompts import PromptSource, check_held_out, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
 from fewstep.evaluation.metrics_file import Metrics
+from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
 from fewstep.evaluation.runner import evaluate as _evaluate
 from fewstep.evaluation.runner import report_writer
 from fewstep.evaluation.validation import make_validator, validation_metrics
@@ -29,6 +27,7 @@ from fewstep.inference.params import parse_params
 from fewstep.jobs import distill as _distill
 from fewstep.models.fingerprint import recipe_fingerprints
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.progress import log_line
 from fewstep.rewards.scorers import open_scorers
 from fewstep.stages import run_stages
 from fewstep.training.distributed import init_distributed, open_run
@@ -85,6 +84,8 @@ def distill(
     _check_evaluation(settings, stage.prompts.source, validation, test)
     for each in [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages:
         _check_best_metric(each, validation, settings.scorers)
+    if settings.enabled:
+        log_line(f"after the training: {planned_evaluation(stage, settings, len(test))}")
     validator = make_validator(validation, settings.scorers)
     with ExitStack() as stack:
         dist = stack.enter_context(init_distributed())
@@ -105,6 +106,7 @@ def distill(
                 teacher=resolved.teacher,
                 scorers=settings.scorers,
                 features=settings.features,
+                max_minutes=settings.max_minutes,
                 out=report,
                 curves=curves if curves.exists() else None,
             )
@@ -137,7 +139,7 @@ def generate(
 
 def evaluate(
     model: str | Path | TextToImagePipeline,
-    prompts: str | Path | Sequence[str] = "emoji",
+    prompts: str | Path | Sequence[str] | None = None,
     *,
     num_prompts: int = 200,
     teacher: str | Path | TextToImagePipeline | None = None,
@@ -148,7 +150,8 @@ def evaluate(
 
     Args:
         prompts: a list of prompts; or the name of a prompt source or a folder of encoded prompts, whose test prompts
-            are used; or any other source of :func:`fewstep.data.prompt_files.read_texts`, which is used whole.
+            are used; or any other source of :func:`fewstep.data.prompt_files.read_texts`, which is used whole. By
+            default, the test prompts of the run that made the model; those of the emoji dataset for bundled models.
         num_prompts: the number of prompts, the first ones, from a source, folder or file. A list is used whole.
         teacher: by default the one in the model's generation config. It is loaded on the model's device and in its
             dtype.
@@ -158,8 +161,9 @@ def evaluate(
     Raises:
         UserError: a mistake in the options, or prompts that cannot be read.
     """
-    texts = read_test_prompts(prompts, num_prompts) if isinstance(prompts, str | Path) else list(prompts)
-    measured = _loaded(model)
+    if prompts is None or isinstance(prompts, str | Path):
+        prompts = read_test_prompts(prompts, num_prompts, model=model)
+    texts, measured = list(prompts), _loaded(model)
     own = measured.generation_config.teacher
     if teacher is None and own is not None:
         try:
@@ -173,14 +177,6 @@ def evaluate(
 
 def _loaded(model: str | Path | TextToImagePipeline) -> TextToImagePipeline:
     return model if isinstance(model, TextToImagePipeline) else load(model)
-
-
-def read_test_prompts(source: str | Path, count: int, column: str = "prompt") -> list[str]:
-    """The first prompts of the test split of a prompt source or of encoded prompts, or of a file."""
-    load_plugins()
-    if str(source) in prompt_sources or is_encoded(source):
-        return list(open_prompts(PromptSettings(source=str(source))).texts("test")[:count])
-    return read_prompts(source, column)[:count]
 
 
 def _check_held_out(recipe: DistillRecipe | StagesRecipe, last: PromptSource) -> None:

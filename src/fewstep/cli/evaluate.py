@@ -14,10 +14,17 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help='A model\'s folder, hub id, or bundled name ("micro").')
     ],
     prompts: Annotated[
-        str, typer.Option(help="A prompt source (emoji), a .txt, .jsonl, .json, .csv, ... file, or encoded prompts.")
-    ] = "emoji",
+        str | None,
+        typer.Option(
+            help="A prompt source (emoji), a .txt, .jsonl, .json, .csv, ... file, or encoded prompts. [default: the "
+            "test prompts of the run that made the model; emoji for bundled models]"
+        ),
+    ] = None,
     column: Column = "prompt",
     num_prompts: Annotated[int, typer.Option(min=2, help="Number of test prompts.")] = 200,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Measure fewer prompts where all take longer. [default: no limit]")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="The model it was distilled from. [default: as in its fewstep.json]")
     ] = None,
@@ -38,6 +45,7 @@ def evaluate(
     """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""
     from fewstep import api
     from fewstep.evaluation.feature_networks import open_features
+    from fewstep.evaluation.prompts import read_test_prompts
     from fewstep.evaluation.runner import check_report_folder, report_writer
     from fewstep.evaluation.table import print_summary
     from fewstep.outputs import claimed_folder
@@ -47,7 +55,7 @@ def evaluate(
     # Mistakes are reported before the model is loaded.
     check_report_folder(folder)
     report_writer()
-    texts = api.read_test_prompts(prompts, num_prompts, column)
+    texts = read_test_prompts(prompts, num_prompts, column, model=model)
     open_scorers(scorer)
     open_features(features)
     with claimed_folder(folder):
@@ -59,6 +67,7 @@ def evaluate(
             teacher=teacher,
             scorers=scorer,
             features=features,
+            max_minutes=max_minutes,
             out=folder,
             seed=seed,
         )

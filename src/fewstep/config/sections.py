@@ -212,6 +212,9 @@ class TrajectorySettings(Settings):
 class EvaluateSettings(Settings):
     enabled: bool = Field(default=True, description="Whether the run ends with an evaluation and its report.")
     num_prompts: int = Field(default=200, ge=1, description="Test prompts of the final evaluation.")
+    max_minutes: float | None = Field(
+        default=10, gt=0, description="Where it would take longer, fewer of them are measured; null is no limit."
+    )
     validation_prompts: int = Field(default=64, ge=1, description="Validation prompts of evaluations while training.")
     validate_every: int = Field(default=0, ge=0, description="Steps between evaluations while training; 0 is never.")
     scorers: list[str] | None = Field(

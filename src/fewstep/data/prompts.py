@@ -46,7 +46,8 @@ class FilePrompts:
     ``settings.validation_source`` and ``settings.test_source`` name further files or folders for these splits. Where
     one is null, ``settings.heldout_fraction`` of the different prompts of the source are held out for it. A hash of the
     text decides which: the choice depends neither on the order nor on the machine, and a prompt keeps its split when
-    prompts are added to a long list. In a short list, each of the two parts has at least one prompt and less than half.
+    prompts are added to a long list. In a short list, each of the two parts has at least one prompt and less than half,
+    and the test part at least two where there are five different prompts.
     A source of fewer than three different prompts, or a fraction of 0, holds nothing out: the part is empty.
 
     A text found in several of the splits is kept in one, test before validation before training, with a warning where
@@ -140,7 +141,7 @@ def _held_out(hashes: np.ndarray, fraction: float) -> dict[str, np.ndarray]:
     bounds = np.array([int(fraction * 2**64), int(2 * fraction * 2**64)], np.uint64)
     below = np.searchsorted(distinct, bounds)
     validation = int(np.clip(below[0], 1, most))
-    test = int(np.clip(below[1] - below[0], 1, most))
+    test = int(np.clip(below[1] - below[0], min(2, most), most))  # an evaluation needs two
     return {"validation": distinct[:validation], "test": distinct[validation : validation + test]}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
+from fewstep.evaluation.cost import MIN_PROMPTS, affordable_prompts, evaluation_cost, expected_minutes, nfe
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
@@ -16,11 +17,12 @@ from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.inference.params import parse_params
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.outputs import check_file
-from fewstep.progress import ProgressBars
+from fewstep.progress import ProgressBars, log_line
 from fewstep.rewards.protocol import Classifier, Scorer
 from fewstep.rewards.scorers import open_scorers
 
 REPORT_FILES = ("metrics.json", "grid.png", "index.html")
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 16, 4
 
 
 def evaluate(
@@ -34,9 +36,10 @@ def evaluate(
     out: str | Path | None = None,
     seed: int = 0,
     many_steps: int = TEACHER_STEPS,
-    diversity_prompts: int = 16,
-    diversity_seeds: int = 4,
+    diversity_prompts: int = DIVERSITY_PROMPTS,
+    diversity_seeds: int = DIVERSITY_SEEDS,
     curves: str | Path | None = None,
+    max_minutes: float | None = None,
 ) -> Metrics:
     """Every setting on the same prompts and seeds: image i starts from seed ``seed + i`` in all of them.
 
@@ -51,6 +54,8 @@ def evaluate(
         many_steps: the teacher's own number of steps.
         diversity_prompts, diversity_seeds: diversity is measured on so many of the prompts, with so many seeds each.
         curves: a run's metrics.jsonl, plotted in the report.
+        max_minutes: where sampling would take longer, only the first prompts are measured, at least 2; None measures
+            all. What is measured, and its cost, is printed before the work.
 
     Raises:
         UserError: too few prompts or seeds, an unknown scorer or network, a folder that cannot be written, or a
@@ -73,6 +78,7 @@ def evaluate(
     if scorers is not None:
         check_applicable(opened, prompts)
     network = open_features(features, device)
+    prompts = _within(max_minutes, prompts, chosen, diversity_prompts, diversity_seeds)
     images: dict[str, ImageSet] = {}
     figures: dict[str, Figures] = {}
     real: list[ImageSet] = []
@@ -121,6 +127,33 @@ def evaluate(
         result.save(folder / "metrics.json")
         write_report(folder, result, Samples(list(prompts), columns), Path(curves) if curves else None)
     return result
+
+
+def _within(
+    max_minutes: float | None,
+    prompts: Sequence[str],
+    settings: Sequence[Setting],
+    diversity_prompts: int,
+    diversity_seeds: int,
+) -> Sequence[str]:
+    """The first prompts, as many as are measured in this time; states their cost."""
+    passes = [nfe(setting.steps, setting.guidance_scale > 0) for setting in settings]
+    cost = evaluation_cost(len(prompts), passes, diversity_prompts, diversity_seeds)
+    if max_minutes is None:
+        log_line(f"evaluation: {len(prompts)} prompts, {cost.text}")
+        return prompts
+    minutes = expected_minutes(cost, settings, prompts)
+    if minutes <= max_minutes or len(prompts) <= MIN_PROMPTS:
+        log_line(f"evaluation: {len(prompts)} prompts, {cost.text}, about {minutes:.1f} min")
+        return prompts
+    count = affordable_prompts(len(prompts), max_minutes / minutes, diversity_prompts, diversity_seeds)
+    less = evaluation_cost(count, passes, diversity_prompts, diversity_seeds)
+    log_line(
+        f"evaluation: the first {count} of {len(prompts)} prompts, {less.text}, about "
+        f"{minutes * less.images / cost.images:.1f} min; all would take {minutes:.1f} min, and max_minutes is "
+        f"{max_minutes:g}"
+    )
+    return prompts[:count]
 
 
 def report_writer() -> Callable[[Path, Metrics, Samples, Path | None], Path]:
