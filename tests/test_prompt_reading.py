@@ -117,6 +117,14 @@ def test_mistakes_are_one_line_in_every_command(tmp_path: Path, case: str) -> No
         assert done.stderr.count("\n") == 1
 
 
+def test_a_prompt_in_place_of_a_file_is_one_line() -> None:
+    """Such a name is too long for a file system."""
+    prompt = "a fox in the snow, " * 300
+    for read in (read_prompts, lambda p: read_test_prompts(p, 10), lambda p: open_prompts(PromptSettings(source=p))):
+        with pytest.raises(UserError, match="a fox in the snow.*File name too long"):
+            read(prompt)
+
+
 def test_columns_are_named_in_commands_and_recipes(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", f'{{"text": "{FOX}"}}\n')
     assert read_prompts(path, "text") == [FOX]

@@ -53,7 +53,10 @@ def write_prompt_index(
 def is_encoded(path: str | Path) -> bool:
     """Whether a folder has, or once had, encoded prompts: an index, or shards without one."""
     folder = Path(path)
-    return is_finished(folder) or shard_file(folder, 0).exists()
+    try:
+        return is_finished(folder) or shard_file(folder, 0).exists()
+    except OSError:  # a name that is too long, a folder without permission: whoever reads it reports it
+        return False
 
 
 def is_finished(folder: Path) -> bool:
