@@ -184,12 +184,12 @@ def _fields(header: str, delimiter: str) -> list[str]:
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
     try:
-        from pyarrow.parquet import ParquetFile
+        from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: parquet files need pyarrow; pip install 'fewstep[prompts]'") from None
     number = 0
     with reading(path, "not a parquet file, or a damaged one"):
-        file = ParquetFile(path)
+        file = parquet.ParquetFile(path)
     _position(file.schema_arrow.names, column, str(path))
     with file, reading(path, "its first rows may be readable, the file is damaged"):
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
