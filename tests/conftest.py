@@ -26,6 +26,13 @@ def seed_torch() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" is the CPU in all tests but those marked gpu: they compare with tensors there."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> TextToImagePipeline:
     """All components of Z-Image with random weights, 64 px; the tokenizer is the bundled model's."""

@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import fewstep
 import fewstep.api
 from fewstep.cli.main import app
+from fewstep.config.load import load_recipe
 from fewstep.config.sections import PromptSettings
 from fewstep.data.prompts import open_prompts
 from fewstep.errors import UserError
@@ -154,4 +156,41 @@ def test_validation_without_validation_prompts_is_refused_before_training(tmp_pa
     overrides = [f"prompts.source={tmp_path / 'prompts.txt'}", "evaluate.enabled=false", "evaluate.validate_every=1"]
     with pytest.raises(UserError, match=r"no validation prompts.*prompts\.validation_source"):
         fewstep.distill("micro-ca", tmp_path / "run", overrides=overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def recipe_in_memory(kind):
+    recipe = load_recipe({"distill": "micro-ca", "stages": "micro-long", "cache_trajectories": "micro-cache"}[kind])
+    assert recipe.kind == kind
+    return recipe
+
+
+@pytest.mark.parametrize("kind", ["distill", "stages"])
+def test_overrides_apply_to_a_recipe_in_memory(tmp_path, monkeypatch, kind):
+    seen = []
+
+    def run(recipe, run, validator, dist):
+        seen.append(recipe)
+        return run.directory / "student"
+
+    monkeypatch.setattr(fewstep.api, "_distill", run)
+    monkeypatch.setattr(fewstep.api, "run_stages", run)
+    recipe = recipe_in_memory(kind)
+    key = "train.steps" if kind == "distill" else "stages.0.train.steps"
+    fewstep.distill(recipe, tmp_path / "run", overrides=["evaluate.enabled=false", f"{key}=7"])
+    (used,) = seen
+    stage, before = (each if kind == "distill" else each.stages[0] for each in (used, recipe))
+    assert (stage.train.steps, used.evaluate.enabled) == (7, False)
+    assert before.train.steps != 7  # the caller's recipe is as it was
+    assert type(used.method if kind == "distill" else stage.method) is type(before.method)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["evaluate"]["enabled"] is False
+
+
+def test_a_wrong_override_of_a_recipe_in_memory_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^micro-ca: unknown key train\.step; did you mean train\.steps\?"):
+        fewstep.distill(recipe_in_memory("distill"), tmp_path / "run", overrides=["train.step=7"])
+    with pytest.raises(
+        UserError, match=r"^micro-cache: its kind is cache_trajectories; use: fewstep cache-trajectories"
+    ):
+        fewstep.distill(recipe_in_memory("cache_trajectories"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.config.load import load_recipe
+import torch
+
+from fewstep.config.load import load_recipe, with_overrides
 from fewstep.config.method import VALIDATION
-from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
+from fewstep.config.recipe import DistillRecipe, Recipe, Stage, StagesRecipe
 from fewstep.config.sections import EvaluateSettings
+from fewstep.core.device import AUTO, parse_device
 from fewstep.data.prompts import PromptSource, check_held_out, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
@@ -29,7 +32,7 @@ from fewstep.models.fingerprint import recipe_fingerprints
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import log_line
 from fewstep.rewards.scorers import open_scorers
-from fewstep.stages import run_stages
+from fewstep.stages import free_memory, run_stages
 from fewstep.training.distributed import init_distributed, open_run
 from fewstep.training.precision import resolve_precision
 
@@ -57,6 +60,7 @@ def distill(
     *,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
+    device: str | torch.device = AUTO,
 ) -> DistillResult:
     """Distill a teacher into a few-step student; a second call resumes from the last checkpoint.
 
@@ -65,15 +69,20 @@ def distill(
         out: the run's directory; ``runs/<the recipe's name>`` by default.
         overrides: fields to change, as ``"train.steps=100"``.
         overwrite: delete what an earlier run left in the directory.
+        device: where training and evaluation compute; "auto" is the GPU where there is one, else the CPU.
 
     Raises:
-        UserError: a mistake in the recipe or the directory.
+        UserError: a mistake in the recipe or the directory, or there is no such device.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved; its text has the command that resumes.
     """
-    resolved = recipe if isinstance(recipe, DistillRecipe | StagesRecipe) else load_recipe(recipe, list(overrides))
+    if isinstance(recipe, Recipe):
+        resolved = with_overrides(recipe, overrides) if overrides else recipe
+    else:
+        resolved = load_recipe(recipe, overrides)
     if not isinstance(resolved, DistillRecipe | StagesRecipe):
         command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "emoji train"
-        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
+        name = resolved.name if isinstance(recipe, Recipe) else recipe
+        raise UserError(f"{name}: its kind is {resolved.kind}; use: fewstep {command} {name}")
     directory = out or Path("runs") / resolved.name
     settings = resolved.evaluate
     stage: Stage = resolved if isinstance(resolved, DistillRecipe) else resolved.stages[-1]
@@ -88,7 +97,7 @@ def distill(
         log_line(f"after the training: {planned_evaluation(stage, settings, len(test))}")
     validator = make_validator(validation, settings.scorers)
     with ExitStack() as stack:
-        dist = stack.enter_context(init_distributed())
+        dist = stack.enter_context(init_distributed(device))
         resolved = resolve_precision(resolved, directory, dist, overwrite=overwrite)
         options: dict[str, Any] = {"overwrite": overwrite, "fingerprints": recipe_fingerprints(resolved)}
         run = stack.enter_context(open_run(dist, directory, resolved, **options))
@@ -99,11 +108,13 @@ def distill(
         if not settings.enabled or not dist.is_main_process:
             return DistillResult(student)
         report, curves = run.directory / "report", run.directory / "metrics.jsonl"
+        free_memory()
         try:
+            made = load(student, dist.device, offload="model")
             metrics = evaluate(
-                load(student, dist.device),
+                made,
                 test,
-                teacher=resolved.teacher,
+                teacher=load(resolved.teacher, dist.device, made.transformer.dtype, offload="model"),
                 scorers=settings.scorers,
                 features=settings.features,
                 max_minutes=settings.max_minutes,
@@ -122,11 +133,13 @@ def generate(
     prompts: str | Sequence[str],
     *,
     callback: Callback | None = None,
+    device: str | torch.device = AUTO,
     **options: Any,
 ) -> GenerationResult:
     """Generate one image for each prompt.
 
     Args:
+        device: where a model that is given by its path or name is loaded; a pipeline is used where it is.
         callback: called after every step; it can cancel, see :func:`fewstep.inference.generate.generate`.
         options: fields of :class:`fewstep.inference.params.SamplingParams` (seed, steps, guidance_scale, ...).
 
@@ -134,7 +147,7 @@ def generate(
     torch.Size([1, 64, 64, 3])
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return _generate(_loaded(model), texts, parse_params(options), callback)
+    return _generate(_loaded(model, device), texts, parse_params(options), callback)
 
 
 def evaluate(
@@ -144,6 +157,7 @@ def evaluate(
     num_prompts: int = 200,
     teacher: str | Path | TextToImagePipeline | None = None,
     out: str | Path | None = None,
+    device: str | torch.device = AUTO,
     **options: Any,
 ) -> Metrics:
     """Measure a model on fixed prompts and seeds, beside its teacher where there is one.
@@ -154,7 +168,8 @@ def evaluate(
             default, the test prompts of the run that made the model; those of the emoji dataset for bundled models.
         num_prompts: the number of prompts, the first ones, from a source, folder or file. A list is used whole.
         teacher: by default the one in the model's generation config. It is loaded on the model's device and in its
-            dtype.
+            dtype; a pipeline must be on the model's device.
+        device: as for :func:`generate`.
         out: folder of metrics.json and index.html; nothing is written by default.
         options: as in :func:`fewstep.evaluation.runner.evaluate`.
 
@@ -163,7 +178,7 @@ def evaluate(
     """
     if prompts is None or isinstance(prompts, str | Path):
         prompts = read_test_prompts(prompts, num_prompts, model=model)
-    texts, measured = list(prompts), _loaded(model)
+    texts, measured = list(prompts), _loaded(model, device)
     own = measured.generation_config.teacher
     if teacher is None and own is not None:
         try:
@@ -175,8 +190,13 @@ def evaluate(
     return _evaluate(measured, prompts=texts, teacher=teacher, out=out, **options)
 
 
-def _loaded(model: str | Path | TextToImagePipeline) -> TextToImagePipeline:
-    return model if isinstance(model, TextToImagePipeline) else load(model)
+def _loaded(model: str | Path | TextToImagePipeline, device: str | torch.device) -> TextToImagePipeline:
+    if not isinstance(model, TextToImagePipeline):
+        return load(model, device)
+    wanted = model.device if device == AUTO else parse_device(device)
+    if wanted.type != model.device.type or wanted.index not in (None, model.device.index):
+        raise UserError(f"device {device}: the model is on {model.device}; load or move it there, or leave device out")
+    return model
 
 
 def _check_held_out(recipe: DistillRecipe | StagesRecipe, last: PromptSource) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fewstep.config.recipe import DistillRecipe
+from fewstep.core.device import log_device, resolve_device
 from fewstep.core.registry import methods
 from fewstep.data.images import grid
 from fewstep.data.prompts import open_prompts
@@ -46,7 +47,7 @@ def distill(
         cache: folder of the teacher's trajectories; ``<run>/cache`` by default.
         encoded: folder for encoded prompts that do not fit into memory; ``<run>/encoded-prompts`` by default.
     """
-    dist = dist or DistContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dist = dist or DistContext(device=resolve_device())
     method_class: type[DistillMethod] = methods.get(recipe.method.name)
     torch.manual_seed(recipe.train.seed)
     source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
@@ -54,6 +55,8 @@ def distill(
     teacher = load(recipe.teacher, dist.device, dtype, offload="model")
     teacher.set_resolution(recipe.resolution)
     check_models(recipe, teacher)
+    if dist.is_main_process:
+        log_device(dist.device)
     with dist.main_process_first():
         prompts = encodable(teacher, source.texts("train"), encoded or run.directory / "encoded-prompts")
         data = DataSetup(recipe, teacher, prompts, cache or run.directory / "cache")

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import typer
 
-from fewstep.cli.options import Overrides, Overwrite, RecipeFile, RunDirectory
+from fewstep.cli.options import Device, Overrides, Overwrite, RecipeFile, RunDirectory
 
 
 def cache(
-    recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, overwrite: Overwrite = False
+    recipe: RecipeFile,
+    out: RunDirectory = None,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
 ) -> None:
     """Sample a teacher's trajectories and keep them on disk. Running the same command again resumes."""
     from fewstep.config.load import load_recipe
@@ -19,4 +23,4 @@ def cache(
     resolved = load_recipe(recipe, overrides or [])
     if not isinstance(resolved, CacheRecipe):
         raise UserError(f"{recipe}: its kind is {resolved.kind}, not cache_trajectories")
-    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, overwrite=overwrite))
+    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, overwrite=overwrite, device=device))

@@ -86,7 +86,7 @@ def _convert(
         if to is ExportFormat.diffusers:
             return with_components_from(transformer, folder).save(out)
     elif to is ExportFormat.diffusers:
-        return load(model, dtype=weights_dtype).save(out)
+        return load(model, "cpu", weights_dtype).save(out)
     else:
         folder = resolve_model(model)
         family = resolve_family(folder)

@@ -4,16 +4,20 @@ import os
 
 import typer
 
-from fewstep.cli.options import Overrides, Overwrite, RecipeFile, RunDirectory
+from fewstep.cli.options import Device, Overrides, Overwrite, RecipeFile, RunDirectory
 
 
 def distill(
-    recipe: RecipeFile, out: RunDirectory = None, overrides: Overrides = None, overwrite: Overwrite = False
+    recipe: RecipeFile,
+    out: RunDirectory = None,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
 ) -> None:
     """Distill a teacher into a few-step student. The same command again resumes from the last checkpoint."""
     from fewstep import api
 
-    made = api.distill(recipe, out, overrides=overrides or [], overwrite=overwrite)
+    made = api.distill(recipe, out, overrides=overrides or [], overwrite=overwrite, device=device)
     if made.metrics is not None:
         from fewstep.evaluation.table import print_summary
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Column, Overwrite
+from fewstep.cli.options import Column, Device, Overwrite
 
 
 def prompts(
@@ -21,13 +21,12 @@ def prompts(
     ] = 512,
     shard_size: Annotated[int, typer.Option(min=1, help="Prompts in a file.")] = 1000,
     overwrite: Overwrite = False,
+    device: Device = "auto",
 ) -> None:
     """Read prompts, drop duplicates, empty and long ones, and encode the rest for distillation.
 
     Running the same command again resumes an interrupted one. Use the prompts with -s prompts.source=FOLDER.
     """
-    import torch
-
     from fewstep.data.prepare_prompts import CleaningStats, check_before_loading, prepare_prompts
     from fewstep.models.pipeline import load_prompt_encoder
     from fewstep.outputs import claimed_folder
@@ -42,7 +41,7 @@ def prompts(
 
     with claimed_folder(out):
         check_before_loading(sources, column, out, overwrite)
-        encoder = load_prompt_encoder(model, "cuda" if torch.cuda.is_available() else "cpu")
+        encoder = load_prompt_encoder(model, device)
         with progress_bar(None, "prompts read") as advance:
             stats = prepare_prompts(
                 sources,

@@ -39,7 +39,7 @@ def evaluate(
     ] = "open-nsfw",
     out: Annotated[Path | None, typer.Option(help="Folder of the report. [default: runs/evaluate-<model>]")] = None,
     seed: Annotated[int, typer.Option(help="Image i starts from seed + i.")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. [default: as stored]")] = None,
 ) -> None:
     """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""

@@ -74,7 +74,7 @@ def generate(
         str | None, typer.Option(help="diffusers' attention backend, such as flash or sage. [default: native]")
     ] = None,
     overwrite: Overwrite = False,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Generate images from prompts. The same command again continues an interrupted one."""
     from fewstep.cli.image_target import Target

@@ -22,7 +22,7 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start over: delete an earlier run's files in the directory.")
 ]
 Column = Annotated[str, typer.Option(help="Column or key of the prompts, in all but text files.")]
-Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
 
 
 class Dtype(StrEnum):

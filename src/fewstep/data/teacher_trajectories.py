@@ -13,6 +13,7 @@ from fewstep.config.recipe import CacheRecipe, DistillRecipe
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.device import AUTO
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.precision import uses_bf16, warn_if_emulated
@@ -83,12 +84,14 @@ def make_cache(
     overwrite: bool = False,
     teacher: TextToImagePipeline | None = None,
     prompts: Sequence[str] | None = None,
+    device: str | torch.device = AUTO,
 ) -> Path:
     """Fill ``out`` with the teacher's trajectories; shards from an earlier call are kept.
 
     Args:
         overwrite: delete a cache that is in ``out``.
         teacher, prompts: the recipe's teacher and training prompts, if they are loaded already.
+        device: where the teacher is loaded otherwise.
 
     Raises:
         UserError: another cache or other files in ``out``, another process that fills it, or a mistake in the recipe.
@@ -97,7 +100,7 @@ def make_cache(
     if teacher is None:
         with claimed_folder(out):
             check_cache_folder(out, overwrite)
-            teacher = load(recipe.teacher, "cuda" if torch.cuda.is_available() else "cpu")
+            teacher = load(recipe.teacher, device)
             teacher.set_resolution(recipe.resolution)
             if recipe.precision == "bf16":
                 warn_if_emulated("precision bf16", teacher.device, "precision: auto, or fp32")

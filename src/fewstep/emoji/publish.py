@@ -44,12 +44,12 @@ def publish(runs: list[Path], out: Path, prompts: int, model: Path | None = None
         metrics += [{**line, "step": steps + line["step"]} for line in lines]
         stages.append({"recipe": recipe, "steps": int(lines[-1]["step"]), "seconds": lines[-1]["seconds"]})
         steps = metrics[-1]["step"]
-    pipeline = load(model or runs[-1] / "model")
+    pipeline = load(model or runs[-1] / "model", "cpu")
     guidance, tried = best_guidance(pipeline, prompts)
     pipeline.generation_config.guidance_scale = guidance
     pipeline.save(out)
     convert_to_fp16(out)
-    pipeline = load(out)  # the quality is that of the published weights
+    pipeline = load(out, "cpu")  # the quality is that of the published weights
 
     quality = {
         "by_split": by_split_and_language(pipeline, guidance, prompts),

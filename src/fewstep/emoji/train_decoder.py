@@ -102,7 +102,7 @@ def train(recipe: DecoderRecipe, run: RunDir) -> Path:
     dataset = EmojiDataset.load()
     specs = dataset.specs("train")
     torch.manual_seed(recipe.train.seed)
-    model = load(recipe.init)
+    model = load(recipe.init, "cpu")
     model.vae.decoder.requires_grad_(True)
     encoded = model.encode([dataset.prompt(spec, index % NUM_TEMPLATES) for index, spec in enumerate(specs)])
 

@@ -58,8 +58,8 @@ def evaluate(
             all. What is measured, and its cost, is printed before the work.
 
     Raises:
-        UserError: too few prompts or seeds, an unknown scorer or network, a folder that cannot be written, or a
-            package that is not installed.
+        UserError: too few prompts or seeds, models on several devices, an unknown scorer or network, a folder that
+            cannot be written, or a package that is not installed.
     """
     if len(prompts) < 2:
         raise UserError(f"an evaluation needs at least 2 prompts, got {len(prompts)}")
@@ -74,6 +74,9 @@ def evaluate(
     write_report = report_writer() if folder is not None else None
     chosen = list(settings) if settings is not None else default_settings(model, teacher, many_steps)
     device = model.device
+    for setting in chosen:
+        if setting.model.device != device:
+            raise UserError(f"{setting.name}: its model is on {setting.model.device}, not on {device}; move it there")
     opened = open_scorers(scorers, device)
     if scorers is not None:
         check_applicable(opened, prompts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.atomic import atomic_folder
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
-from fewstep.core.device import check_device
+from fewstep.core.device import AUTO, log_device, resolve_device
 from fewstep.core.precision import warn_if_weights_are_emulated
 from fewstep.errors import UserError
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
@@ -75,7 +75,7 @@ class TextToImagePipeline:
 
     def to(self, device: torch.device | str) -> TextToImagePipeline:
         """Move all modules. Raises: UserError if there is no such device."""
-        device = check_device(device)
+        device = resolve_device(device)
         for name in self.family.modules:
             self.components[name].to(device)
         return self
@@ -210,7 +210,7 @@ def check_replaceable(folder: Path) -> None:
 
 def load(
     path_or_name: str | Path,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = AUTO,
     dtype: torch.dtype | None = None,
     offload: Literal["none", "model", "group"] = "none",
 ) -> TextToImagePipeline:
@@ -218,6 +218,7 @@ def load(
 
     Args:
         path_or_name: a folder in diffusers' layout, a Hugging Face hub id, or "micro", the bundled teacher.
+        device: "auto" is the GPU where there is one, else the CPU; the first such load names it on standard error.
         dtype: of the weights: fp32, bf16, or ``torch.float8_e4m3fn`` for the matrices of the transformer's blocks (the
             rest is bf16 then, and matrix products are fp8 where the device has fast ones). Unset, each component's
             stored one: bf16, else fp32.
@@ -228,23 +229,25 @@ def load(
         UserError: there is no such device or model, a file is missing or corrupt, or the family overflows in the dtype
             (fp16).
     """
-    device = check_device(device)
+    chosen = resolve_device(device)
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
     fp8 = dtype == FP8
     components = _load_components(folder, family, family.component_names, torch.bfloat16 if fp8 else dtype)
     check_components(folder, family, components)
     if fp8:
-        quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(device))
-        warn_without_fp8_matmul(device)
-    warn_if_weights_are_emulated(components["transformer"], device)
+        quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(chosen))
+        warn_without_fp8_matmul(chosen)
+    warn_if_weights_are_emulated(components["transformer"], chosen)
     model = TextToImagePipeline(family, components, load_generation_config(folder))
+    if device == AUTO:
+        log_device(chosen)
     if offload == "none":
-        return model.to(device)
+        return model.to(chosen)
     if offload == "group":
-        offload_blocks(model.denoiser, device)
+        offload_blocks(model.denoiser, chosen)
     else:
-        model.transformer.to(device)
+        model.transformer.to(chosen)
     model.enable_model_cpu_offload()
     return model
 
@@ -277,16 +280,18 @@ def meta_pipeline(folder: Path, dtype: torch.dtype) -> TextToImagePipeline:
 
 
 def load_prompt_encoder(
-    path_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path_or_name: str | Path, device: str | torch.device = AUTO, dtype: torch.dtype | None = None
 ) -> PromptEncoder:
     """The prompt encoder of a model without its other components. Arguments and errors as for :func:`load`."""
-    device = check_device(device)
+    chosen = resolve_device(device)
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
     components = _load_components(folder, family, ("text_encoder", "tokenizer"), dtype)
     check_components(folder, family, components)
-    components["text_encoder"].to(device)
-    warn_if_weights_are_emulated(components["text_encoder"], device)
+    if device == AUTO:
+        log_device(chosen)
+    components["text_encoder"].to(chosen)
+    warn_if_weights_are_emulated(components["text_encoder"], chosen)
     has_config = (folder / GENERATION_CONFIG).exists()
     return family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")
 

@@ -21,6 +21,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 
 from fewstep.config.recipe import Recipe
+from fewstep.core.device import AUTO, parse_device, resolve_device
 from fewstep.core.global_rng import GlobalBatchRNG
 from fewstep.core.method import Shard
 from fewstep.errors import UserError
@@ -135,26 +136,32 @@ def open_run(dist: DistContext, directory: str | Path, recipe: Recipe, **options
 
 
 @contextmanager
-def init_distributed() -> Iterator[DistContext]:
+def init_distributed(device: str | torch.device = AUTO) -> Iterator[DistContext]:
     """Joins the process group if torchrun started this process; otherwise it is the only one.
 
+    Args:
+        device: of several processes on GPUs, each takes the one of its local rank: cuda, without a number.
+
     Raises:
-        UserError: there are more processes on a machine than GPUs.
+        UserError: there is no such device, or there are more processes on a machine than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield DistContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        yield DistContext(device=resolve_device(device))
         return
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    chosen = parse_device(device)
+    if chosen.index is not None:
+        raise UserError(f"device {device}: every process takes a GPU of its own; use cuda, or auto")
+    if chosen.type == "cuda" and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"process {local} has no GPU (there are {torch.cuda.device_count()}); start fewer processes"
             )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    chosen = resolve_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield DistContext(dist.get_rank(), dist.get_world_size(), device)
+        yield DistContext(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
         dist.destroy_process_group()
