@@ -96,6 +96,57 @@ def test_offloaded_blocks_are_on_the_device_only_during_their_forward(tiny_folde
         assert not in_block or torch.equal(tensor.float(), expected[name].float())
 
 
+@pytest.mark.parametrize("first", ["offloaded", "compiled"])
+def test_blocks_are_offloaded_and_compiled_in_either_order(tiny_folder, monkeypatch, first):
+    """Copies of the weights stand for those on a device: the compiled graphs get these, and are compiled once."""
+    model = load(tiny_folder, "cpu")
+    prompts, x = model.encode(["a fox"]), torch.randn(1, 16, 8, 8)
+    expected = model.denoiser(x, torch.ones(1), prompts)
+    graphs, given = [], set()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+
+        def run(*inputs):
+            given.update(tensor.data_ptr() for tensor in inputs if isinstance(tensor, torch.Tensor))
+            return graph.forward(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda compute, dynamic: compile(compute, dynamic=dynamic, backend=backend))
+    for work in ("offloaded", "compiled") if first == "offloaded" else ("compiled", "offloaded"):
+        if work == "offloaded":
+            offload_blocks(model.denoiser, "cpu:0")
+        else:
+            model.denoiser.compile_repeated_blocks()
+    home = {p.data_ptr() for block in model.denoiser.get_blocks() for p in block.parameters()}
+    to = torch.Tensor.to
+    copied = lambda tensor, *where, **named: (  # noqa: E731
+        tensor.clone() if "cpu:0" in map(str, (*where, *named.values())) else to(tensor, *where, **named)
+    )
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    for _ in range(3):
+        assert torch.equal(model.denoiser(x, torch.ones(1), prompts), expected)
+    assert 0 < len(graphs) <= 3  # a noise refiner's, a context refiner's and a layer's
+    assert given
+    assert not home & given
+
+
+def test_offloading_is_not_undone_by_a_move(tiny_folder, monkeypatch):
+    blocks = load(tiny_folder, "cpu", offload="group")
+    with pytest.raises(UserError, match="to cpu: the blocks of this model are offloaded; load it again"):
+        blocks.to("cpu")
+    with pytest.raises(UserError, match="offload: the blocks of this model are offloaded already"):
+        offload_blocks(blocks.denoiser, "meta")
+    components = load(tiny_folder, "cpu", offload="model")
+    monkeypatch.setattr("fewstep.models.pipeline.resolve_device", torch.device)  # as if "meta" had contents
+    components.to("meta")
+    assert components.device.type == "meta"
+    assert {next(part.parameters()).device.type for part in (components.text_encoder, components.vae)} == {"cpu"}
+
+
 def test_saved_and_loaded_pipelines_are_equal(tiny, tiny_folder):
     loaded = load(tiny_folder)
     assert loaded.generation_config == tiny.generation_config

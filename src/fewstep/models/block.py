@@ -28,13 +28,14 @@ class TransformerBlock(nn.Module):
         compute: replaced by its compiled version by ``TransformerDenoiser.compile_repeated_blocks``.
         gradient_checkpointing: whether the forward pass keeps only the inputs, and the backward pass recomputes the
             block from them with the LoRA adapters that were active.
+        offloaded: whether ``offload.offload_blocks`` keeps its weights in the CPU's memory.
         contexts: entered around ``compute``, in the forward pass and in the recomputation.
     """
 
     def __init__(self, compute: ComputeFn) -> None:
         super().__init__()
         self.compute = compute
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.offloaded = False
         self.contexts: list[BlockContext] = []
 
     def forward(self, *inputs: Tensor | None) -> Tensor:

@@ -12,12 +12,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
+from fewstep.models.block import TransformerBlock
 from fewstep.models.denoiser import TransformerDenoiser
 
 
 def offload_blocks(denoiser: TransformerDenoiser, device: torch.device | str) -> None:
-    """Make the denoiser compute on ``device``, which keeps only the weights outside of the blocks."""
+    """Make the denoiser compute on ``device``, which keeps only the weights outside of the blocks. They may be compiled,
+    before or after.
+
+    Raises:
+        UserError: they are offloaded already.
+    """
     blocks = denoiser.get_blocks()
+    if has_offloaded_blocks(denoiser):
+        raise UserError("offload: the blocks of this model are offloaded already; load it again to change the device")
     inside = {id(module) for block in blocks for module in block.modules()}
     to_cpu: Callable[[Tensor], Tensor] = partial(_pinned, device=device)
     to_device: Callable[[Tensor], Tensor] = partial(Tensor.to, device=device)  # type: ignore[call-overload]
@@ -25,6 +34,12 @@ def offload_blocks(denoiser: TransformerDenoiser, device: torch.device | str) ->
         module._apply(to_cpu if id(module) in inside else to_device, recurse=False)
     for block in blocks:
         block.contexts.append(partial(on_device, device=device))
+        block.offloaded = True
+
+
+def has_offloaded_blocks(model: nn.Module) -> bool:
+    """Whether ``offload_blocks`` was called on a transformer, or on a denoiser around it."""
+    return any(isinstance(module, TransformerBlock) and module.offloaded for module in model.modules())
 
 
 @contextmanager

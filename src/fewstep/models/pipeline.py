@@ -21,7 +21,7 @@ from fewstep.models.components import load_component, read_config, resolve_model
 from fewstep.models.consistency import check_components
 from fewstep.models.family import MODEL_INDEX, Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
-from fewstep.models.offload import offload_blocks
+from fewstep.models.offload import has_offloaded_blocks, offload_blocks
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul, warn_without_fp8_matmul
 from fewstep.models.text import PromptEncoder
 from fewstep.models.vae import to_channels_last
@@ -74,10 +74,17 @@ class TextToImagePipeline:
         return next(self.transformer.parameters()).device
 
     def to(self, device: torch.device | str) -> TextToImagePipeline:
-        """Move all modules. Raises: UserError if there is no such device."""
+        """Move all modules. Where the others are offloaded, they follow the transformer while they are used.
+
+        Raises:
+            UserError: there is no such device, or the transformer's blocks are offloaded, which a move would end.
+        """
         device = resolve_device(device)
+        if has_offloaded_blocks(self.transformer):
+            raise UserError(f"to {device}: the blocks of this model are offloaded; load it again without offload")
         for name in self.family.modules:
-            self.components[name].to(device)
+            if name == "transformer" or not self._offloaded:
+                self.components[name].to(device)
         return self
 
     def with_transformer(self, transformer: nn.Module, generation_config: GenerationConfig) -> TextToImagePipeline:
