@@ -146,37 +146,6 @@ def test_validation_is_logged_and_does_not_change_the_training(tmp_path: Path) -
     assert [line["step"] for line in lines if "val/name" in line] == [5, 10, 12]
 
 
-@pytest.mark.parametrize(("mode", "best"), [("max", 6), ("min", 3)])
-def test_best_checkpoint_is_kept_and_loads(tmp_path: Path, mode: str, best: int) -> None:
-    """The metric is best at step 6 (or 3), which the newest two, 11 and 12, would have replaced."""
-    values = dict(zip(range(1, 13), [5, 4, 1, 8, 5, 9, 9, 2, 3, 4, 5, 6], strict=True))
-    settings = {"save_every": 1, "max_checkpoints": 2, "keep_best": {"metric": "val/name", "mode": mode}}
-
-    def trainer(steps: int) -> Trainer:
-        made = tiny_trainer(tmp_path, steps=steps, **settings)
-        made.validate, made.validate_every = lambda: {"val/name": float(values[made.step])}, 1
-        return made
-
-    fit(trainer(7))
-    ended = fit(trainer(12))  # the checkpoint holds the best so far
-    kept = [int(path.name[5:]) for path in checkpoint.list_checkpoints(ended.run.checkpoints)]
-    assert kept == [best, 11, 12]
-    assert ended.best == [best, values[best]] or ended.best == (best, values[best])
-    expected = checkpoint.load(checkpoint.list_checkpoints(ended.run.checkpoints)[0]).read("first.ema")
-    assert ended.load_best()
-    assert ended.step == best
-    with ended.ema_weights():
-        for name, weight in ended.train_states[0].weights.items():
-            assert weight.equal(expected[name])
-
-
-def test_last_step_is_not_loaded_again_if_it_is_the_best(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, keep_best={"metric": "steps"})  # counts up
-    fit(trainer)
-    assert trainer.best is not None
-    assert not trainer.load_best()
-
-
 def test_max_minutes_ends_a_training_as_its_last_step_does(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, steps=10_000, max_minutes=0.005)
     trainer.method.pause = 0.02

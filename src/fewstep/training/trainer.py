@@ -1,6 +1,5 @@
 """The training loop: updates a method's trainables in turn, validates, logs, saves and resumes."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.progress import log_line, training_display
 from fewstep.training import checkpoint
 from fewstep.training.alerts import Alert, AlertMonitor, AlertRule
+from fewstep.training.best import Best, new_best
 from fewstep.training.distributed import DistContext
 from fewstep.training.malloc import retain_freed_memory
 from fewstep.training.rng_state import rng_state, set_rng_state
@@ -63,7 +63,7 @@ class Trainer:
         self.step = 0  # finished steps
         self.position = 0  # batches used
         self.seconds = 0.0  # of training, over all sessions
-        self.best: tuple[int, float] | None = None  # step and value of the best `train.keep_best` so far
+        self.best: Best | None = None  # by `train.keep_best`, so far
         self._reported: set[str] = set()
         self._means = RunningMeans()
         self._saved = (0, time.monotonic())  # step and time of the last checkpoint
@@ -131,13 +131,13 @@ class Trainer:
 
     def load_best(self) -> bool:
         """Loads the best checkpoint by `train.keep_best`; False if there is none, or it is the last one."""
-        if self.best is None or self.best[0] == self.step:
+        if self.best is None or self.best.step == self.step:
             return False
         try:
-            self._load_state(checkpoint.load_step(self.run.checkpoints, self.best[0], self.dist))
+            self._load_state(checkpoint.load_step(self.run.checkpoints, self.best.step, self.dist))
         except checkpoint.CorruptCheckpoint as problem:
             if self.dist.is_main_process:
-                log_line(f"{self.run.checkpoints}: the best one, step {self.best[0]}, is lost: {problem}")
+                log_line(f"{self.run.checkpoints}: the best one, step {self.best.step}, is lost: {problem}")
             return False
         return True
 
@@ -206,16 +206,11 @@ class Trainer:
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether a line of metrics is the best so far by `train.keep_best`; if so, it is remembered."""
         keep_best = self.train.keep_best
-        value = metrics.get(keep_best.metric) if keep_best is not None else None
-        if keep_best is not None and value is None:
+        if keep_best is not None and keep_best.metric not in metrics:
             self._report_missing(keep_best.metric, metrics)
-        if keep_best is None or value is None or not math.isfinite(value):
-            return False
-        sign = 1 if keep_best.mode == "max" else -1
-        if self.best is not None and sign * value <= sign * self.best[1]:
-            return False
-        self.best = (self.step, value)
-        return True
+        found = new_best(self.best, keep_best, self.step, metrics)
+        self.best = found or self.best
+        return found is not None
 
     def _report_missing(self, metric: str, metrics: Mapping[str, float]) -> None:
         """Says once that the metric of `train.keep_best` is not among those logged: it may be misspelled."""
@@ -263,9 +258,9 @@ class Trainer:
             "seconds": self.seconds,
             "means": self._means.state(),
             "trainables": {state.name: state.counters for state in self.train_states},
-            "best": self.best,
+            "best": self.best.state() if self.best is not None else None,
         }
-        protect = [] if self.best is None else [self.best[0]]
+        protect = [] if self.best is None else [self.best.step]
         keep = self.train.max_checkpoints
         checkpoint.save(self.run.checkpoints, self.step, groups, values, keep, protect, self.dist)
         self._saved = (self.step, time.monotonic())
@@ -290,6 +285,6 @@ class Trainer:
             ) from error
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
         self._means = RunningMeans(found.state["means"])
-        self.best = found.state["best"]
+        self.best = Best.restored(found.state["best"], self.train.keep_best)
         self._saved = (found.step, time.monotonic())
         set_rng_state(found.read("random"), self.dist.device)

@@ -1,0 +1,43 @@
+"""The best value of a metric in a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from fewstep.config.sections import BestSettings
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of ``settings.metric`` so far, and the step after which it was logged."""
+
+    settings: BestSettings
+    step: int
+    value: float
+
+    def improved(self, value: float) -> bool:
+        """Whether ``value`` is better than the best one."""
+        return value > self.value if self.settings.mode == "max" else value < self.value
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON values."""
+        return asdict(self) | {"settings": self.settings.model_dump()}
+
+    @classmethod
+    def restored(cls, state: Any, settings: BestSettings | None) -> Self | None:
+        """What :meth:`state` gave; None where it is of another metric than ``settings`` name, as a resumed run may have
+        another one."""
+        if settings is None or not isinstance(state, Mapping) or state["settings"] != settings.model_dump():
+            return None
+        return cls(settings, state["step"], state["value"])
+
+
+def new_best(best: Best | None, settings: BestSettings | None, step: int, metrics: Mapping[str, float]) -> Best | None:
+    """The best one where the metrics of ``step`` improve on ``best``, else None. NaN and infinity never do."""
+    value = metrics.get(settings.metric) if settings is not None else None
+    if settings is None or value is None or not math.isfinite(value):
+        return None
+    return Best(settings, step, value) if best is None or best.improved(value) else None
