@@ -106,6 +106,8 @@ def training_display(name: str, done: int, steps: int, log_every: int) -> Traini
 
 
 class TrainingBar:
+    """A bar with rate, time left and losses, in a terminal."""
+
     def __init__(self, console: Console, name: str, done: int, steps: int) -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class ExportFormat(StrEnum):
+    """What `convert` writes."""
+
     diffusers = "diffusers"
     original = "original"
     comfyui = "comfyui"

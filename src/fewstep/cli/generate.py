@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class Offload(StrEnum):
+    """What stays in the CPU's memory while it is not in use."""
+
     none = "none"
     model = "model"
     group = "group"

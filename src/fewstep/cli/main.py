@@ -67,11 +67,12 @@ def _show_version(requested: bool) -> None:
 
 
 @app.callback()
-def program(
+def program(  # noqa: D103
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
+    # no docstring: it would replace the program's help
     warnings.showwarning = _print_warning
 
 

@@ -89,6 +89,8 @@ def check_validated(stage: Stage, evaluate: EvaluateSettings) -> None:
 
 
 class DistillRecipe(Stage, Recipe):
+    """One distillation."""
+
     kind: Literal["distill"] = Field(description="Makes a few-step student of a teacher.")
     teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     init: str | None = Field(None, description="Model whose weights the student starts from; null is the teacher.")
@@ -105,6 +107,8 @@ class DistillRecipe(Stage, Recipe):
 
 
 class StagesRecipe(Recipe):
+    """Several distillations in a row."""
+
     kind: Literal["stages"] = Field(description="Several distillations in a row, each from the last one's student.")
     teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     stages: list[Stage] = Field(min_length=1, description="The distillations, in order; their names are their folders.")
@@ -127,6 +131,8 @@ class StagesRecipe(Recipe):
 
 
 class CacheRecipe(Recipe):
+    """A teacher's trajectories on disk."""
+
     kind: Literal["cache_trajectories"] = Field(description="Keeps a teacher's trajectories on disk.")
     teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to draw from.")

@@ -33,6 +33,8 @@ def resolve_step(step: int | str, total: int) -> int:
 
 
 class ConstantSettings(Settings):
+    """One value for all steps."""
+
     kind: Literal["constant"] = "constant"
     value: Value
 

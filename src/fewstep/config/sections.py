@@ -18,11 +18,15 @@ from fewstep.core import flow
 
 
 class BestSettings(Settings):
+    """Which checkpoint is the best one."""
+
     metric: str = Field(description="Its name in metrics.jsonl, such as val/object_acc.")
     mode: Literal["max", "min"] = Field(default="max", description="Whether larger or smaller values are better.")
 
 
 class TrainSettings(Settings):
+    """Length, batches and cadence of a training."""
+
     steps: int = Field(ge=1, le=10**9, description="Steps of the training.")
     max_minutes: float | None = Field(
         default=None, gt=0, description="Ends the training earlier, after this many minutes of it."
@@ -103,6 +107,8 @@ class OptimSettings(Settings):
 
 
 class PromptSettings(Settings):
+    """Where prompts come from, and which are held out."""
+
     source: str = Field(
         default="emoji",
         description="A prompt source (emoji), a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a folder of these, a "
@@ -124,6 +130,8 @@ class PromptSettings(Settings):
 
 
 class StudentSettings(Settings):
+    """The student's noise levels and its sampler."""
+
     steps: int = Field(default=4, ge=1, le=64, description="Steps of the student.")
     timesteps: list[Fraction] | None = Field(
         default=None,
@@ -210,6 +218,8 @@ class TrajectorySettings(Settings):
 
 
 class EvaluateSettings(Settings):
+    """Validation while a student trains, and the evaluation at the end."""
+
     enabled: bool = Field(default=True, description="Whether the run ends with an evaluation and its report.")
     num_prompts: int = Field(default=200, ge=1, description="Test prompts of the final evaluation.")
     max_minutes: float | None = Field(

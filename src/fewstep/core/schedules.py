@@ -22,6 +22,8 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
+    """One value for all steps."""
+
     value: float
 
     def __call__(self, step: int) -> float:

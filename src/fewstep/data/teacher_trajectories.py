@@ -72,6 +72,7 @@ def teacher_trajectory(
 def cache_fingerprint(
     teacher: TextToImagePipeline, anchors: list[float], substeps: int, guidance: float
 ) -> dict[str, object]:
+    """What identifies a cache of this teacher's trajectories at these pre-shift levels."""
     sigmas = [flow.shift_sigma(u, teacher.shift) for u in subdivide(anchors, substeps)]
     latent = list(teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width))
     return fingerprint(teacher, sigmas, states=len(anchors), guidance_scale=guidance, latent=latent)

@@ -90,6 +90,7 @@ def text_fingerprint(encoder: PromptEncoder) -> dict[str, object]:
 
 
 def shard_file(folder: Path, shard: int) -> Path:
+    """The file of a shard, by its number from 0."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 

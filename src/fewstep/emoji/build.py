@@ -49,6 +49,7 @@ house, teddy bear
 
 
 def core_names() -> list[str]:
+    """The names of the core objects, in their order."""
     return [name.strip() for name in CORE.replace("\n", " ").split(",")]
 
 

@@ -12,6 +12,8 @@ from fewstep.errors import UserError
 
 
 class EmojiImages:
+    """The image source "emoji": real images of the dataset for its prompts."""
+
     def __init__(self) -> None:
         self.dataset = EmojiDataset.load()
 

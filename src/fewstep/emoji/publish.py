@@ -21,7 +21,7 @@ from fewstep.training.tracking import read_metrics
 def convert_to_fp16(folder: Path) -> None:
     """Rewrite every safetensors file in fp16, which rounds weights less than bf16. Loading converts to fp32."""
     for file in folder.rglob("[!.]*.safetensors"):
-        write_tensors(file, {name: t.half() for name, t in load_file(file).items()}, {"format": "pt"})
+        write_tensors(file, {name: weight.half() for name, weight in load_file(file).items()}, {"format": "pt"})
 
 
 def publish(runs: list[Path], out: Path, prompts: int, model: Path | None = None) -> str:

@@ -15,6 +15,8 @@ RotaryDim = Annotated[int, Field(ge=2, multiple_of=2)]
 
 
 class EmojiDataSettings(Settings):
+    """Which part of the dataset is used."""
+
     num_objects: int | None = Field(
         default=None, ge=1, description="Use the first N objects of the dataset; null uses all of them."
     )
@@ -45,6 +47,8 @@ class VAESettings(Settings):
 
 
 class VAELossSettings(Settings):
+    """Weights of the autoencoder's losses."""
+
     l1: LossWeight = Field(default=1.0, description="Weight of the mean absolute error of pixels.")
     l2: LossWeight = Field(default=0.0, description="Weight of the mean squared error of pixels.")
     kl: LossWeight = Field(
@@ -97,6 +101,8 @@ class TransformerSettings(Settings):
 
 
 class VAERecipe(TrainingRecipe):
+    """Training of an image autoencoder."""
+
     kind: Literal["vae"] = Field(description="Trains an image autoencoder.")
     model: VAESettings = Field(description="The autoencoder.")
     loss: VAELossSettings = Field(default_factory=VAELossSettings, description="Weights of the loss terms.")
@@ -122,6 +128,8 @@ class VAERecipe(TrainingRecipe):
 
 
 class DecoderRecipe(TrainingRecipe):
+    """Training of a decoder on inexact latents."""
+
     kind: Literal["decoder"] = Field(description="Trains the decoder of a whole model on inexact latents.")
     init: str = Field(description="The model: a folder or the name of a bundled one.")
     loss: DecoderLossSettings = Field(default_factory=DecoderLossSettings, description="Weights; kl is unused.")
@@ -139,6 +147,8 @@ class DecoderRecipe(TrainingRecipe):
 
 
 class TextEncoderRecipe(TrainingRecipe):
+    """Contrastive training of a text encoder."""
+
     kind: Literal["text_encoder"] = Field(description="Trains a text encoder contrastively with images.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their prompts.")
     model: TextEncoderSettings = Field(description="The text encoder.")
@@ -148,6 +158,8 @@ class TextEncoderRecipe(TrainingRecipe):
 
 
 class FlowMatchingRecipe(TrainingRecipe):
+    """Training of a teacher by flow matching."""
+
     kind: Literal["flow_matching"] = Field(description="Trains a multi-step teacher by flow matching.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their prompts.")
     model: TransformerSettings = Field(description="The transformer.")
@@ -178,6 +190,8 @@ class FlowMatchingRecipe(TrainingRecipe):
 
 
 class ClassifierRecipe(TrainingRecipe):
+    """Training of the classifier."""
+
     kind: Literal["classifier"] = Field(description="Trains the classifier of object, style and background.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their labels.")
     base_channels: int = Field(default=64, ge=8, multiple_of=4, description="Channels of the first layer.")

@@ -69,6 +69,7 @@ def _corpus() -> list[str]:
 
 
 def build_text_encoder(settings: TextEncoderSettings, tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+    """A text encoder with fresh weights, in Qwen3's architecture."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,

@@ -125,6 +125,7 @@ def notes(metrics: Metrics) -> list[str]:
 
 
 def status(target: Target) -> str:
+    """Whether a target is met, in words."""
     return {True: "pass", False: "fail", None: "not measured"}[target.passed]
 
 

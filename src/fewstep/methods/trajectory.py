@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 
 class TrajectoryConfig(MethodConfig):
+    """The config section of method trajectory."""
+
     name: Literal["trajectory"]
 
     def metric_names(self, stage: Stage) -> set[str]:

@@ -64,6 +64,7 @@ def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parame
 
 
 def lora_layers(module: nn.Module) -> list[LoraLayer]:
+    """The layers of a module that have LoRA adapters."""
     return [child for child in module.modules() if isinstance(child, LoraLayer)]
 
 

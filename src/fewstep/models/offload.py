@@ -18,8 +18,8 @@ from fewstep.models.denoiser import TransformerDenoiser
 
 
 def offload_blocks(denoiser: TransformerDenoiser, device: torch.device | str) -> None:
-    """Make the denoiser compute on ``device``, which keeps only the weights outside of the blocks. They may be compiled,
-    before or after.
+    """Make the denoiser compute on ``device``, which keeps only the weights outside of the blocks. These may be
+    compiled, before or after.
 
     Raises:
         UserError: they are offloaded already.

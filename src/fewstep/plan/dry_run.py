@@ -43,7 +43,7 @@ def meta_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> Models:
 
 def bytes_of(module: nn.Module) -> float:
     """Bytes of parameters and buffers, such as the scales of fp8 weights."""
-    return float(sum(t.nbytes for t in [*module.parameters(), *module.buffers()]))
+    return float(sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()]))
 
 
 class DryRun:

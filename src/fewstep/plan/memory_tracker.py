@@ -44,7 +44,7 @@ class MemoryTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 storage = tensor.untyped_storage()

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 
 
 class EMA:
-    """Exponential moving average of the trainable parameters of `module`, warmed up: min(decay, (1 + t) / (10 + t)).
+    """Exponential moving average of the trainable parameters of `module`, warmed up: by the decay
+    min(decay, (1 + updates) / (10 + updates)).
 
     The warm-up lets the average forget the initial weights in short runs (as TensorFlow's ExponentialMovingAverage).
     """

@@ -64,6 +64,7 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], settings: OptimSettings)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # compiled into torchao's step
             group["lr"].fill_(rate)

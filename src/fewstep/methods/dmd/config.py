@@ -27,6 +27,8 @@ STEP_METRICS = ("student/ca_dm_cosine", "student/ca_dm_ratio")
 
 
 class RenoiseSettings(Settings):
+    """The renoise schedule and the range of its noise levels."""
+
     schedule: Literal["shared", "full", "constrained", "hybrid"] = Field(
         default="hybrid", description="Where the noise levels of CA and DM are drawn (arXiv 2511.22677)."
     )

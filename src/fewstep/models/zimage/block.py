@@ -56,7 +56,7 @@ def self_attention(attention: Attention, x: Tensor, freqs: Tensor) -> Tensor:
     """Self-attention of one block over all tokens of [B, L, D]."""
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (project(x).unflatten(-1, (attention.heads, -1)) for project in projections)
-    query, key = (apply_rope(rms_norm(t, n), freqs) for t, n in ((query, attention.norm_q), (key, attention.norm_k)))
+    query, key = (apply_rope(rms_norm(x, n), freqs) for x, n in ((query, attention.norm_q), (key, attention.norm_k)))
     mixed = attention_fn(query, key, value, attention.processor._attention_backend)
     return attention.to_out[0](mixed.flatten(2))
 

@@ -44,6 +44,8 @@ def check_transformer(config: Mapping[str, Any], file: Path) -> None:
 
 
 class ZImageFamily(ModelFamily):
+    """Z-Image's S3-DiT with a Qwen3 text encoder and a 16-channel VAE (arXiv 2511.22699)."""
+
     pipeline_class = "ZImagePipeline"
     patch_size = PATCH_SIZE
     lora_target_modules = BLOCK_LINEARS

@@ -30,6 +30,8 @@ def cfg_augmentation(x0_cond: Tensor, x0_null: Tensor, alpha: float) -> Tensor:
 
 
 class CFGAugmentationSettings(TermSettings):
+    """Settings of CFG augmentation."""
+
     guidance_scale: GuidanceScale = Field(
         3.0, description="The teacher's guidance, as in x_cond + g (x_cond - x_null); 0 is none."
     )
@@ -37,6 +39,8 @@ class CFGAugmentationSettings(TermSettings):
 
 @loss_terms.register("cfg_augmentation")
 class CFGAugmentation(DirectionTerm):
+    """CFG augmentation at sigma_CA."""
+
     Settings = CFGAugmentationSettings
     level = "ca"
     teacher_prompts = ("cond", "null")

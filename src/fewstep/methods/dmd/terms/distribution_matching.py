@@ -48,6 +48,8 @@ def upsample_grad(delta: Tensor, factor: int) -> Tensor:
 
 
 class DistributionMatchingSettings(TermSettings):
+    """Settings of distribution matching."""
+
     scales: dict[Annotated[int, Field(ge=2)], Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
         description="Distribution matching at downsampled latents besides: factor -> weight relative to the term's.",

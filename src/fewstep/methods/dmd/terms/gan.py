@@ -38,6 +38,8 @@ class DiscriminatorHead(nn.Module):
 
 
 class GANSettings(TermSettings):
+    """Settings of the GAN term."""
+
     r1_weight: Annotated[float, Field(ge=0)] = Field(100.0, description="Weight of the approximate R1 penalty.")
     r1_sigma: Annotated[float, Field(gt=0)] = Field(
         0.01, description="Deviation of the noise that the penalty adds to real latents."

@@ -32,6 +32,8 @@ def mean_variance(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tenso
 
 @loss_terms.register("mean_variance")
 class MeanVariance(RegularizerTerm):
+    """Mean and deviation of each sample are held to those of real latents, measured when the term is built."""
+
     measures_real = True
 
     def __init__(self, mean: Tensor | float, std: Tensor | float) -> None:

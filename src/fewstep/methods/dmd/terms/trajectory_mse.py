@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 class TrajectoryMSESettings(TermSettings):
+    """Settings of the trajectory term."""
+
     def check(self, stage: Stage, method: DMDConfig) -> None:
         if method.real_source != "teacher":
             raise ValueError("method.terms.trajectory_mse needs method.real_source: teacher")
