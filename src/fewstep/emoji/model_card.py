@@ -98,14 +98,17 @@ order. The recipe of the last stage:"""
 
 
 def percent_row(first: str, values: Quality) -> str:
+    """A row of the tables of accuracies, as percentages."""
     return f"| {first} | " + " | ".join(f"{values[key]:.1%}" for key in SCORES) + " |"
 
 
 def compared_row(first: str, values: Quality) -> str:
+    """A row of the table beside real images: also the Frechet distance to them and the sharpness."""
     return percent_row(first, values) + f" {values['fd_real']:.0f} | {values['sharpness']:.2f} |"
 
 
 def cpu_name() -> str:
+    """The name of this machine's CPU, or of its architecture."""
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
 
 

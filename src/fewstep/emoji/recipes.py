@@ -58,6 +58,8 @@ class VAELossSettings(Settings):
 
 
 class DecoderLossSettings(VAELossSettings):
+    """Weights of the decoder's losses."""
+
     adversarial: LossWeight = Field(default=0.0, description="Weight of the patch discriminator's hinge loss.")
     feature_matching: LossWeight = Field(
         default=0.0, description="Weight of the difference of the patch discriminator's features."

@@ -39,6 +39,7 @@ def score(images: Tensor, prompts: list[str]) -> Quality:
 
 
 def generated(model: TextToImagePipeline, prompts: list[str], steps: int, guidance: float) -> Tensor:
+    """Images of the prompts, uint8 [N, H, W, 3]."""
     return generate(model, prompts, SamplingParams(steps=steps, guidance_scale=guidance)).images
 
 
