@@ -100,6 +100,8 @@ def test_other_recipe_is_refused_unless_overwritten(recipe: Path) -> None:
         (["evaluate", "micro", "--device", "cuda:99"], "error: device cuda:99: not available here"),
         (["evaluate", "nowhere", "--prompts", "empty.txt"], "error: empty.txt: no prompts in it"),
         (["evaluate", "nowhere"], "error: nowhere: "),
+        (["convert", "micro", "--out", "x", "--components-from", "y"], "error: --components-from y: micro is a whole"),
+        (["plan", "micro-ca", "--gpu", "nan"], "error: --gpu nan: give a size such as 24GB"),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_1(recipe: Path, words: list[str], message: str) -> None:
