@@ -81,18 +81,28 @@ def test_weights_and_states_equal_those_of_real_models(tiny_folder, more):
             assert planned[f"{label} EMA"] == bytes_of(learner.ema.weights.values())
 
 
+GAN = ("method.terms.gan.weight=1", "optim.discriminator.lr=1e-4")
+MMD = ("method.terms.mmd.weight=1",)
+TRAJECTORY = ("method.terms.trajectory_mse.weight=1",)
 CHECKPOINTED = "models.gradient_checkpointing=true"
 
 
 @pytest.mark.parametrize(
     "more",
-    [(), (CHECKPOINTED,), LORA, (*LORA, CHECKPOINTED), (*LORA, "models.frozen_dtype=fp8", CHECKPOINTED)],
-    ids=["full", "full, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"],
+    [
+        *((), (CHECKPOINTED,), LORA, (*LORA, CHECKPOINTED), (*LORA, "models.frozen_dtype=fp8", CHECKPOINTED)),
+        *(GAN, MMD, TRAJECTORY, (*GAN, *MMD, *TRAJECTORY), (*TRAJECTORY, *MMD, *LORA)),
+    ],
+    ids=[
+        *("full", "full, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"),
+        *("gan", "mmd", "trajectory", "all three", "lora, trajectory and mmd"),
+    ],
 )
 def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
     """Within 2% on a CPU: two real updates of each trainable, after one that creates the optimizer states."""
     fused = lambda query, key, value, backend: dispatch_attention_fn(query, key, value)  # noqa: E731
     monkeypatch.setattr("fewstep.models.zimage.block.attention_fn", fused)  # in bf16 too, as on a GPU
+    monkeypatch.setattr("fewstep.plan.passes.DRAWS", 1)  # passes are not compared here
     recipe = recipe_of(tiny_folder, "train.precision=fp32", "resolution=128", *more)
     planned = plan(recipe, device_type="cpu").memory
     teacher = load(tiny_folder, dtype=torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16)
@@ -102,7 +112,8 @@ def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
     prompts = EncodedPrompts(torch.randn(4, PROMPT_TOKENS, width), torch.full((4,), PROMPT_TOKENS))
     setup = MethodSetup(recipe, models, prompts[:1], {}, [], DistContext())
     method = DMD.build(setup)
-    batch = DistillBatch(torch.randn(4, *teacher.latent_shape(128, 128)), prompts)
+    noise = torch.randn(4, *teacher.latent_shape(128, 128))
+    batch = DistillBatch(noise, prompts, torch.randn(4, recipe.student.steps, *noise.shape[1:]))
     peaks = []
     for trainable in method.trainables:
         learner = TrainState(trainable, recipe.optim[trainable.name], recipe.train)
@@ -112,6 +123,33 @@ def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
         learner.optimizer.zero_grad()
     names = ("gradients", "saved activations", "temporaries")
     assert sum(planned[name] for name in names) == pytest.approx(max(peaks), rel=0.02)
+
+
+CROSSING = [
+    "method.terms.trajectory_mse.weight={kind: linear, start: 1, end: 0, first_step: 10, last_step: 20}",
+    *(
+        f"method.terms.{name}.weight={{kind: linear, start: 0, end: 1, first_step: 10, last_step: 20}}"
+        for name in ("cfg_augmentation", "distribution_matching")
+    ),
+]
+
+
+def test_terms_whose_ramps_cross_are_planned_together(tiny_folder, monkeypatch):
+    """While two ramps cross both graphs are in memory, before and after only one of them."""
+    monkeypatch.setattr("fewstep.plan.passes.DRAWS", 1)
+    saved = [
+        sum(plan(recipe_of(tiny_folder, *more)).memory[name] for name in ("saved activations", "temporaries"))
+        for more in (TRAJECTORY, CROSSING, ())
+    ]
+    both, crossing, alone = saved
+    assert crossing == pytest.approx(both, rel=0.01)
+    assert both > 1.5 * alone
+
+
+def test_weights_of_a_terms_own_parts_are_planned(tiny_folder, monkeypatch):
+    monkeypatch.setattr("fewstep.plan.passes.DRAWS", 1)
+    memory = plan(recipe_of(tiny_folder, *GAN)).memory
+    assert memory["discriminator weights"] == memory["discriminator optimizer"] / 2 > 0
 
 
 def test_bf16_on_a_gpu_saves_smaller_activations(tiny_folder):
@@ -203,8 +241,9 @@ def test_gpus_share_weights_and_batches(tiny_folder):
 
 def test_gpu_by_name_or_size():
     assert parse_gpu("24GB").bytes == parse_gpu("24").bytes == parse_gpu("RTX4090").bytes == 24e9
-    with pytest.raises(UserError, match="--gpu lots: give a size such as 24GB"):
-        parse_gpu("lots")
+    for wrong in ("lots", "nan", "inf", "0GB", "-24GB"):
+        with pytest.raises(UserError, match=f"--gpu {wrong}: give a size such as 24GB"):
+            parse_gpu(wrong)
 
 
 def test_command(tiny_folder):

@@ -81,6 +81,27 @@ def test_feature_mmd_separates_distributions():
     assert min(apart) > max(same)
 
 
+def test_feature_mmd_is_the_closed_form_with_the_median_of_all_pairs():
+    a, b = torch.randn(3, 2), torch.randn(3, 2)
+    both = torch.cat([a, b])
+    distance = torch.cdist(both, both).square()
+    median = torch.stack([distance[i, j] for i in range(6) for j in range(6) if i != j]).median()
+    kernel = sum(torch.exp(-distance / (scale * median)) for scale in (0.5, 1.0, 2.0)) / 3
+    within = [
+        sum(block[i, j] for i in range(3) for j in range(3) if i != j) / 6 for block in (kernel[:3, :3], kernel[3:, 3:])
+    ]
+    expected = sum(within) - 2 * kernel[:3, 3:].mean()
+    assert feature_mmd(a, b).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_mmd_on_single_samples_is_refused():
+    """Its estimator divides by the batch size less 1."""
+    with pytest.raises(
+        UserError, match=r"method\.terms\.mmd compares samples within a batch: set train\.batch_size to 2"
+    ):
+        load_recipe("micro-decoupled", ["method.terms.mmd.weight=1", "train.batch_size=1"])
+
+
 def test_mmd_brings_a_shifted_student_back():
     torch.manual_seed(0)
     offset = nn.Parameter(torch.tensor(1.5))

@@ -97,8 +97,12 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
             nn.Module.to(module, torch.bfloat16)
     with torch.random.fork_rng(devices=[]):  # the losses draw noise
         dry_run = DryRun(recipe, models, -(-recipe.train.batch_size // gpus), device_type, bf16)
-        states = _states(recipe, {part.name: _count(part.module) for part in dry_run.method.trainables})
+        trained = {part.name: _count(part.module) for part in dry_run.method.trainables}
+        states = _states(recipe, trained)
         held = {name: size / gpus for name, size in {**weights, **states}.items() if size}
+        # a term's own parts, such as a discriminator, are whole on each GPU
+        own = trained.keys() - {"student", *models.extra}
+        held |= {f"{_label(name)} weights": 4.0 * trained[name] for name in sorted(own)}
         if gpus > 1:
             held["all-gather buffers"] = (2.0 if bf16 else 4.0) * (2 * counts.block + counts.root)
         found.peaks = {

@@ -125,7 +125,7 @@ class DMD(DistillMethod):
     def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the terms whose weight is positive at this step, and their metrics."""
         weights = {name: each.weight(self.step) for name, each in self.terms.items()}
-        active = {name: each.term for name, each in self.terms.items() if weights[name] > 0}
+        active = self.active_terms(self.step)
         sample = self.sampler(batch) if any(term.uses_sample for term in active.values()) else None
         loss = torch.zeros((), device=batch.noise.device)
         metrics: dict[str, Tensor] = {}
@@ -200,7 +200,15 @@ class DMD(DistillMethod):
         return {}
 
     def dry_run(self, batch: DistillBatch) -> Iterator[tuple[Trainable, Callable[[], Tensor]]]:
-        """All losses, with the terms that are on from each breakpoint of the weights."""
+        """All losses, once for each set of terms that is on at some step: their graphs are in memory together."""
+        seen: set[frozenset[str]] = set()
         for step in sorted({step for each in self.terms.values() for step in each.weight.breakpoints}):
-            self.before_step(step)
-            yield from super().dry_run(batch)
+            names = frozenset(self.active_terms(step))
+            if names not in seen:
+                seen.add(names)
+                self.before_step(step)
+                yield from super().dry_run(batch)
+
+    def active_terms(self, step: int) -> dict[str, LossTerm]:
+        """The terms by name whose weight is positive at a step."""
+        return {name: each.term for name, each in self.terms.items() if each.weight(step) > 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -15,13 +15,19 @@ from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.base import RegularizerTerm, StudentSample, TermSettings, TermSetup
 
+if TYPE_CHECKING:
+    from fewstep.config.recipe import Stage
+    from fewstep.methods.dmd.config import DMDConfig
+
 
 def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of two batches of features [B, D], unbiased; three Gaussian kernels around the
     median distance (Gretton et al. 2012, eq. 3)."""
     both = torch.cat([a, b])
     distance = torch.cdist(both, both).square()
-    median = distance.detach()[~torch.eye(len(both), dtype=torch.bool, device=both.device)].median().clamp(min=1e-12)
+    # all but the diagonal; a mask would have no shape on the meta device
+    others = distance.detach().flatten()[1:].unflatten(0, (len(both) - 1, len(both) + 1))[:, :-1]
+    median = others.median().clamp(min=1e-12)
     kernel = torch.stack([torch.exp(-distance / (scale * median)) for scale in (0.5, 1.0, 2.0)]).mean(dim=0)
     n = len(a)
 
@@ -31,12 +37,21 @@ def feature_mmd(a: Tensor, b: Tensor) -> Tensor:
     return within(kernel[:n, :n]) + within(kernel[n:, n:]) - 2 * kernel[:n, n:].mean()
 
 
+class MMDSettings(TermSettings):
+    """Settings of the MMD term."""
+
+    def check(self, stage: Stage, method: DMDConfig) -> None:
+        if stage.train.batch_size < 2:
+            raise ValueError("method.terms.mmd compares samples within a batch: set train.batch_size to 2 or more")
+
+
 @loss_terms.register("mmd")
 class FeatureMMD(RegularizerTerm):
     """
     all_gather: this process's rows of a batch -> the whole batch's, with gradient.
     """
 
+    Settings = MMDSettings
     requires_real = True
 
     def __init__(
