@@ -74,11 +74,8 @@ class TextToImagePipeline:
         return next(self.transformer.parameters()).device
 
     def to(self, device: torch.device | str) -> TextToImagePipeline:
-        """Move all modules. Where the others are offloaded, they follow the transformer while they are used.
-
-        Raises:
-            UserError: there is no such device, or the transformer's blocks are offloaded, which a move would end.
-        """
+        """Move all modules, or the transformer alone where the others are offloaded. Raises: UserError if there is no
+        such device, or blocks are offloaded, which a move would end."""
         device = resolve_device(device)
         if has_offloaded_blocks(self.transformer):
             raise UserError(f"to {device}: the blocks of this model are offloaded; load it again without offload")
