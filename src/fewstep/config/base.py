@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, LiteralString, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fewstep.core.seeds import MAX_SEED
 
@@ -20,7 +21,52 @@ Updates = Annotated[int, Field(ge=1, le=1000)]  # in one step
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 
 
-class Settings(BaseModel):
-    """A section: unknown keys, infinities and NaN are refused; assignments are checked too."""
+class PlainValues(BaseModel):
+    """A base of what users write: true and false are no numbers, which pydantic takes for 1 and 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_values(cls, tree: Any) -> Any:
+        """Not a validator of each field, which those that tell the members of a union apart cannot have."""
+        if isinstance(tree, dict):
+            wrong: list[InitErrorDetails] = [
+                {"type": PydanticCustomError("plain_value", problem), "loc": (key,), "input": value}
+                for key, value in tree.items()
+                if key in cls.model_fields and (problem := cls.problem_of(key, value)) is not None
+            ]
+            if wrong:
+                raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return tree
+
+    @classmethod
+    def problem_of(cls, key: str, value: Any) -> LiteralString | None:
+        """What is wrong with a value before its conversion to the field's type."""
+        types = set(_leaves(cls.model_fields[key].annotation))
+        if types & {int, float} and bool not in types and any(isinstance(each, bool) for each in _leaf_values(value)):
+            return "expected a number, not true or false"
+        return None
+
+
+class Settings(PlainValues):
+    """A section: unknown keys, infinities, NaN and empty text are refused; assignments are checked too."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+
+    @classmethod
+    def problem_of(cls, key: str, value: Any) -> LiteralString | None:
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(each, str) and not each.strip() for each in texts):
+            return "empty text; give a value, or leave it out"
+        return super().problem_of(key, value)
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The types in an annotation, those within lists, unions and the like included."""
+    return [leaf for part in get_args(annotation) for leaf in _leaves(part)] or [annotation]
+
+
+def _leaf_values(value: Any) -> list[Any]:
+    """A value, or the values in a list or mapping."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for each in value for leaf in _leaf_values(each)] if isinstance(value, list | tuple) else [value]

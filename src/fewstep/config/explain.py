@@ -54,7 +54,7 @@ def _without_tags(location: Sequence[str | int], tree: Any) -> Iterator[str]:
             node = node.get(part)
         elif isinstance(node, list) and isinstance(part, int):
             yield str(part)
-            node = node[part]
+            node = node[part] if part < len(node) else None  # a missing one, of a list that is too short
         elif isinstance(node, BaseModel) or index == 0:
             yield str(part)
         else:

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from fewstep.config.base import BatchSize, GuidanceScale, Pixels, SamplingSteps, Seed
+from fewstep.config.base import BatchSize, GuidanceScale, Pixels, PlainValues, SamplingSteps, Seed
 from fewstep.config.explain import explain
 from fewstep.core.samplers import Sampler
 from fewstep.core.seeds import MAX_SEED, image_seed
@@ -17,7 +17,7 @@ from fewstep.inference.batching import max_batch_size
 from fewstep.models.generation_config import GenerationConfig
 
 
-class SamplingParams(BaseModel):
+class SamplingParams(PlainValues):
     """How images are sampled. What is None is taken from the model's generation config, see :meth:`resolved`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fewstep.config.base import Fraction, GuidanceScale, Pixels, SamplingSteps
+from fewstep.config.base import Fraction, GuidanceScale, Pixels, PlainValues, SamplingSteps
 from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
@@ -21,7 +21,7 @@ from fewstep.models.moved import find_moved, stored_path
 GENERATION_CONFIG = "fewstep.json"
 
 
-class GenerationConfig(BaseModel):
+class GenerationConfig(PlainValues):
     """Sampling defaults of a model. diffusers does not read them."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

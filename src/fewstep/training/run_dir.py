@@ -182,7 +182,8 @@ def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
         for key in dict.fromkeys([*after, *before])
         if before.get(key) != after.get(key) and not key.startswith(RESUMABLE_KEYS)
     }
-    if "train.steps" in changed and changed["train.steps"][1] > changed["train.steps"][0]:
+    was, is_now = changed.get("train.steps", (None, None))
+    if isinstance(was, int) and isinstance(is_now, int) and is_now > was:
         del changed["train.steps"]
     return changed
 
