@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from fewstep.cli.cache_trajectories import cache
 from fewstep.cli.convert import convert
 from fewstep.cli.distill import distill
+from fewstep.cli.empty_values import empty_option
 from fewstep.cli.encode_prompts import prompts
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
@@ -23,6 +24,11 @@ from fewstep.machine import describe
 
 class ErrorBoundary(TyperGroup):
     """Turns user errors and errors of the machine into one line and an exit code; bugs keep their tracebacks."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if (option := empty_option(self, args)) is not None:
+            raise typer.BadParameter(f"{option} is empty; give a value, or leave it out", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
