@@ -22,5 +22,6 @@ def cache(
 
     resolved = load_recipe(recipe, overrides or [])
     if not isinstance(resolved, CacheRecipe):
-        raise UserError(f"{recipe}: its kind is {resolved.kind}, not cache_trajectories")
+        command = "distill" if resolved.kind in ("distill", "stages") else "emoji train"
+        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
     typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, overwrite=overwrite, device=device))

@@ -19,7 +19,7 @@ def prompts(
     max_tokens: Annotated[
         int, typer.Option(min=1, max=512, help="Longer prompts, with the chat template, are left out.")
     ] = 512,
-    shard_size: Annotated[int, typer.Option(min=1, help="Prompts in a file.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Prompts in a file.")] = 1000,
     overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:

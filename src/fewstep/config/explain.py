@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from fewstep.config.renamed_keys import RENAMED_KEYS
+
+#: In known keys: any name in a mapping, any number in a list.
+PART, ITEM = "PART", "0"
 
 
 def explain(error: ValidationError, tree: Mapping[str, Any], model: type[BaseModel]) -> str:
@@ -67,21 +70,33 @@ def _suggestion(key: str, model: type[BaseModel]) -> str:
         return f", which is now {RENAMED_KEYS[stem]}"
     known = list(_keys(model))
     parent, _, leaf = key.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    siblings = [own for above, _, own in (name.rpartition(".") for name in known) if _is_same(above, parent)]
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)
+    prefix = f"{parent}." if parent else ""
+    near = [prefix + own for own in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
     near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
     if near:
         return f"; did you mean {near[0]}?"
-    return f"; known keys: {', '.join(dict.fromkeys(siblings))}" if siblings else ""
+    return f"; known keys: {', '.join(prefix + own for own in dict.fromkeys(siblings))}" if siblings else ""
+
+
+def _is_same(known: str, key: str) -> bool:
+    """Whether a key is the known one, where a name or number of the user's stands for PART or 0."""
+    pairs = list(zip(known.split("."), key.split("."), strict=False))
+    return known.count(".") == key.count(".") and all(a in (b, PART, ITEM) for a, b in pairs)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a model, sections included."""
+    """Every dotted key of a model, sections included, as docs/recipes.md has them."""
     for name, field in model.model_fields.items():
         yield prefix + name
+        inner = {dict: f"{PART}.", list: f"{ITEM}."}.get(get_origin(_plain(field.annotation)), "")
         for section in _sections(field.annotation):
-            yield from _keys(section, f"{prefix}{name}.")
+            yield from _keys(section, f"{prefix}{name}.{inner}")
+
+
+def _plain(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

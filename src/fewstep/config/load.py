@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -49,8 +50,10 @@ def find_recipe(path: str | Path) -> Path:
     for name in (path.name, path.name + ".yaml"):
         if name in shipped:
             return shipped[name]
-    names = ", ".join(file.stem for file in shipped.values()) or "none"
-    raise UserError(f"{path}: no such recipe file (shipped recipes: {names})")
+    names = [file.stem for file in shipped.values()]
+    if near := difflib.get_close_matches(path.stem, names, n=1, cutoff=0.8):
+        raise UserError(f"{path}: no such recipe file; did you mean {near[0]}?")
+    raise UserError(f"{path}: no such recipe file (shipped recipes: {', '.join(names) or 'none'})")
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class CacheRecipe(Recipe):
         None, description="The teacher's guidance; null is its generation config's."
     )
     num_trajectories: int = Field(ge=1, le=10**9, description="How many trajectories.")
-    shard_size: int = Field(default=256, ge=1, description="Trajectories in a file.")
+    shard_size: int = Field(default=256, ge=1, le=1_000_000, description="Trajectories in a file.")
     first_seed: Seed = Field(default=1_000_000, description="Sample i starts from seed first_seed + i.")
     batch_size: BatchSize = Field(default=64, description="Trajectories that are sampled together.")
     precision: Literal["fp32", "bf16", "auto"] = Field(

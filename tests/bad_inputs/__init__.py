@@ -1,0 +1,24 @@
+"""Bad inputs of every command, the messages that they give, and what to do: data, in the order of the page of errors.
+
+``python -m bad_inputs`` prints that page, ``tests/test_bad_inputs.py`` tries every input.
+"""
+
+from bad_inputs import command_lines, devices, evaluation, models, outputs, prompts, recipe_files, recipe_values, runs
+from bad_inputs.table import Case, Message, Section
+
+SECTIONS: tuple[Section, ...] = (
+    command_lines.SECTION,
+    models.SECTION,
+    models.SINGLE_FILES,
+    prompts.SECTION,
+    devices.SECTION,
+    outputs.SECTION,
+    recipe_files.SECTION,
+    recipe_values.SECTION,
+    recipe_values.CONTRADICTIONS,
+    runs.SECTION,
+    evaluation.SECTION,
+)
+CASES: list[tuple[Message, Case]] = [
+    (message, case) for section in SECTIONS for message in section.messages for case in message.cases
+]

@@ -1,0 +1,39 @@
+"""Devices, dtypes, attention backends and GPUs that are not there."""
+
+from bad_inputs.files import DISTILL, PROMPTS
+from bad_inputs.table import Case, Message, Section
+
+_RECIPE = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
+
+SECTION = Section(
+    "Devices and data types",
+    "",
+    (
+        Message(
+            "device {name}: not a device; use cpu, cuda, cuda:1, ...",
+            "Take one of PyTorch's names of devices.",
+            Case("generate tiny 'a fox' --device gpu", "device gpu"),
+            Case("evaluate tiny --prompts prompts.txt --device 0x", "device 0x", {"prompts.txt": PROMPTS}),
+        ),
+        Message(
+            "device {name}: not available here ({reason}); use cpu",
+            "This machine has no such device, or PyTorch was installed without support for it.",
+            Case("generate tiny 'a fox' --device cuda:99", "device cuda:99"),
+            Case("generate tiny 'a fox' --device meta", "device meta"),
+            Case("evaluate tiny --prompts prompts.txt --device cuda:99", "cuda:99", {"prompts.txt": PROMPTS}),
+        ),
+        Message(
+            "fp16: activations of this model family overflow in it; take bf16",
+            "Images would be black. bf16 takes the same memory.",
+            Case("generate tiny 'a fox' --dtype fp16", "take bf16"),
+            Case("evaluate tiny --prompts prompts.txt --dtype fp16", "take bf16", {"prompts.txt": PROMPTS}),
+            Case("convert tiny --out model --dtype fp16", "take bf16"),
+        ),
+        Message(
+            "--gpu {name}: give a size such as 24GB, or one of {names}",
+            "Give the memory of the GPU, or one of the names.",
+            Case("plan mine.yaml --gpu rtx", "--gpu rtx", _RECIPE),
+            Case("plan mine.yaml --gpu 24XB", "--gpu 24XB", _RECIPE),
+        ),
+    ),
+)

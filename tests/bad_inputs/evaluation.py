@@ -1,0 +1,52 @@
+"""Scorers, feature networks and packages."""
+
+from bad_inputs.files import DISTILL, PROMPTS
+from bad_inputs.table import Case, Message, Section
+
+_PROMPTS = {"prompts.txt": PROMPTS}
+_MEASURED = DISTILL.replace("{enabled: false}", "{enabled: true}").replace(
+    "{source: prompts.txt}", "{source: prompts.txt, test_source: test.txt}"
+)
+_RECIPE = {"mine.yaml": _MEASURED, "prompts.txt": PROMPTS, "test.txt": "a cow\na dog\n"}
+EVALUATE = "evaluate tiny --prompts prompts.txt"
+
+SECTION = Section(
+    "Evaluation",
+    "A recipe's evaluation is checked before the training.",
+    (
+        Message(
+            "unknown scorer '{name}'; known: {names}",
+            "Check the spelling. A scorer of your own is registered by a module in `FEWSTEP_PLUGINS`.",
+            Case(f"{EVALUATE} --scorer guess", "'guess'", _PROMPTS),
+            Case("distill mine.yaml -s 'evaluate.scorers=[guess]'", "'guess'", _RECIPE),
+        ),
+        Message(
+            "unknown feature network '{name}'; known: {names}",
+            "Check the spelling.",
+            Case(f"{EVALUATE} --features guess", "'guess'", _PROMPTS),
+            Case("distill mine.yaml -s evaluate.features=guess", "'guess'", _RECIPE),
+        ),
+        Message(
+            "{kind} {name}: give a checkpoint, as in {name}:PATH_OR_HUB_ID",
+            "Its weights are not bundled: name a folder or a hub id after a colon.",
+            Case(f"{EVALUATE} --scorer clip_score", "scorer clip_score", _PROMPTS),
+            Case(f"{EVALUATE} --features clip", "feature network clip", _PROMPTS),
+            Case("distill mine.yaml -s evaluate.features=dinov2", "feature network dinov2", _RECIPE),
+        ),
+        Message(
+            "{file} is missing: train a classifier with `fewstep emoji train classifier`",
+            "The scorer `emoji:FOLDER` takes the folder of a classifier.",
+            Case(f"{EVALUATE} --scorer emoji:x", "x/classifier.safetensors", _PROMPTS),
+        ),
+        Message(
+            "an evaluation needs at least 2 prompts, got {count}",
+            "Distances and diversity need several images.",
+            Case("evaluate tiny --prompts one.txt", "got 1", {"one.txt": "a fox\n"}),
+        ),
+        Message(
+            "{kind} {name}: it takes no checkpoint; write {name}",
+            "Leave out the colon and what follows.",
+            Case(f"{EVALUATE} --features open-nsfw:x", "open-nsfw:x", _PROMPTS),
+        ),
+    ),
+)
