@@ -3,13 +3,24 @@
 ``python -m bad_inputs`` prints that page, ``tests/test_bad_inputs.py`` tries every input.
 """
 
-from bad_inputs import command_lines, devices, evaluation, models, outputs, prompts, recipe_files, recipe_values, runs
+from bad_inputs import (
+    command_lines,
+    devices,
+    evaluation,
+    models,
+    outputs,
+    prompts,
+    recipe_files,
+    recipe_values,
+    runs,
+    single_files,
+)
 from bad_inputs.table import Case, Message, Section
 
 SECTIONS: tuple[Section, ...] = (
     command_lines.SECTION,
     models.SECTION,
-    models.SINGLE_FILES,
+    single_files.SECTION,
     prompts.SECTION,
     devices.SECTION,
     outputs.SECTION,

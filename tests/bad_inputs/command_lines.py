@@ -97,6 +97,7 @@ SECTION = Section(
             Case("generate tiny 'a fox' --seed x", "'--seed'"),
             Case("generate tiny 'a fox' --width 1e3", "'--width'"),
             Case("evaluate tiny --num-prompts many", "'--num-prompts'"),
+            Case("evaluate tiny --seed x", "'--seed'"),
             Case("plan micro-turbo --gpus 3.5", "'--gpus'"),
         ),
         Message(

@@ -1,7 +1,8 @@
 """Prompts that cannot be read."""
 
-from bad_inputs.files import DISTILL, PROMPTS
 from bad_inputs.table import Case, Message, Section
+
+LONG = "fox " * 600
 
 SECTION = Section(
     "Prompts",
@@ -15,7 +16,10 @@ SECTION = Section(
         Message(
             "prompt has {count} tokens, at most {limit} fit: {prompt}",
             "Shorten it.",
-            Case(f"generate tiny '{'fox ' * 600}'", "at most 512 fit"),
+            Case(f"generate tiny '{LONG}'", "at most 512 fit"),
+            Case(f"generate tiny 'a fox' --guidance-scale 2 --negative-prompt '{LONG}'", "at most 512 fit"),
+            Case(f"generate tiny 'a fox' --system-prompt '{LONG}'", "at most 512 fit"),
+            Case(f"generate tiny 'a fox' --assistant-prefix '{LONG}'", "at most 512 fit"),
         ),
     ),
 )

@@ -1,6 +1,6 @@
 """Recipes that are missing, or are not recipes, and overrides that name nothing."""
 
-from bad_inputs.files import CACHE, DISTILL, link_loop
+from bad_inputs.files import CACHE, DISTILL, folder, link_loop
 from bad_inputs.table import Case, Message, Section
 
 
@@ -26,6 +26,23 @@ SECTION = Section(
             "Check the spelling of the bundled recipe.",
             Case("distill micro-turbu", "did you mean micro-turbo?"),
             Case("emoji train clasifier", "did you mean classifier?"),
+        ),
+        Message(
+            "{folder}: a folder, not a recipe",
+            "Give the YAML file in it.",
+            Case("distill tiny", "tiny: a folder"),
+            Case("plan old", "old: a folder", {"old": folder}),
+        ),
+        Message(
+            "{folder}: a folder, not a recipe; the recipe of this run is {file}",
+            "",
+            Case("distill old", "old/recipe.yaml", {"old/recipe.yaml": DISTILL}),
+        ),
+        Message(
+            "the name of the recipe is empty; give a YAML file, or the name of a bundled recipe",
+            "Often a shell variable that is not set.",
+            Case("distill ''", "is empty"),
+            Case("emoji train ' '", "is empty"),
         ),
         Message(
             "{recipe}: its kind is {kind}; use: fewstep {command} {recipe}",
@@ -129,6 +146,17 @@ SECTION = Section(
             Case("distill mine.yaml -s =4", "-s =4:", _recipe(DISTILL)),
             Case("distill mine.yaml -s train..steps=4", "-s train..steps=4", _recipe(DISTILL)),
             Case("cache-trajectories mine.yaml -s steps:4", "-s steps:4", _recipe(CACHE)),
+        ),
+        Message(
+            "-s {override}: the value is not valid YAML; quote text with special characters",
+            "A list or mapping is not closed, or a text begins with a sign that YAML uses.",
+            Case("distill mine.yaml -s 'train.steps=[1'", "train.steps=[1", _recipe(DISTILL)),
+            Case("distill mine.yaml -s 'train.steps={'", "train.steps={", _recipe(DISTILL)),
+        ),
+        Message(
+            "-s {override}: YAML takes '{comment}' for a comment; quote the value",
+            "",
+            Case("distill mine.yaml -s 'train.steps=1 #2'", "'#2'", _recipe(DISTILL)),
         ),
         Message(
             "-s {override}: {key} holds a value, not further keys",

@@ -77,7 +77,9 @@ SECTION = Section(
             "{recipe}: {key}: input should be a valid {type}",
             "The value is of another type; text that begins with a sign may need quotes.",
             _set("train.steps=ten", "train.steps: input should be a valid integer, unable to parse string"),
-            _set("train.steps=1.5", "train.steps: input should be a valid integer, got a number with a fractional part"),
+            _set(
+                "train.steps=1.5", "train.steps: input should be a valid integer, got a number with a fractional part"
+            ),
             _set("train.batch_size=[2]", "train.batch_size: input should be a valid integer"),
             _set("train.steps={a: 1}", "train.steps: input should be a valid integer"),
             _set("train.seed=null", "train.seed: input should be a valid integer (got None)"),
@@ -86,7 +88,11 @@ SECTION = Section(
             _set("evaluate.scorers=emoji", "evaluate.scorers: input should be a valid list"),
             _set("evaluate.enabled=maybe", "evaluate.enabled: input should be a valid boolean"),
             _set("train.keep_best={metric: 3}", "train.keep_best.metric: input should be a valid string"),
-            _set("teacher=[tiny]", "teacher: input should be a valid string"),
+            Case(
+                "distill mine.yaml",
+                "teacher: input should be a valid string",
+                {"mine.yaml": DISTILL.replace("teacher: tiny", "teacher: [tiny]")},
+            ),
             _set("resolution=1.5", "resolution: input should be a valid integer"),
         ),
         Message(
@@ -108,17 +114,17 @@ SECTION = Section(
         Message(
             "{recipe}: {key}: empty text; give a value, or leave it out{value}",
             "An empty path would be the working directory.",
-            _set("teacher=\"\"", "teacher: empty"),
-            _set("init=\" \"", "init: empty"),
-            _set("prompts.source=\"\"", "prompts.source: empty"),
-            _set("evaluate.scorers=[\"\"]", "evaluate.scorers: empty"),
+            _set('teacher=""', "teacher: empty"),
+            _set('init=" "', "init: empty"),
+            _set('prompts.source=""', "prompts.source: empty"),
+            _set('evaluate.scorers=[""]', "evaluate.scorers: empty"),
             Case("emoji train micro-teacher -s 'vae=\"\"'", "vae: empty"),
         ),
         Message(
             "{recipe}: {key}: input should be {choices} (got {value})",
             "Take one of the listed values.",
             _set("train.precision=fp16", "'fp32', 'bf16' or 'auto' (got 'fp16')"),
-            _set("train.precision=16", "(got 16)"),
+            _set("train.precision=16", "(got '16')"),
             _set("train.on_alert=explode", "'off', 'warn', 'stop' or 'rollback'"),
             _set("train.on_alert=true", "train.on_alert"),
             _set("train.keep_best={metric: student/loss, mode: best}", "'max' or 'min'"),

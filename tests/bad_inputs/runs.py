@@ -24,7 +24,8 @@ SECTION = Section(
             Case(
                 "distill mine.yaml --out old",
                 "train.batch_size: 3 -> 2",
-                _RECIPE | {"old/recipe.yaml": DISTILL.replace("batch_size: 2", "batch_size: 3"), "old/metrics.jsonl": ""},
+                _RECIPE
+                | {"old/recipe.yaml": DISTILL.replace("batch_size: 2", "batch_size: 3"), "old/metrics.jsonl": ""},
             ),
             Case(
                 "distill mine.yaml --out old",
@@ -35,7 +36,11 @@ SECTION = Section(
         Message(
             "{file}: a recipe is a mapping of keys to values",
             "The file is empty, or holds something else; where it is the recipe of an earlier run, that run is damaged.",
-            Case("distill mine.yaml --out old", "old/recipe.yaml", _RECIPE | {"old/recipe.yaml": "", "old/metrics.jsonl": ""}),
+            Case(
+                "distill mine.yaml --out old",
+                "old/recipe.yaml",
+                _RECIPE | {"old/recipe.yaml": "", "old/metrics.jsonl": ""},
+            ),
         ),
         Message(
             "{folder}: has files but no index.json; use another --out",

@@ -38,6 +38,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def find_recipe(path: str | Path) -> Path:
     """The file that `path` names, or the shipped recipe of that name. Raises: UserError if there is neither."""
+    if not str(path).strip():
+        raise UserError("the name of the recipe is empty; give a YAML file, or the name of a bundled recipe")
     path = Path(path)
     if path.is_file():
         return path

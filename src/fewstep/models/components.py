@@ -3,6 +3,7 @@ is unpickled, and memory use does not exceed the weights."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shlex
@@ -48,6 +49,9 @@ def resolve_model(path_or_name: str | Path) -> Path:
         UserError: there is no such model.
     """
     name = str(path_or_name)
+    names = ", ".join(BUNDLED_MODELS)
+    if not name.strip():
+        raise UserError(f"the name of the model is empty; give a folder, a hub id, or one of: {names}")
     folder = BUNDLED_MODELS.get(name, Path(path_or_name).expanduser())
     if (folder / MODEL_INDEX).is_file():
         return folder
@@ -56,7 +60,8 @@ def resolve_model(path_or_name: str | Path) -> Path:
         raise UserError(f"{folder}: {kind}")
     if _HUB_ID.fullmatch(name) and not (folder.parent.exists() or folder.exists()):
         return _download(name.removeprefix("hf:"))
-    names = ", ".join(BUNDLED_MODELS)
+    if not folder.exists() and (near := difflib.get_close_matches(name.lower(), BUNDLED_MODELS, n=1)):
+        raise UserError(f"{folder}: no such folder; did you mean the bundled model {near[0]}?")
     raise UserError(f"{folder}: no model found ({MODEL_INDEX} is missing); give a folder, a hub id, or one of: {names}")
 
 
@@ -133,7 +138,7 @@ def _check_loading_info(path: Path, info: LoadingInfo, module: nn.Module, layout
         kind = describe_tensors(names, wanted)
         if kind is not None:
             raise UserError(f"{file}: seems to be {kind}")
-    mismatched = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
+    mismatched = {key: (tuple(found), tuple(expected)) for key, found, expected in sorted(info["mismatched_keys"])}
     if mismatched:
         key, (found, expected) = next(iter(mismatched.items()))
         raise UserError(

@@ -96,7 +96,7 @@ def describe_tensors(names: Collection[str], expected: Collection[str] = ()) -> 
     if quantized is not None:
         return f"quantized ({quantized}); use the unquantized weights"
     wanted = set(expected)
-    if wanted and 2 * len(wanted.intersection(names)) > len(wanted):
+    if 2 * len(wanted.intersection(names)) > min(len(wanted), len(names)):
         return None
     prefix = _prefix(set(names), wanted)
     if prefix is not None:

@@ -11,10 +11,12 @@ from typing import Self
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fewstep.config.base import Fraction, GuidanceScale, Pixels, PlainValues, SamplingSteps
+from fewstep.config.explain import explain
 from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
 from fewstep.models.family import resolve_family
+from fewstep.models.file_kinds import describe_file
 from fewstep.models.fingerprint import path_fingerprint
 from fewstep.models.moved import find_moved, stored_path
 
@@ -79,12 +81,12 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     if not file.exists():
         return _infer_generation_config(folder)
     try:
-        config = GenerationConfig.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        config = GenerationConfig.model_validate(tree)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{file}: {wrong}") from error
-    except ValueError as error:  # not JSON, not UTF-8
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {explain(error, tree, GenerationConfig)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: {describe_file(file) or f'cannot be read ({error})'}") from None
     if config.teacher is None:
         return config
     return config.model_copy(update={"teacher": find_moved(config.teacher, folder, config.teacher_fingerprint)})
