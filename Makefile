@@ -25,8 +25,9 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-docs: $(VENV)/ready  # docs/recipes.md, from the recipes' models
+docs: $(VENV)/ready  # docs/recipes.md from the recipes' models, docs/reference/errors.md from the tests' table
 	$(BIN)/python -m fewstep.config.reference > docs/recipes.md
+	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/reference/errors.md
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/distill_speed.py

@@ -91,6 +91,11 @@ def test_no_input_is_listed_twice() -> None:
     assert len(set(listed)) == len(listed) >= 200
 
 
+def test_every_message_has_advice() -> None:
+    messages = {message.text: message.advice for message, _ in CASES}
+    assert [text for text, advice in messages.items() if not advice.endswith(".")] == []
+
+
 def test_the_page_of_errors_is_current() -> None:
     """``make docs`` writes it from the table."""
     assert ERRORS_PAGE.read_text(encoding="utf-8") == page()

@@ -174,7 +174,7 @@ def distill(tmp_path: Path) -> Path:
         ("student.anchors=[1]", "unknown key student.anchors, which is now student.timesteps"),
         ("train.accumulate=2", "unknown key train.accumulate, which is now train.gradient_accumulation_steps"),
         ("optim.student.ema=0.9", "unknown key optim.student.ema, which is now optim.student.ema_decay"),
-        ("method.name=dmdd", "method: input tag 'dmdd' found using 'name' does not match any of the expected tags"),
+        ("method.name=dmdd", "method.name: input should be 'dmd', 'trajectory' (got 'dmdd')"),
         ("method={terms: {}}", "method.name is missing"),
         ("method={name: trajectory, terms: {}}", "unknown key method.terms"),
         ("method.terms.cfg_augmentaton={}", "did you mean method.terms.cfg_augmentation?"),

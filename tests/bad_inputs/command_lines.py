@@ -55,7 +55,7 @@ SECTION = Section(
             Case("distill micro-turbo -s", "'-s'"),
         ),
         Message(
-            "Got unexpected extra argument{these}",
+            "Got unexpected extra argument ({word})",
             "Quote text with spaces; the command takes fewer arguments.",
             Case("evaluate tiny micro", "(micro)"),
             Case("distill micro-turbo train.steps=4", "(train.steps=4)"),

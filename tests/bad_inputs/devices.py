@@ -7,7 +7,7 @@ _RECIPE = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
 
 SECTION = Section(
     "Devices and data types",
-    "",
+    "`--device` names a device of PyTorch, `--dtype` the data type of the weights.",
     (
         Message(
             "device {name}: not a device; use cpu, cuda, cuda:1, ...",

@@ -79,12 +79,12 @@ SECTION = Section(
         ),
         Message(
             "{folder}: a folder of models; name one of them: {names}",
-            "",
+            "Add the model's name to the path.",
             _generate(".: a folder of models", {"mine.yaml": DISTILL}, "."),
         ),
         Message(
             "{file}: a recipe, not a model; fewstep distill makes a model of it",
-            "",
+            "Run the recipe first, and give the `student` folder of its run.",
             _generate("mine.yaml: a recipe", {"mine.yaml": DISTILL}, "mine.yaml"),
         ),
         Message(
@@ -114,11 +114,11 @@ SECTION = Section(
         ),
         Message(
             "{file}: no such file; give the folder of a whole model",
-            "",
+            "A component has no configuration: download or save the model again.",
             _generate("tiny/transformer/config.json", {"tiny/transformer/config.json": deleted}),
         ),
         Message(
-            "{file}: no such file{reason}",
+            "{file}: no such file; {reason}",
             "The weights of a component are missing, or have another name than diffusers opens.",
             _generate("only the variant diffusion_pytorch_model.fp16.safetensors", {TRANSFORMER: _renamed}),
             _generate(
@@ -146,7 +146,7 @@ SECTION = Section(
         ),
         Message(
             "{file}: empty; download it again",
-            "",
+            "The download or copy was interrupted.",
             _generate(TRANSFORMER, {TRANSFORMER: b""}),
         ),
         Message(
@@ -170,7 +170,7 @@ SECTION = Section(
             _generate(TRANSFORMER, {TRANSFORMER: _lora}),
         ),
         Message(
-            "{file}: {name} is {shape}, expected {other}{more}",
+            "{file}: {name} is {shape}, expected {other} and {count} more",
             "The weights do not belong to this `config.json`.",
             _generate(
                 "embed_tokens.weight is (4096, 32), expected (4096, 33)",
@@ -208,13 +208,13 @@ SECTION = Section(
             _generate("steps: input should be a valid", {"tiny/fewstep.json": json_with(steps="six")}),
         ),
         Message(
-            "{file}: {key}: expected a number, not true or false{value}",
-            "",
+            "{file}: {key}: expected a number, not true or false{...}",
+            "`true` stands where a number belongs: correct the model's `fewstep.json`.",
             _generate("steps", {"tiny/fewstep.json": json_with(steps=True)}),
         ),
         Message(
             "{file}: unknown key {key}; did you mean {other}?",
-            "",
+            "Correct the key in the model's `fewstep.json`.",
             _generate("did you mean steps?", {"tiny/fewstep.json": json_with(step=4)}),
         ),
         Message(
@@ -229,7 +229,7 @@ SECTION = Section(
         ),
         Message(
             "guidance_scale {number}: this model has guidance distilled into it; omit it, or set 0",
-            "",
+            "The student was trained to need no guidance; with it, images would be oversaturated.",
             Case(
                 "generate tiny 'a fox' --guidance-scale 3",
                 "guidance_scale 3",

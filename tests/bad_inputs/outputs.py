@@ -68,7 +68,7 @@ SECTION = Section(
         ),
         Message(
             "--dtype fp8: fp8 files can be read but not written; use bf16",
-            "",
+            "Take `--dtype bf16`; `models.frozen_dtype: fp8` quantizes while loading.",
             Case("convert tiny --out model --dtype fp8", "use bf16"),
         ),
     ),

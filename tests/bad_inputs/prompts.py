@@ -10,7 +10,7 @@ SECTION = Section(
     (
         Message(
             "no prompts: give some, or --prompts-file",
-            "",
+            "Every word after the model is a prompt; quote prompts with spaces.",
             Case("generate tiny", "no prompts"),
         ),
         Message(

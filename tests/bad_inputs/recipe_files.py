@@ -35,7 +35,7 @@ SECTION = Section(
         ),
         Message(
             "{folder}: a folder, not a recipe; the recipe of this run is {file}",
-            "",
+            "Give that file, to make the same again in another folder.",
             Case("distill old", "old/recipe.yaml", {"old/recipe.yaml": DISTILL}),
         ),
         Message(
@@ -131,7 +131,7 @@ SECTION = Section(
             Case("distill mine.yaml -s student.xyz=1", "student.steps, student.timesteps", _recipe(DISTILL)),
         ),
         Message(
-            "{recipe}: {section}: input should be a valid dictionary{more}",
+            "{recipe}: {section}: input should be a valid dictionary{...}",
             "A section of keys is expected, and a value or a list is given.",
             Case("distill mine.yaml -s train=4", "train: input", _recipe(DISTILL)),
             Case("distill mine.yaml -s 'train=[4]'", "train: input", _recipe(DISTILL)),
@@ -155,7 +155,7 @@ SECTION = Section(
         ),
         Message(
             "-s {override}: YAML takes '{comment}' for a comment; quote the value",
-            "",
+            "In YAML, a number sign after a space begins a comment: leave it out.",
             Case("distill mine.yaml -s 'train.steps=1 #2'", "'#2'", _recipe(DISTILL)),
         ),
         Message(

@@ -104,7 +104,7 @@ SECTION = Section(
             _cache("guidance_scale=.nan", "guidance_scale"),
         ),
         Message(
-            "{recipe}: {key}: expected a number, not true or false{value}",
+            "{recipe}: {key}: expected a number, not true or false{...}",
             "YAML reads yes, no, on and off as true and false: quote text, or give a number.",
             _set("train.steps=true", "train.steps"),
             _set("train.save_minutes=yes", "train.save_minutes"),
@@ -112,7 +112,7 @@ SECTION = Section(
             _cache("num_trajectories=on", "num_trajectories"),
         ),
         Message(
-            "{recipe}: {key}: empty text; give a value, or leave it out{value}",
+            "{recipe}: {key}: empty text; give a value, or leave it out{...}",
             "An empty path would be the working directory.",
             _set('teacher=""', "teacher: empty"),
             _set('init=" "', "init: empty"),
@@ -134,12 +134,8 @@ SECTION = Section(
             _set("student.timestep_sampling=random", "'fixed' or 'continuous'"),
             _set("models.train=qlora", "'full' or 'lora'"),
             _set("models.frozen_dtype=fp16", "'fp32', 'bf16' or 'fp8'"),
-        ),
-        Message(
-            "{recipe}: {key}: input tag '{name}' found using '{field}' does not match any of the expected tags: {names}",
-            "Take one of the listed names.",
-            _set("method.name=guess", "'dmd', 'trajectory'"),
-            _set("method.terms.cfg_augmentation.weight={kind: sine}", "'constant', 'linear', 'cosine', 'piecewise'"),
+            _set("method.name=guess", "method.name: input should be 'dmd', 'trajectory' (got 'guess')"),
+            _set("method.terms.cfg_augmentation.weight={kind: sine}", "cfg_augmentation.weight.kind: input"),
         ),
         Message(
             "{recipe}: {key}: list should have at least 1 item after validation, not 0",
@@ -177,7 +173,7 @@ SECTION = Section(
 
 CONTRADICTIONS = Section(
     "Values in recipes that contradict each other",
-    "",
+    "Each value is possible, but not beside the others.",
     (
         Message(
             "{recipe}: student: timesteps {levels}: expected {steps} levels that descend from 1, without the 0",

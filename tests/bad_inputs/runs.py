@@ -35,7 +35,7 @@ SECTION = Section(
         ),
         Message(
             "{file}: a recipe is a mapping of keys to values",
-            "The file is empty, or holds something else; where it is the recipe of an earlier run, that run is damaged.",
+            "The file is empty, or holds something else: the earlier run is damaged.",
             Case(
                 "distill mine.yaml --out old",
                 "old/recipe.yaml",

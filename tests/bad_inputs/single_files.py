@@ -57,7 +57,7 @@ SECTION = Section(
         ),
         Message(
             "{file}: seems to be empty; download it again",
-            "",
+            "The download or copy was interrupted.",
             Case("convert a.safetensors --out model", "a.safetensors", {"a.safetensors": b""}),
             _convert("a.safetensors", b""),
             _convert("a.gguf", b"", "a.gguf"),

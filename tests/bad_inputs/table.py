@@ -11,7 +11,7 @@ from pathlib import Path
 #: A text file, a file of bytes, or a function that makes the path.
 Content = str | bytes | Callable[[Path], object]
 
-_VARYING = re.compile(r"\{(\w+)\}")
+_VARYING = re.compile(r"\{(\w+|\.\.\.)\}")
 _COMMAND = re.compile(r"emoji \w+|[\w-]+")
 
 
@@ -46,7 +46,8 @@ class Message:
     """An error message, and the inputs that give it.
 
     Attributes:
-        text: the message without "error: "; what varies is in braces, as in "{file}: not a UTF-8 text file".
+        text: the message without "error: "; what varies is in braces, as in "{file}: not a UTF-8 text file"; "{...}" is
+            what may follow.
         advice: what it means where that is not plain, and what to do.
     """
 

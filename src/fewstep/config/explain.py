@@ -21,7 +21,7 @@ def explain(error: ValidationError, tree: Mapping[str, Any], model: type[BaseMod
         tree: what was validated.
         model: what it was validated against.
     """
-    errors = error.errors(include_url=False, include_context=False)
+    errors = error.errors(include_url=False)
     # An unknown key first: a misspelled required key is also reported as missing, and the spelling is the reason.
     errors.sort(key=lambda one: one["type"] != "extra_forbidden")
     first = errors[0]
@@ -30,6 +30,9 @@ def explain(error: ValidationError, tree: Mapping[str, Any], model: type[BaseMod
         message = f"unknown key {key}{_suggestion(key, model)}"
     elif first["type"] in ("missing", "union_tag_not_found"):
         message = f"{key} is missing" if first["type"] == "missing" else f"{key}.{_tag(first['msg'])} is missing"
+    elif first["type"] == "union_tag_invalid":
+        name, given, known = (first["ctx"][field] for field in ("discriminator", "tag", "expected_tags"))
+        message = f"{key}.{name[1:-1]}: input should be {known} (got {given!r})"
     else:
         problem = first["msg"].removeprefix("Value error, ")
         problem = problem[:1].lower() + problem[1:]
