@@ -134,10 +134,10 @@ def test_plan_refuses_a_gpu_without_a_size(text: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"guidance_scale": float("nan")}, "guidance_scale: Input should be a finite number"),
-        ({"steps": 10**12}, "steps: Input should be less than or equal to 10000"),
-        ({"height": 0}, "height: Input should be greater than or equal to 1"),
-        ({"steps": 2, "sigmas": [1.0, float("nan"), 0.0]}, "sigmas.1: Input should be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: input should be a finite number"),
+        ({"steps": 10**12}, "steps: input should be less than or equal to 10000"),
+        ({"height": 0}, "height: input should be greater than or equal to 1"),
+        ({"steps": 2, "sigmas": [1.0, float("nan"), 0.0]}, "sigmas.1: input should be a finite number"),
         ({"steps": 2, "sigmas": [1.0, 7.0, 0.0]}, "expected noise levels that descend from 1 to 0"),
         ({"steps": 4, "sigmas": [1.0, 0.5, 0.0]}, "sigmas: 3 levels with steps 4; expected one more than steps"),
     ],

@@ -1,6 +1,9 @@
 """Wrong words, options and numbers on the command line."""
 
+from bad_inputs.files import PROMPTS
 from bad_inputs.table import Case, Message, Section
+
+_PROMPTS = {"prompts.txt": PROMPTS}
 
 SECTION = Section(
     "Command line",
@@ -55,7 +58,7 @@ SECTION = Section(
             Case("distill micro-turbo -s", "'-s'"),
         ),
         Message(
-            "Got unexpected extra argument ({word})",
+            "Got unexpected extra argument(s) ({word})",
             "Quote text with spaces; the command takes fewer arguments.",
             Case("evaluate tiny micro", "(micro)"),
             Case("distill micro-turbo train.steps=4", "(train.steps=4)"),
@@ -148,6 +151,19 @@ SECTION = Section(
             "Give a number that is not infinite.",
             Case("generate tiny 'a fox' --guidance-scale inf", "guidance_scale"),
             Case("generate tiny 'a fox' --cfg-normalization inf", "cfg_normalization"),
+        ),
+        Message(
+            "{name}: input should be {...} than or equal to {number} (got {value})",
+            "The range of an option is that of `fewstep.generate` in Python.",
+            Case("generate tiny 'a fox' --seed -1", "seed: input should be greater than or equal to 0"),
+            Case("generate tiny 'a fox' --seed 18446744073709551616", "seed: input should be less than or equal"),
+            Case("generate tiny 'a fox' --steps 99999999999999", "steps: input should be less than or equal to 10000"),
+            Case("generate tiny 'a fox' --height 16000000", "height: input should be less than or equal to 16384"),
+            Case("generate tiny 'a fox' --width 99999999999999999999999", "width: input"),
+            Case("generate tiny 'a fox' --guidance-scale 1e308", "guidance_scale: input"),
+            Case("generate tiny 'a fox' --batch-size 99999999999999999999999", "batch_size: input"),
+            Case("evaluate tiny --prompts prompts.txt --seed 18446744073709551616", "seed: input", _PROMPTS),
+            Case("evaluate tiny --prompts prompts.txt --seed -1", "seed: input", _PROMPTS),
         ),
         Message(
             "sampler: input should be 'euler' or 'sde' (got '{value}')",

@@ -34,6 +34,10 @@ SECTION = Section(
             "Give the memory of the GPU, or one of the names.",
             Case("plan mine.yaml --gpu rtx", "--gpu rtx", _RECIPE),
             Case("plan mine.yaml --gpu 24XB", "--gpu 24XB", _RECIPE),
+            Case("plan mine.yaml --gpu nan", "--gpu nan", _RECIPE),
+            Case("plan mine.yaml --gpu -5", "--gpu -5", _RECIPE),
+            Case("plan mine.yaml --gpu 0GB", "--gpu 0GB", _RECIPE),
+            Case("plan mine.yaml --gpu inf", "--gpu inf", _RECIPE),
         ),
     ),
 )

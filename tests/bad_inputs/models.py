@@ -12,6 +12,7 @@ from bad_inputs.files import CACHE, DISTILL, PROMPTS, TRANSFORMER, deleted, fold
 from bad_inputs.table import Case, Content, Message, Section
 
 _PROMPTS = {"prompts.txt": PROMPTS}
+_SCHEDULER = "tiny/scheduler/scheduler_config.json"
 _RUN = {"old/metrics.jsonl": '{"step": 1, "seconds": 1.0}\n', "old/recipe.yaml": DISTILL}
 _INDEX = f"{TRANSFORMER}.index.json"
 
@@ -187,6 +188,36 @@ SECTION = Section(
             "The autoencoder's configuration is damaged, or of another model.",
             _generate("is 0", {"tiny/vae/config.json": json_with(scaling_factor=0)}),
             _generate("is None", {"tiny/vae/config.json": json_with(scaling_factor=None)}),
+        ),
+        Message(
+            "{file}: {key} {value} is not supported; only {other} is",
+            "The model uses a setting that fewstep would not obey.",
+            _generate("use_karras_sigmas true", {_SCHEDULER: json_with(use_karras_sigmas=True)}),
+            _generate("use_dynamic_shifting true", {_SCHEDULER: json_with(use_dynamic_shifting=True)}),
+            _generate("shift_terminal 0.1", {_SCHEDULER: json_with(shift_terminal=0.1)}),
+            _generate("num_train_timesteps 500", {_SCHEDULER: json_with(num_train_timesteps=500)}),
+            _generate("all_patch_size [4]", {"tiny/transformer/config.json": json_with(all_patch_size=[4])}),
+        ),
+        Message(
+            "{file}: _class_name {name} is not supported; use a model with {other}",
+            "The model was made for another sampler.",
+            _generate("FlowMatchHeun", {_SCHEDULER: json_with(_class_name="FlowMatchHeunDiscreteScheduler")}),
+        ),
+        Message(
+            "{file}: shift {value} is not a positive number",
+            "The scheduler's configuration is damaged.",
+            _generate("shift -1", {_SCHEDULER: json_with(shift=-1)}),
+            _generate('shift "x"', {_SCHEDULER: json_with(shift="x")}),
+        ),
+        Message(
+            "{file}: sigmas {...}: expected noise levels that descend from 1 to 0",
+            "Correct the model's `fewstep.json`.",
+            _generate("[1.0, 5.0, 0.0]", {"tiny/fewstep.json": json_with(steps=2, sigmas=[1, 5, 0])}),
+        ),
+        Message(
+            "{file}: sigmas: {count} levels with steps {steps}; expected one more than steps",
+            "Correct the model's `fewstep.json`.",
+            _generate("2 levels with steps 6", {"tiny/fewstep.json": json_with(sigmas=[1, 0])}),
         ),
         Message(
             "{file}: no _class_name can be read ({reason})",

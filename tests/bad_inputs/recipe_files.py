@@ -85,6 +85,8 @@ SECTION = Section(
             Case("distill mine.yaml", "unhashable key", _recipe("? [a, b]\n: 2\n")),
             Case("distill mine.yaml", "another document", _recipe("a: 1\n---\nb: 2\n")),
             Case("distill mine.yaml", "undefined alias", _recipe("a: *b\n")),
+            Case("distill mine.yaml", "month must be in 1..12", _recipe("day: 2024-13-45\n")),
+            Case("distill mine.yaml", "recursion", _recipe("[" * 1000)),
         ),
         Message(
             "{recipe}: it has no kind; a recipe's kind is one of {kinds}",
