@@ -153,13 +153,19 @@ def _prepare(
     with closing(ProgressDB(out / PROGRESS, settings)) as database:
         stats, counts = database.stats, database.counts
         unread = islice(texts, stats.read, None)
-        for prompts in _batched(_clean(unread, stats, database, encoder, max_tokens), shard_size):
-            write_prompt_shard(out, len(counts), prompts, encoder.encode_uncached(prompts))
-            counts.append(len(prompts))
-            database.commit()
-            progress(stats)
-        if not counts:
-            raise UserError(f"{', '.join(sources)}: none of the {stats.read} prompts was kept")
+        try:
+            for prompts in _batched(_clean(unread, stats, database, encoder, max_tokens), shard_size):
+                write_prompt_shard(out, len(counts), prompts, encoder.encode_uncached(prompts))
+                counts.append(len(prompts))
+                database.commit()
+                progress(stats)
+            if not counts:
+                raise UserError(f"{', '.join(sources)}: none of the {stats.read} prompts was kept")
+        except UserError:
+            if not counts:  # nothing to resume: the corrected command may have other settings
+                database.close()
+                (out / PROGRESS).unlink()
+            raise
     write_prompt_index(out, settings["fingerprint"], counts, stats.summary())
     (out / PROGRESS).unlink()
     return stats
