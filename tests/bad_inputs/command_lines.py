@@ -122,6 +122,7 @@ SECTION = Section(
             Case("generate tiny 'a fox' --batch-size 0", "'--batch-size'"),
             Case("generate tiny 'a fox' --columns 0", "'--columns'"),
             Case("evaluate tiny --num-prompts 1", "'--num-prompts'"),
+            Case("evaluate tiny --max-minutes 0", "'--max-minutes'"),
             Case("plan micro-turbo --gpus 0", "'--gpus'"),
             Case("encode-prompts prompts.txt --out shards --model tiny --max-tokens 0", "'--max-tokens'"),
             Case("encode-prompts prompts.txt --out shards --model tiny --shard-size 0", "'--shard-size'"),
