@@ -90,7 +90,7 @@ def test_sampling_option_out_of_range_is_one_line(options: dict[str, object], li
         ("micro-turbo", f"method.fake_score_updates={10**9}", "method.fake_score_updates: input should be less than "),
         ("micro-turbo", "train.max_minutes=.inf", "train.max_minutes: input should be a finite number "),
         ("micro-turbo", f"train.seed={'9' * 5000}", f"-s train.seed={'9' * 5000}: the value is not valid YAML"),
-        ("micro-turbo", "name=2024-13-45", "-s name=2024-13-45: the value is not valid YAML"),
+        ("micro-turbo", "train.steps=2024-13-45", "-s train.steps=2024-13-45: the value is not valid YAML"),
         ("micro-vae", "model.norm_num_groups=7", "model: block_out_channels 32 is not a multiple of norm_num_groups"),
         ("micro-teacher", "model.n_heads=5", "model: dim 192 is not n_heads 5 times the sum of axes_dims, 48"),
         ("micro-teacher", "model.axes_dims=[15,16,17]", "model.axes_dims.0: input should be a multiple of 2 "),
