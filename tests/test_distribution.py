@@ -20,7 +20,7 @@ OPTIONS = [
     *("train.precision=fp32", "method.fake_score_updates=2", "method.fake_score_start=0", "student.steps=2"),
     *("evaluate.enabled=false", "evaluate.validate_every=0"),
     "method.terms={cfg_augmentation: {}, distribution_matching: {}}",
-    *("optim.student.lr_schedule=constant", "optim.student.lr=2.0e-4"),
+    *("optim.student.lr_schedule=constant", "optim.student.min_lr_ratio=0", "optim.student.lr=2.0e-4"),
 ]
 
 

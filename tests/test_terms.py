@@ -182,7 +182,13 @@ def test_features_are_one_vector_per_patch(tiny):
 
 TERMS = "cfg_augmentation: {}, distribution_matching: {}"
 RUN = [
-    *("train.steps=1", f"method.terms={{{TERMS}}}", "method.fake_score_start=0", "optim.student.lr_schedule=constant"),
+    *(
+        "train.steps=1",
+        f"method.terms={{{TERMS}}}",
+        "method.fake_score_start=0",
+        "optim.student.lr_schedule=constant",
+        "optim.student.min_lr_ratio=0",
+    ),
     *("train.batch_size=4", "train.log_every=1", "train.save_every=1", "train.sample_every=0"),
     *("train.precision=fp32", "method.fake_score_updates=1", "evaluate.enabled=false", "method.num_real_images=6"),
     "trajectory={num_trajectories: 6, teacher_steps_per_student_step: 3}",

@@ -93,11 +93,11 @@ def distill(
     _check_evaluation(settings, stage.prompts.source, validation, test)
     for each in [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages:
         _check_best_metric(each, validation, settings.scorers)
-    if settings.enabled:
-        log_line(f"after the training: {planned_evaluation(stage, settings, len(test))}")
     validator = make_validator(validation, settings.scorers)
     with ExitStack() as stack:
         dist = stack.enter_context(init_distributed(device))
+        if settings.enabled and dist.is_main_process:
+            log_line(f"after the training: {planned_evaluation(stage, settings, len(test))}")
         resolved = resolve_precision(resolved, directory, dist, overwrite=overwrite)
         options: dict[str, Any] = {"overwrite": overwrite, "fingerprints": recipe_fingerprints(resolved)}
         run = stack.enter_context(open_run(dist, directory, resolved, **options))

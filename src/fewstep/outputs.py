@@ -98,17 +98,23 @@ def write_image(image: Image.Image, file: str | Path) -> None:
 
 @contextmanager
 def claimed_folder(folder: str | Path) -> Iterator[None]:
-    """Inside, the folder exists and this process alone writes into it.
+    """Inside, the folder exists and this process alone writes into it. A new folder that stays empty is removed.
 
     Raises:
         UserError: it cannot be written, or another process is using it.
     """
     folder = Path(folder)
     check_folder(folder)
+    new = not folder.exists()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder):
-        yield
+    try:
+        with exclusive(folder):
+            yield
+    finally:
+        if new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def _probe(folder: Path, name: str = "") -> None:
