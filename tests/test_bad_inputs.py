@@ -25,7 +25,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def error_of(stderr: str, exit_code: int) -> str:
     """The one error in what a command printed: a line, or for wrong usage a box, mostly below the usage line."""
-    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("warning: ")]
+    remarks = ("warning: ", "device: ")
+    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith(remarks)]
     if exit_code == 1:
         assert len(lines) == 1, stderr
         assert lines[0].startswith("error: "), stderr

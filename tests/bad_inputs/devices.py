@@ -1,6 +1,6 @@
 """Devices, dtypes, attention backends and GPUs that are not there."""
 
-from bad_inputs.files import DISTILL, PROMPTS
+from bad_inputs.files import CACHE, DISTILL, PROMPTS
 from bad_inputs.table import Case, Message, Section
 
 _RECIPE = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
@@ -10,10 +10,13 @@ SECTION = Section(
     "`--device` names a device of PyTorch, `--dtype` the data type of the weights.",
     (
         Message(
-            "device {name}: not a device; use cpu, cuda, cuda:1, ...",
+            "device {name}: not a device; use auto, cpu, cuda, cuda:1, ...",
             "Take one of PyTorch's names of devices.",
             Case("generate tiny 'a fox' --device gpu", "device gpu"),
             Case("evaluate tiny --prompts prompts.txt --device 0x", "device 0x", {"prompts.txt": PROMPTS}),
+            Case("distill mine.yaml --device gpu", "device gpu", _RECIPE),
+            Case("cache-trajectories cache.yaml --device gpu", "device gpu", _RECIPE | {"cache.yaml": CACHE}),
+            Case("encode-prompts prompts.txt --out shards --model tiny --device gpu", "device gpu", _RECIPE),
         ),
         Message(
             "device {name}: not available here ({reason}); use cpu",

@@ -48,11 +48,13 @@ def evaluate(
     from fewstep.evaluation.prompts import read_test_prompts
     from fewstep.evaluation.runner import check_report_folder, report_writer
     from fewstep.evaluation.table import print_summary
+    from fewstep.inference.params import parse_params
     from fewstep.outputs import claimed_folder
     from fewstep.rewards.scorers import open_scorers
 
     folder = out or Path("runs") / f"evaluate-{Path(model).name}"
     # Mistakes are reported before the model is loaded.
+    parse_params({"seed": seed})
     check_report_folder(folder)
     report_writer()
     texts = read_test_prompts(prompts, num_prompts, column, model=model)
