@@ -13,7 +13,8 @@ from fewstep.emoji.model_card import sample_grid, write_card, write_loss_curve
 from fewstep.emoji.scorer import EmojiScorer
 from fewstep.emoji.teacher_quality import beside_real_images, best_guidance, by_split_and_language
 from fewstep.errors import UserError
-from fewstep.models.pipeline import check_replaceable, load
+from fewstep.models.pipeline import load
+from fewstep.models.replaceable import check_replaceable
 from fewstep.outputs import write_image
 from fewstep.training.tracking import read_metrics
 

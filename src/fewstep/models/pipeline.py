@@ -19,13 +19,13 @@ from fewstep.core.precision import warn_if_weights_are_emulated
 from fewstep.errors import UserError
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
-from fewstep.models.family import MODEL_INDEX, Components, ModelFamily, resolve_family
+from fewstep.models.family import Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.offload import has_offloaded_blocks, offload_blocks
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul, warn_without_fp8_matmul
+from fewstep.models.replaceable import check_replaceable
 from fewstep.models.text import PromptEncoder
 from fewstep.models.vae import to_channels_last
-from fewstep.outputs import check_folder
 
 
 class TextToImagePipeline:
@@ -198,17 +198,6 @@ class TextToImagePipeline:
                     self.components[name].save_pretrained(draft / name)
             (draft / GENERATION_CONFIG).write_text(self.generation_config.dump(folder), encoding="utf-8")
         return folder
-
-
-def check_replaceable(folder: Path) -> None:
-    """Check that a model can be saved as this folder: it is new, empty, or a model, which is replaced.
-
-    Raises:
-        UserError: it holds other files, which saving would delete; or it cannot be written.
-    """
-    check_folder(folder)
-    if folder.is_dir() and not (folder / MODEL_INDEX).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds other files than a model, and saving would delete them; use another folder")
 
 
 def load(
