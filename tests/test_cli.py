@@ -100,7 +100,7 @@ def test_other_recipe_is_refused_unless_overwritten(recipe: Path) -> None:
         (["evaluate", "micro", "--device", "cuda:99"], "error: device cuda:99: not available here"),
         (["evaluate", "nowhere", "--prompts", "empty.txt"], "error: empty.txt: no prompts in it"),
         (["evaluate", "nowhere"], "error: nowhere: "),
-        (["convert", "micro", "--out", "x", "--components-from", "y"], "error: --components-from y: micro is a whole"),
+        (["convert", "micro", "--out", "x", "--components-from", "y"], "error: --components-from: no effect on micro"),
         (["plan", "micro-ca", "--gpu", "nan"], "error: --gpu nan: give a size such as 24GB"),
     ],
 )

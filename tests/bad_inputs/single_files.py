@@ -45,7 +45,7 @@ SECTION = Section(
             Case(f"convert {TRANSFORMER} --out model", TRANSFORMER),
         ),
         Message(
-            "--components-from: {reason}",
+            "--components-from: no effect on {model}, which is not a single file; leave it out",
             "A model's folder has its own components.",
             Case("convert tiny --out model --components-from micro", "--components-from"),
         ),

@@ -87,8 +87,6 @@ def _convert(
         transformer = read_transformer(model, family, config, weights_dtype or stored_dtype(model))
         if to is ExportFormat.diffusers:
             return with_components_from(transformer, folder).save(out)
-    elif components_from is not None:
-        raise UserError(f"--components-from {components_from}: {model} is a whole model and has its own; leave it out")
     elif to is ExportFormat.diffusers:
         return load(model, "cpu", weights_dtype).save(out)
     else:
