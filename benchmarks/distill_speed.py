@@ -158,7 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe("micro-turbo", [f"teacher={arguments.model}", *RECIPE_CHANGES])
     assert isinstance(recipe, DistillRecipe)
-    model = load(recipe.teacher)
+    model = load(recipe.teacher, "cpu")
     texts = open_prompts(recipe.prompts).texts("train")[::16]
     encoded = model.encode(texts)
     built = {

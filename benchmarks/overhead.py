@@ -118,7 +118,7 @@ def main() -> None:
     changes = (f"teacher={arguments.model}", f"train.batch_size={arguments.batch}", f"train.steps={steps}")
     recipe = load_recipe("micro-turbo", [*PLAIN, *changes])
     assert isinstance(recipe, DistillRecipe)
-    teacher, every = load(recipe.teacher), open_prompts(recipe.prompts).texts("train")
+    teacher, every = load(recipe.teacher, "cpu"), open_prompts(recipe.prompts).texts("train")
     texts = every[:: len(every) // NUM_PROMPTS]
     shape = tuple(teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width))
     prompts = teacher.encode(texts)

@@ -99,7 +99,9 @@ class OptimSettings(Settings):
     @model_validator(mode="after")
     def _check_decay(self) -> OptimSettings:
         if self.lr_schedule == "constant" and self.min_lr_ratio:
-            raise ValueError("min_lr_ratio: no effect on a constant rate; set lr_schedule or min_lr_ratio=0, or leave it out")
+            raise ValueError(
+                "min_lr_ratio: no effect on a constant rate; set lr_schedule or min_lr_ratio=0, or leave it out"
+            )
         return self
 
 
