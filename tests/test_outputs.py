@@ -80,7 +80,6 @@ REFUSED = [
     (GRID, "taken", "taken: a name without an ending is not an image format", ""),
     (GRID, "taken/", "taken: cannot write here (it is a file, not a folder)", ""),
     (GRID, "taken/grid.png", "taken: cannot write here (it is a file, not a folder)", ""),
-    (GRID, "", "--out is empty: give an image file, or a folder", ""),
     (GRID, f"{LONG}.png", f"{LONG}.png: cannot write here (File name too long)", ""),
     (GRID, f"{UNWRITABLE}/grid.png", f"{UNWRITABLE}/grid.png: cannot write here", ""),
     (GRID, f"{UNWRITABLE}/", f"{UNWRITABLE}: cannot write here", ""),

@@ -239,6 +239,29 @@ def test_gpus_share_weights_and_batches(tiny_folder):
     assert four.flops == pytest.approx(one.flops / 4, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=6", "train.batch_size 6 is not a multiple of the 4 processes"),
+        ("models.frozen_dtype=fp8", "models.frozen_dtype fp8: FSDP shards weights of one dtype together"),
+        ("optim.fake_score.optimizer=adamw8bit", "optim.fake_score.optimizer=adamw8bit works with one process only"),
+    ],
+)
+def test_what_several_gpus_cannot_train_is_not_planned(tiny_folder, override, message):
+    with pytest.raises(UserError, match=message):
+        plan(recipe_of(tiny_folder, override), gpus=4)
+
+
+def test_savings_that_several_gpus_cannot_train_are_not_suggested(tiny_folder):
+    words = ["plan", "micro-decoupled", "-s", f"teacher={tiny_folder}", "-s", "train.batch_size=2"]
+    done = CliRunner().invoke(app, [*words, "--gpus", "2", "--gpu", "0.0001GB"])
+    assert done.exit_code == 0, done.output
+    assert "with -s" in done.stdout
+    assert "fp8" not in done.stdout
+    assert "adamw8bit" not in done.stdout
+    assert "still too large" in done.stdout
+
+
 def test_gpu_by_name_or_size():
     assert parse_gpu("24GB").bytes == parse_gpu("24").bytes == parse_gpu("RTX4090").bytes == 24e9
     for wrong in ("lots", "nan", "inf", "0GB", "-24GB"):

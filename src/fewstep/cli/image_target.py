@@ -46,8 +46,6 @@ class Target:
         columns: int | None,
         overwrite: bool,
     ) -> None:
-        if not out:
-            raise UserError("--out is empty: give an image file, or a folder")
         self.path, self.is_grid = Path(out), not names_folder(out)
         self.prompts, self.params, self.overwrite = list(prompts), params, overwrite
         self.columns = columns or math.ceil(math.sqrt(len(prompts)))

@@ -99,6 +99,7 @@ def suggest_savings(
 
     from fewstep.config.load import with_overrides
     from fewstep.config.recipe import DistillRecipe
+    from fewstep.errors import UserError
     from fewstep.plan.estimate import MEMORY_OPTIONS
     from fewstep.plan.estimate import plan as make_plan
 
@@ -107,8 +108,11 @@ def suggest_savings(
     for option in [*MEMORY_OPTIONS, *optimizers]:
         changed = with_overrides(recipe, [*applied, option])
         assert isinstance(changed, DistillRecipe)
-        with Console(stderr=True).status(f"trying {option} ..."):
-            less = make_plan(changed, gpus)
+        try:
+            with Console(stderr=True).status(f"trying {option} ..."):
+                less = make_plan(changed, gpus)
+        except UserError:  # not with several GPUs
+            continue
         if less.total < 0.99 * found.total:
             applied.append(option)
             console.print(f"with {' '.join(f'-s {prefix}{one}' for one in applied)}: {less.total / 1e9:.1f} GB")

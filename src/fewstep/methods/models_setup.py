@@ -18,6 +18,7 @@ from fewstep.config.recipe import DistillRecipe
 from fewstep.core import flow
 from fewstep.core.compiler import check_compiler
 from fewstep.core.dtensor import full_state_dict
+from fewstep.core.method import Shard
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
@@ -31,6 +32,7 @@ from fewstep.models.parallel import shard_denoiser
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import is_fp8, quantize_fp8_
 from fewstep.training.distributed import DistContext
+from fewstep.training.optim import check_optimizer
 
 LORA = "lora"  # where a run keeps its student's adapter, beside the student
 
@@ -120,19 +122,34 @@ def build_models(
         extra: names of further trained copies of the teacher.
 
     Raises:
-        UserError: ``init`` does not fit, or weights that FSDP cannot shard together.
+        UserError: ``init`` does not fit, or several processes cannot train the recipe.
     """
     dist, settings = dist or DistContext(), recipe.models
+    check_processes(recipe, dist.world_size)
     mesh = dist.mesh(recipe.train.fsdp_shard_size) if dist.world_size > 1 else None
-    dtype = settings.frozen_dtype
-    if mesh is not None and (dtype == "fp8" or (dtype == "bf16" and settings.train == "lora")):
+    if settings.train == "full":
+        return _full_copies(recipe, teacher, extra, mesh)
+    return _adapters(recipe, teacher, extra, mesh, dist)
+
+
+def check_processes(recipe: DistillRecipe, count: int) -> None:
+    """Check that ``count`` processes can train a recipe together.
+
+    Raises:
+        UserError: batches that cannot be divided, weights that FSDP cannot shard together, or an optimizer that works
+            with one process only.
+    """
+    if count == 1:
+        return
+    Shard(world_size=count).rows(recipe.train.batch_size)
+    dtype = recipe.models.frozen_dtype
+    if dtype == "fp8" or (dtype == "bf16" and recipe.models.train == "lora"):
         raise UserError(
             f"models.frozen_dtype {dtype}: FSDP shards weights of one dtype together; with several processes use fp32, "
             "or bf16 with models.train: full"
         )
-    if settings.train == "full":
-        return _full_copies(recipe, teacher, extra, mesh)
-    return _adapters(recipe, teacher, extra, mesh, dist)
+    for part, optim in recipe.optim.items():
+        check_optimizer(part, optim, count)
 
 
 def _full_copies(

@@ -14,7 +14,7 @@ from torch import nn
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.config.sections import OptimSettings
-from fewstep.methods.models_setup import Models
+from fewstep.methods.models_setup import Models, check_processes
 from fewstep.models.components import resolve_model
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.text import MAX_TOKENS_PER_BATCH
@@ -81,8 +81,9 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
         device_type: whose kernels and autocast are emulated.
 
     Raises:
-        UserError: there is no such teacher, or its configuration cannot be read.
+        UserError: there is no such teacher, its configuration cannot be read, or so many GPUs cannot train the recipe.
     """
+    check_processes(recipe, gpus)
     teacher = meta_teacher(recipe, BUNDLED_CONFIGS.get(recipe.teacher) or resolve_model(recipe.teacher))
     config, teacher_bytes = teacher.generation_config, bytes_of(teacher.transformer)
     encoding = {"text encoder": bytes_of(teacher.text_encoder), "text-encoder activations": _encoding(teacher)}

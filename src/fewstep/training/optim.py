@@ -43,6 +43,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
 
 
+def check_optimizer(part: str, settings: OptimSettings, processes: int) -> None:
+    """Raises: UserError if the optimizer of a trainable part does not work with so many processes."""
+    if settings.optimizer != "adamw" and processes > 1:
+        raise UserError(f"optim.{part}.optimizer={settings.optimizer} works with one process only; use adamw")
+
+
 def make_optimizer(weights: Mapping[str, nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
     """The optimizer of trained parameters by name: AdamW, fused (a third of the time on a CPU), or torchao's with 8-bit
     moments (arXiv 2110.02861); or Muon with AdamW.

@@ -15,7 +15,14 @@ from fewstep.errors import UserError
 from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.distributed import DistContext
 from fewstep.training.ema import EMA
-from fewstep.training.optim import init_optimizer_state, learning_rate, make_optimizer, set_lr, tensor_leaves
+from fewstep.training.optim import (
+    check_optimizer,
+    init_optimizer_state,
+    learning_rate,
+    make_optimizer,
+    set_lr,
+    tensor_leaves,
+)
 
 # After so many nonfinite updates in a row the training has diverged.
 MAX_NONFINITE_SKIPS = 20
@@ -31,10 +38,7 @@ class TrainState:
         self.dist = dist or DistContext()
         # the trained parameters by name, in the optimizer's order
         self.weights = {name: p for name, p in trainable.module.named_parameters() if p.requires_grad}
-        if optim.optimizer != "adamw" and self.dist.world_size > 1:
-            raise UserError(
-                f"optim.{trainable.name}.optimizer={optim.optimizer} works with one process only; use adamw"
-            )
+        check_optimizer(trainable.name, optim, self.dist.world_size)
         self.optimizer = make_optimizer(self.weights, optim)
         self.ema = EMA(trainable.module, optim.ema_decay) if optim.ema_decay is not None else None
         self.device = next(trainable.module.parameters()).device
