@@ -197,7 +197,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
                 values = batch.column(0).to_pylist()
             except UnicodeDecodeError:
                 raise UserError(f"{path}, after row {number}: text that is not UTF-8") from None
-            for number, value in enumerate(values, start=number + 1):  # noqa: B020  # goes on counting
+            for number, value in enumerate(values, start=number + 1):  # noqa: B020  # counts across batches
                 yield from _texts(value, column, f"{path}, row {number}")
 
 

@@ -46,12 +46,10 @@ def encodable(model: TextToImagePipeline, prompts: Sequence[str], folder: Path |
     return TextPrompts(model.encoder, prompts, folder)
 
 
-class TextPrompts(EncodableTexts):
-    """Texts with the encoder that encodes them when they are needed, or all at once with :meth:`stored`."""
+class _ListedTexts(EncodableTexts):
+    """Prompts whose texts are a list in memory."""
 
-    def __init__(self, encoder: PromptEncoder, texts: Sequence[str], folder: Path | None = None) -> None:
-        self.encoder, self.texts, self.folder = encoder, list(texts), folder
-        self._stored: EncodableTexts | None = None
+    texts: list[str]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -62,6 +60,14 @@ class TextPrompts(EncodableTexts):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         return self.texts[index]
+
+
+class TextPrompts(_ListedTexts):
+    """Texts with the encoder that encodes them when they are needed, or all at once with :meth:`stored`."""
+
+    def __init__(self, encoder: PromptEncoder, texts: Sequence[str], folder: Path | None = None) -> None:
+        self.encoder, self.texts, self.folder = encoder, list(texts), folder
+        self._stored: EncodableTexts | None = None
 
     def select(self, rows: Sequence[int] | np.ndarray) -> EncodableTexts:
         if self._stored is not None:
@@ -118,21 +124,11 @@ class TextPrompts(EncodableTexts):
         return folder / hashlib.blake2b(made_from.encode(), digest_size=8).hexdigest()
 
 
-class FeatureList(EncodableTexts):
+class FeatureList(_ListedTexts):
     """Prompts with their features [L_i, D] in memory."""
 
     def __init__(self, texts: Sequence[str], features: Sequence[Tensor]) -> None:
         self.texts, self.features = list(texts), list(features)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        return self.texts[index]
 
     def select(self, rows: Sequence[int] | np.ndarray) -> FeatureList:
         return FeatureList([self.texts[row] for row in rows], [self.features[row] for row in rows])

@@ -13,7 +13,7 @@ PART = 128  # prompts encoded together: few moves of an offloaded text encoder, 
 
 
 class PromptParts:
-    """Slices of the encoded prompts, asked for in ascending order; only one part is in memory.
+    """Slices of the encoded prompts, taken in ascending order; only one part is in memory.
 
     Args:
         system, assistant_prefix: as for ``pipeline.encode``.

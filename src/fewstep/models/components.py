@@ -110,7 +110,7 @@ def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, fa
         with silence_loggers():
             if name in family.others:
                 return family.load_other(name, path)
-            stored = stored_dtype(path)  # also where another is asked for: it refuses what cannot be read
+            stored = stored_dtype(path)  # even if `dtype` is given: it refuses what cannot be read
             module, info = family.load_module(name, path, dtype or stored)
     except UserError:
         raise

@@ -65,12 +65,5 @@ def vae_mismatches(vae: Any, channels: int) -> Iterator[Mismatch]:
             yield "vae", f"{name} in its config.json is {value}; the transformer's latents need a finite number"
 
 
-def scheduler_mismatches(scheduler: Any) -> Iterator[Mismatch]:
-    """What is wrong with the shift of the noise levels."""
-    shift = scheduler.config.get("shift")
-    if not _is_finite(shift) or shift <= 0:
-        yield "scheduler", f"shift in its scheduler_config.json is {shift}; a number above 0 is needed"
-
-
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewstep.core.registry import load_plugins, model_families
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
-from fewstep.models.consistency import Mismatch, scheduler_mismatches
+from fewstep.models.consistency import Mismatch
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.key_layout import KeyLayout
 from fewstep.models.text import PromptEncoder
@@ -116,8 +116,7 @@ class ModelFamily(ABC):
         Args:
             components: all of them, or those of the prompt encoder alone.
         """
-        if "scheduler" in components:
-            yield from scheduler_mismatches(components["scheduler"])
+        return iter(())
 
     def shift(self, components: Components) -> float:
         """The shift of the noise levels (``core.flow.shift_sigma``)."""

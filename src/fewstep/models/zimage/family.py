@@ -101,13 +101,8 @@ class ZImageFamily(ModelFamily):
     def mismatches(self, components: Components) -> Iterator[Mismatch]:
         transformer = components.get("transformer")
         if transformer is not None:
-            config = transformer.config
-            if self.patch_size not in config.all_patch_size or 1 not in config.all_f_patch_size:
-                patches = f"{list(config.all_patch_size)} and {list(config.all_f_patch_size)}"
-                yield "transformer", f"its patch sizes are {patches}; {self.patch_size} and 1 are needed"
-            yield from vae_mismatches(components["vae"], config.in_channels)
+            yield from vae_mismatches(components["vae"], transformer.config.in_channels)
         yield from text_mismatches(components, None if transformer is None else self.prompt_features(components))
-        yield from super().mismatches(components)
 
     def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
         if self.shift(components) == TURBO_SHIFT:
