@@ -1,11 +1,48 @@
-"""Protocols of scorers."""
+"""Protocols of rewards, which are trained on, and of scorers, which measure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """
+    differentiable: whether its scores have a gradient with respect to the images.
+    range: the least and the greatest score; infinite where there is none.
+    license: of its weights, or of what it was made from.
+    parameters: bytes of its weights.
+    activations: bytes for each image of a scored batch at its own input size, without gradient.
+    """
+
+    differentiable: bool
+    range: tuple[float, float]
+    license: str
+    parameters: int = 0
+    activations: int = 0
+
+
+class Reward(Protocol):
+    """Scores images for their prompts; more is better. ``core.registry.rewards`` holds rewards by name.
+
+    What is trained on must not measure the result: a reward is a training signal, a scorer never is.
+    """
+
+    name: str
+    info: RewardInfo
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B], float32, on the images' device; with gradient to the images if ``info.differentiable``.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1].
+            prompts: B prompts.
+        """
+        ...
 
 
 class Scorer(Protocol):
