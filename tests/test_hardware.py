@@ -1,5 +1,6 @@
 """What the device cannot do natively: a line with the measured cost and the setting to use, or a refusal at once."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,20 @@ def test_missing_compiler_is_named_before_any_data_is_made(tiny_folder: Path, mo
         make_optimizer({"w": torch.nn.Parameter(torch.ones(1))}, OptimSettings(lr=1, optimizer="adamw8bit"))
     monkeypatch.setenv("CXX", "sh -c g++")  # a program with arguments, as ccache
     check_compiler(CPU, "compile")
+
+
+def test_auto_compiles_only_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setenv("CXX", sys.executable)  # any program that exists
+    monkeypatch.setattr(compiler.sysconfig, "get_paths", lambda: {"include": str(Path(__file__).parent)})
+    assert not compiler.compiles("auto", device)  # no Python.h
+    with pytest.raises(UserError, match=r"^compile: .*Python\.h is missing; install Python's headers"):
+        compiler.check_compiler(device, "compile")
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not compiler.compiles("auto", device)
+    assert compiler.compiles(True, device)
+    assert not compiler.compiles(False, device)
 
 
 def test_compiling_for_a_gpu_needs_triton_and_a_recent_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,10 @@ class ModelsSettings(Settings):
     target_modules: list[str] | None = Field(
         None, min_length=1, description="Name endings of the linear layers with adapters; null is the family's default."
     )
-    compile: bool = Field(default=False, description="Compile the transformers' blocks; needs a C++ compiler on a CPU.")
+    compile: bool | Literal["auto"] = Field(
+        default=False,
+        description="Compile the transformers' blocks; needs a C++ compiler on a CPU. auto: where there is one.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute each block in the backward pass instead of keeping its activations."
     )

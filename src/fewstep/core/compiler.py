@@ -6,10 +6,24 @@ import importlib.util
 import os
 import shlex
 import shutil
+import sysconfig
+from pathlib import Path
+from typing import Literal
 
 import torch
 
 from fewstep.errors import UserError
+
+
+def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether a model on this device is compiled; "auto" is where there is what the compiler needs."""
+    if setting != "auto":
+        return setting
+    try:
+        check_compiler(device, "compile")
+    except UserError:
+        return False
+    return True
 
 
 def check_compiler(device: torch.device, setting: str) -> None:
@@ -18,7 +32,8 @@ def check_compiler(device: torch.device, setting: str) -> None:
         setting: what asks for the compiler, for the message.
 
     Raises:
-        UserError: there is no C++ compiler (on a CPU), or no Triton, no C compiler for it, or too old a GPU.
+        UserError: there is no C++ compiler or no Python.h (on a CPU), or no Triton, no C compiler for it, or too old a
+            GPU.
     """
     if device.type == "cpu":
         from torch._inductor import config
@@ -26,6 +41,9 @@ def check_compiler(device: torch.device, setting: str) -> None:
         name = os.environ.get("CXX") or next(filter(None, config.cpp.cxx))
         if _missing(name):
             raise UserError(f"{setting}: {name} is missing; install a C++ compiler, or set {setting} to false")
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not header.is_file():
+            raise UserError(f"{setting}: {header} is missing; install Python's headers, or set {setting} to false")
     elif device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
             gpu = torch.cuda.get_device_name(device)

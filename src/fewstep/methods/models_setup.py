@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core import flow
-from fewstep.core.compiler import check_compiler
+from fewstep.core.compiler import check_compiler, compiles
 from fewstep.core.dtensor import full_state_dict
 from fewstep.core.method import Shard
 from fewstep.core.precision import uses_bf16
@@ -109,7 +109,7 @@ def check_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> None:
     """
     if recipe.models.train == "lora" and recipe.models.target_modules is not None:
         matching_linears(teacher.transformer, recipe.models.target_modules, "models.target_modules")
-    if recipe.models.compile:
+    if recipe.models.compile is True:
         check_compiler(teacher.device, "models.compile")
 
 
@@ -193,7 +193,7 @@ def _adapters(
         load_adapter(transformer, student_spec.scale, recipe.init)
     if settings.frozen_dtype == "fp8":
         quantize_fp8_(transformer, teacher.family.quantizable_modules)
-    if settings.compile:
+    if compiles(settings.compile, teacher.device):
         teacher.denoiser.compile_repeated_blocks()
     if settings.gradient_checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
@@ -209,7 +209,7 @@ def _prepare(
     denoiser: TransformerDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, trained: bool = True
 ) -> None:
     """Compile, checkpoint and shard a denoiser as the recipe says."""
-    if recipe.models.compile:
+    if compiles(recipe.models.compile, denoiser.transformer.device):
         denoiser.compile_repeated_blocks()
     if recipe.models.gradient_checkpointing and trained:
         denoiser.enable_gradient_checkpointing()
