@@ -1,4 +1,4 @@
-"""`fewstep emoji`: builds the emoji dataset, trains its models, and publishes the micro teacher."""
+"""`fewstep emoji`: builds the emoji dataset, trains its models, and publishes the micro models."""
 
 from pathlib import Path
 from typing import Annotated
@@ -116,3 +116,14 @@ def publish(
     from fewstep.emoji.publish import publish
 
     typer.echo(publish(runs, out, prompts, model))
+
+
+@app.command("publish-student")
+def publish_student(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run of fewstep distill, with its report.")],
+    out: Annotated[Path, typer.Option(help="Folder for the published model, beside its teacher's.")],
+) -> None:
+    """Pack a distilled student: fp16 weights, links to its teacher's components, and a model card."""
+    from fewstep.emoji.publish_student import publish_student
+
+    typer.echo(publish_student(run, out))
