@@ -58,7 +58,7 @@ def generate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images sampled together. [default: two million pixels]")
     ] = None,
-    columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid, for an image file. [default: a square]")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of the weights: fp32, bf16 or fp8. [default: as stored]")
     ] = None,

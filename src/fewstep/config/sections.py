@@ -6,6 +6,7 @@ its pre-shift value `u`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -96,13 +97,23 @@ class OptimSettings(Settings):
         description="Decay of the weights' moving average for previews and export; null keeps none.",
     )
 
-    @model_validator(mode="after")
-    def _check_decay(self) -> OptimSettings:
-        if self.lr_schedule == "constant" and self.min_lr_ratio:
+
+def check_optimizers(optim: Mapping[str, OptimSettings], train: TrainSettings) -> None:
+    """Check optimizers, by their keys, beside the length of the training.
+
+    Raises:
+        ValueError: a value without effect, or a warm-up that does not end.
+    """
+    for key, settings in optim.items():
+        if settings.lr_schedule == "constant" and settings.min_lr_ratio:
             raise ValueError(
-                "min_lr_ratio: no effect on a constant rate; set lr_schedule or min_lr_ratio=0, or leave it out"
+                f"{key}.min_lr_ratio: no effect on a constant rate; set {key}.min_lr_ratio=0 too, or leave it out"
             )
-        return self
+        if settings.warmup_steps > train.steps:
+            raise ValueError(
+                f"{key}.warmup_steps {settings.warmup_steps}: longer than the training of {train.steps} steps; set "
+                f"{key}.warmup_steps={train.steps // 10} too"
+            )
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------

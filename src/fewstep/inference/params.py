@@ -13,7 +13,7 @@ from fewstep.config.explain import explain
 from fewstep.core.samplers import Sampler
 from fewstep.core.seeds import MAX_SEED, image_seed
 from fewstep.errors import UserError
-from fewstep.inference.batching import max_batch_size
+from fewstep.core.batching import max_batch_size
 from fewstep.models.generation_config import GenerationConfig
 
 

@@ -89,8 +89,11 @@ class TextToImagePipeline:
         return TextToImagePipeline(self.family, {**self.components, "transformer": transformer}, generation_config)
 
     def set_resolution(self, side: int | None) -> None:
-        """Make square images of ``side`` pixels the default; None changes nothing."""
+        """Make square images of ``side`` pixels the default, as a recipe's ``resolution`` does; None changes nothing.
+        Raises: UserError if a side must be a multiple of another number."""
         if side is not None:
+            if side % self.latent_multiple:
+                raise UserError(f"resolution {side}: not a multiple of {self.latent_multiple}")
             self.generation_config = self.generation_config.model_copy(update={"height": side, "width": side})
 
     def enable_model_cpu_offload(self) -> None:

@@ -234,6 +234,7 @@ class Trainer:
                 raise UserError(f"{self.run.directory}: no checkpoint is left from before the alert: {alert}")
             self._load_state(good)
             self.ended = True
+            self._write_checkpoint()  # for a resumed run, which would otherwise take the same steps again
             if self.dist.is_main_process:
                 log_line(f"rolled back to step {self.step}; the training ends here")
 
@@ -245,8 +246,11 @@ class Trainer:
             yield
 
     def _save(self) -> None:
-        if self.step == self._saved[0]:
-            return
+        """Writes a checkpoint, unless the last one is of this step."""
+        if self.step != self._saved[0]:
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         groups: dict[str, Mapping[str, Tensor]] = {
             "random": rng_state(self.dist.device),
             "method": self.method.state_dict(),
@@ -259,6 +263,7 @@ class Trainer:
             "means": self._means.state(),
             "trainables": {state.name: state.counters for state in self.train_states},
             "best": self.best.state() if self.best is not None else None,
+            "ended": self.ended,
         }
         protect = [] if self.best is None else [self.best.step]
         keep = self.train.max_checkpoints
@@ -270,7 +275,8 @@ class Trainer:
         found = checkpoint.latest(self.run.checkpoints, notice, self.dist)
         if found is not None:
             self._load_state(found)
-            notice(f"{self.run.directory}: resuming from step {self.step}")
+            ended = f"an alert ended it at step {self.step}; -s train.on_alert=warn continues"
+            notice(f"{self.run.directory}: {ended if self.ended else f'resuming from step {self.step}'}")
 
     def _load_state(self, found: checkpoint.Checkpoint) -> None:
         """Restores everything to the state of a checkpoint."""
@@ -286,5 +292,7 @@ class Trainer:
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
         self._means = RunningMeans(found.state["means"])
         self.best = Best.restored(found.state["best"], self.train.keep_best)
+        # another `train.on_alert` resumes it
+        self.ended = found.state.get("ended", False) and self.train.on_alert == "rollback"
         self._saved = (found.step, time.monotonic())
         set_rng_state(found.read("random"), self.dist.device)

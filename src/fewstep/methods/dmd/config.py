@@ -45,15 +45,20 @@ class RenoiseSettings(Settings):
 class TermsSection(Settings):
     """The terms by name; one that is left out, null or of constant weight 0 is off."""
 
+    @property
+    def on(self) -> dict[str, TermSettings]:
+        """Settings of each term whose weight is positive at some step, in registry order."""
+        found: dict[str, TermSettings | None] = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: each for name, each in found.items() if each is not None and each.weight.is_on}
+
     def active(self, total_steps: int) -> dict[str, tuple[TermSettings, Schedule]]:
-        """Settings and weight schedule of each term whose weight is positive at some step, in registry order."""
+        """Settings and weight schedule of the terms that are on. Raises: ValueError that names a wrong schedule."""
         found = {}
-        for name in type(self).model_fields:
-            settings: TermSettings | None = getattr(self, name)
-            if settings is not None:
-                weight = settings.weight.resolve(total_steps)
-                if any(weight(step) > 0 for step in weight.breakpoints):
-                    found[name] = settings, weight
+        for name, settings in self.on.items():
+            try:
+                found[name] = settings, settings.weight.resolve(total_steps)
+            except ValueError as error:
+                raise ValueError(f"method.terms.{name}.weight: {error}") from None
         return found
 
 
@@ -85,8 +90,8 @@ class DMDConfig(MethodConfig):
     )
 
     def _terms(self) -> dict[str, type[LossTerm]]:
-        """Classes of the terms that are on at some step; 100 stands for the number of steps, which does not matter."""
-        return {name: loss_terms.get(name) for name in self.terms.active(100)}
+        """Classes of the terms that are on."""
+        return {name: loss_terms.get(name) for name in self.terms.on}
 
     def trainable_parts(self) -> list[str]:
         return ["student", *(part for term in self._terms().values() for part in term.trainable_names)]
