@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
+from fewstep.core.batching import max_batch_size, max_decode_batch_size
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.samplers import sample_euler
-from fewstep.core.batching import max_batch_size, max_decode_batch_size
 from fewstep.inference.generate import GenerationCancelled, generate
 from fewstep.inference.params import SamplingParams
 from fewstep.models.adapters import adapter_parameters, add_adapter

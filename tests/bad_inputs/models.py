@@ -39,6 +39,19 @@ def _lora(path: Path) -> None:
     save_file({"transformer.layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 2)}, path)
 
 
+def _not_finite(path: Path) -> None:
+    """One NaN in the last of the tensors, or all numbers of a new single file."""
+    if path.exists():
+        tensors = load_file(path)
+        name = max(tensors)
+        tensors[name].flatten()[-1] = float("nan")
+        save_file(tensors, path)
+    else:
+        save_file({name: torch.full_like(x, float("nan")) for name, x in load_file(TRANSFORMER).items()}, path)
+
+
+_VAE, _TEXT = "tiny/vae/diffusion_pytorch_model.safetensors", "tiny/text_encoder/model.safetensors"
+
 SECTION = Section(
     "Models",
     "`MODEL` is a folder in diffusers' layout, a Hugging Face hub id, or the name of a bundled model (`micro`).",
@@ -77,6 +90,7 @@ SECTION = Section(
             "{model}: no such folder, and the download from the Hugging Face hub failed: {reason}",
             "A name with one slash is a hub id, unless there is a folder of this name.",
             _generate("some/model: no such folder", {}, "some/model"),
+            Case("evaluate tiny --prompts prompts.txt --scorer clip_score:some/model", "some/model: no", _PROMPTS),
         ),
         Message(
             "{folder}: a folder of models; name one of them: {names}",
@@ -110,8 +124,33 @@ SECTION = Section(
             _generate("tiny/vae", {"tiny/vae": rmtree}),
             _generate("tiny/tokenizer", {"tiny/tokenizer": rmtree}),
             _generate("tiny/scheduler", {"tiny/scheduler": rmtree}),
-            Case("emoji train micro-vae -s init=nowhere", "nowhere/vae"),
-            Case("emoji train micro-text-encoder -s vae=nowhere", "nowhere/vae"),
+            Case("emoji train micro-text-encoder -s vae=old", "old/vae", {"old": folder}),
+        ),
+        Message(
+            "{folder}: no such folder; give that of a model, or one of: {names}",
+            "Check the path. An autoencoder's or text encoder's is that of the model or run that has it.",
+            Case("emoji train micro-vae -s init=nowhere", "nowhere: no such folder"),
+            Case("emoji train micro-text-encoder -s vae=nowhere", "nowhere: no such folder"),
+            Case("emoji train micro-teacher -s vae=nowhere", "nowhere: no such folder"),
+            Case("emoji train micro-teacher -s vae=micro -s text_encoder=nowhere", "nowhere: no such folder"),
+        ),
+        Message(
+            "{file}: {tensor}: {count} of its {total} numbers are infinite or NaN; the weights are damaged",
+            "A training that diverged, or a conversion to fp16, can leave such weights. Images would be noise.",
+            Case("convert tiny --out model", "x_pad_token: 1 of its 48", {TRANSFORMER: _not_finite}),
+            Case("convert tiny --out model --dtype bf16", f"{_VAE}: ", {_VAE: _not_finite}),
+            Case("convert tiny --out model", f"{_TEXT}: ", {_TEXT: _not_finite}),
+            Case("convert tiny --out a.safetensors --to original", TRANSFORMER, {TRANSFORMER: _not_finite}),
+            Case(
+                "convert a.safetensors --out b --components-from tiny",
+                "a.safetensors: ",
+                {"a.safetensors": _not_finite},
+            ),
+            Case(
+                f"convert {TRANSFORMER} --out b --components-from tiny",
+                f"{_TEXT}: ",
+                {_TEXT: _not_finite},
+            ),
         ),
         Message(
             "{file}: no such file; give the folder of a whole model",
@@ -272,9 +311,6 @@ SECTION = Section(
             "The autoencoder and the transformer's patches divide the sides.",
             Case("generate tiny 'a fox' --height 65", "height 65 is not a multiple of 16"),
             Case("generate tiny 'a fox' --width 100", "width 100"),
-            Case("distill mine.yaml -s resolution=65", "height 65", _PROMPTS | {"mine.yaml": DISTILL}),
-            Case("plan mine.yaml -s resolution=65", "height 65", _PROMPTS | {"mine.yaml": DISTILL}),
-            Case("cache-trajectories cache.yaml -s resolution=65", "height 65", _PROMPTS | {"cache.yaml": CACHE}),
         ),
     ),
 )

@@ -67,6 +67,12 @@ SECTION = Section(
             ),
         ),
         Message(
+            "--columns: no effect on the folder {folder}, which gets one file an image; leave it out",
+            "Only an image file is a grid with columns.",
+            Case("generate tiny 'a fox' --columns 2 --out images/", "images/"),
+            Case("generate tiny 'a fox' --columns 1 --out old", "old", {"old": folder}),
+        ),
+        Message(
             "--dtype fp8: fp8 files can be read but not written; use bf16",
             "Take `--dtype bf16`; `models.frozen_dtype: fp8` quantizes while loading.",
             Case("convert tiny --out model --dtype fp8", "use bf16"),

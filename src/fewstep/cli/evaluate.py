@@ -60,13 +60,14 @@ def evaluate(
     texts = read_test_prompts(prompts, num_prompts, column, model=model)
     open_scorers(scorer)
     open_features(features)
+    chosen_teacher = api.find_teacher(model, teacher)
     with claimed_folder(folder):
         if (folder / "metrics.json").exists():
             warnings.warn(f"{folder}: the report in it will be replaced", stacklevel=1)
         measured = api.evaluate(
             api.load(model, device, dtype.torch_dtype if dtype else None),
             texts,
-            teacher=teacher,
+            teacher=chosen_teacher,
             scorers=scorer,
             features=features,
             max_minutes=max_minutes,

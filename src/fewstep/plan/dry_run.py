@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config.recipe import DistillRecipe
+from fewstep.core.batching import max_batch_size, max_decode_batch_size
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.method import Shard
 from fewstep.core.registry import methods
 from fewstep.data.batch import DistillBatch
-from fewstep.core.batching import max_batch_size, max_decode_batch_size
 from fewstep.methods.base import DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models
 from fewstep.models.denoiser import TransformerDenoiser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fewstep.core import flow
+from fewstep.core.batching import batched, max_batch_size
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.samplers import sample_euler
@@ -12,7 +13,6 @@ from fewstep.data.image_batches import rendered_image_batches
 from fewstep.data.prompt_batches import prompt_batches
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
 from fewstep.data.text_prompts import encodable
-from fewstep.core.batching import batched, max_batch_size
 from fewstep.methods.base import DataSetup, MethodSetup
 from fewstep.methods.dmd import monitor
 from fewstep.methods.dmd.config import DMDConfig
