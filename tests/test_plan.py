@@ -284,3 +284,18 @@ def test_command(tiny_folder):
     code, output = run("--gpu", "lots")
     assert code == 1
     assert CliRunner().invoke(app, ["plan", "micro-teacher"]).exit_code == 1
+
+
+def test_sampling_the_teacher_and_the_evaluation_are_planned(tiny_folder: Path) -> None:
+    """Both sample with guidance: two copies of a batch of 64 images of 64 px, or of 2 of 1024 px."""
+    plain = plan(recipe(tiny_folder, "evaluate.enabled=false"))
+    assert not {TRAJECTORIES, EVALUATION} & plain.peaks.keys()
+    terms = "method.terms={cfg_augmentation: {}, trajectory_mse: {}}"
+    found = plan(recipe(tiny_folder, terms, "optim.fake_score=null", "evaluate.enabled=true"))
+    teacher = found.peaks["loading the teacher"]["teacher"]
+    assert found.peaks[TRAJECTORIES]["teacher"] == teacher
+    assert found.peaks[EVALUATION]["student"] == 4 * found.parameters
+    sampled = found.peaks[TRAJECTORIES]["sampling activations"]
+    assert sampled > 1.5 * found.peaks["sampling previews"].get("sampling activations", sampled / 2)
+    cached = plan(recipe(tiny_folder, terms, "optim.fake_score=null", "trajectory.cache=x"))
+    assert TRAJECTORIES not in cached.peaks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.applicability import mean_scores
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
 from fewstep.evaluation.images import as_float, as_uint8
+from fewstep.evaluation.kept_images import KeptImages
 from fewstep.evaluation.metrics_file import Figures, ImageColumn
 from fewstep.evaluation.settings import Setting
-from fewstep.inference.generate import generate
+from fewstep.inference.generate import GenerationResult, generate
 from fewstep.inference.params import SamplingParams
 from fewstep.progress import ProgressBars
 from fewstep.rewards.protocol import Classifier, Grouped, Scorer
@@ -50,6 +51,7 @@ class ImageSets:
     Args:
         diversity_prompts, diversity_seeds: how many prompts have several seeds, and how many.
         bars: shows the progress.
+        kept: images of an earlier call that was interrupted; new ones are added.
 
     Raises:
         UserError: two scorers have a score of the same name.
@@ -64,7 +66,9 @@ class ImageSets:
         network: FeatureNetwork,
         scorers: Sequence[Scorer],
         bars: ProgressBars,
+        kept: KeptImages,
     ) -> None:
+        self.kept = kept
         self.prompts, self.seed, self.network, self.scorers, self.bars = list(prompts), seed, network, scorers, bars
         self.some, self.num_seeds = min(diversity_prompts, len(prompts)), diversity_seeds
         #: the names of each scorer's scores
@@ -85,11 +89,11 @@ class ImageSets:
         count = len(self.prompts)
         progress = self.bars.add(setting.title, count + self.some * (self.num_seeds - 1))
         params = SamplingParams(steps=setting.steps, guidance_scale=setting.guidance_scale, seed=self.seed)
-        callback = lambda step: progress(step.finished)  # noqa: E731
-        main = generate(setting.model, self.prompts, params, callback)
+        main = self._generated(setting, "", self.prompts, params, progress)
         # The first of a prompt's seeds is its main image; the others are beyond all main seeds.
         some = [prompt for prompt in self.prompts[: self.some] for _ in range(self.num_seeds - 1)]
-        more = generate(setting.model, some, params.model_copy(update={"seed": image_seed(self.seed, count)}), callback)
+        other_seeds = params.model_copy(update={"seed": image_seed(self.seed, count)})
+        more = self._generated(setting, "-seeds", some, other_seeds, progress)
         others = more.images.unflatten(0, (self.some, self.num_seeds - 1))
         seeds = torch.cat([main.images[: self.some, None], others], dim=1)
         figures = {
@@ -99,6 +103,20 @@ class ImageSets:
             "guidance_scale": setting.guidance_scale,
         }
         return self._measured(main.images, seeds, list(range(count)), setting.title), figures
+
+    def _generated(
+        self, setting: Setting, part: str, prompts: list[str], params: SamplingParams, progress: Callable[[int], object]
+    ) -> GenerationResult:
+        """Images of a setting, those that were kept if there are any."""
+        name = f"{setting.name}{part}"
+        made_by = self.kept.made_by(setting.model, params=params.model_dump(mode="json"), prompts=prompts)
+        found = self.kept.load(name, made_by)
+        if found is not None:
+            progress(len(prompts))
+            return found
+        made = generate(setting.model, prompts, params, lambda step: progress(step.finished))
+        self.kept.save(name, made_by, made)
+        return made
 
     def real(self, size: int, seed: int) -> ImageSet:
         """Real images of the prompts that have some."""

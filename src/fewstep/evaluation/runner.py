@@ -12,6 +12,7 @@ from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.cost import MIN_PROMPTS, affordable_prompts, evaluation_cost, expected_minutes, nfe
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
+from fewstep.evaluation.kept_images import KeptImages
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.inference.params import parse_params
@@ -50,7 +51,8 @@ def evaluate(
         scorers: by name, as "clip_score:PATH_OR_HUB_ID" where they need a checkpoint, or as objects; None is every
             registered scorer that needs none. A score that applies to none of the prompts is left out.
         features: the feature network of distances and diversity; its name is part of their keys.
-        out: a folder for metrics.json, index.html and grid.png.
+        out: a folder for metrics.json, index.html and grid.png; finished images are kept there until these are written,
+            and the same evaluation continues from them after an interruption.
         many_steps: the teacher's own number of steps.
         diversity_prompts, diversity_seeds: diversity is measured on so many of the prompts, with so many seeds each.
         curves: a run's metrics.jsonl, plotted in the report.
@@ -81,12 +83,13 @@ def evaluate(
     if scorers is not None:
         check_applicable(opened, prompts)
     network = open_features(features, device)
-    prompts = _within(max_minutes, prompts, chosen, diversity_prompts, diversity_seeds)
+    kept = KeptImages(folder)
+    prompts = _within(max_minutes, prompts, chosen, diversity_prompts, diversity_seeds, kept)
     images: dict[str, ImageSet] = {}
     figures: dict[str, Figures] = {}
     real: list[ImageSet] = []
     with ProgressBars() as bars:
-        sets = ImageSets(prompts, seed, diversity_prompts, diversity_seeds, network, list(opened.values()), bars)
+        sets = ImageSets(prompts, seed, diversity_prompts, diversity_seeds, network, list(opened.values()), bars, kept)
         for setting in chosen:
             images[setting.name], figures[setting.name] = sets.generated(setting)
         if len(sets.real_sources) > 1:
@@ -129,6 +132,7 @@ def evaluate(
         columns = {name: sets.column(each, titles.get(name, "real images")) for name, each in shown.items()}
         result.save(folder / "metrics.json")
         write_report(folder, result, Samples(list(prompts), columns), Path(curves) if curves else None)
+        kept.delete()
     return result
 
 
@@ -138,18 +142,29 @@ def _within(
     settings: Sequence[Setting],
     diversity_prompts: int,
     diversity_seeds: int,
+    kept: KeptImages,
 ) -> Sequence[str]:
-    """The first prompts, as many as are measured in this time; states their cost."""
+    """The first prompts, as many as are measured in this time; states their cost. An interrupted evaluation continues
+    with as many as before."""
     passes = [nfe(setting.steps, setting.guidance_scale > 0) for setting in settings]
     cost = evaluation_cost(len(prompts), passes, diversity_prompts, diversity_seeds)
     if max_minutes is None:
         log_line(f"evaluation: {len(prompts)} prompts, {cost.text}")
         return prompts
+    made_by = kept.made_by(
+        settings[0].model, prompts=list(prompts), passes=passes, diversity=[diversity_prompts, diversity_seeds],
+        max_minutes=max_minutes,
+    )  # fmt: skip
+    earlier = kept.load_count(made_by)
+    if earlier is not None:
+        log_line(f"evaluation: continues an interrupted one, of the first {earlier} of {len(prompts)} prompts")
+        return prompts[:earlier]
     minutes = expected_minutes(cost, settings, prompts)
     if minutes <= max_minutes or len(prompts) <= MIN_PROMPTS:
         log_line(f"evaluation: {len(prompts)} prompts, {cost.text}, about {minutes:.1f} min")
         return prompts
     count = affordable_prompts(len(prompts), max_minutes / minutes, diversity_prompts, diversity_seeds)
+    kept.save_count(made_by, count)
     less = evaluation_cost(count, passes, diversity_prompts, diversity_seeds)
     log_line(
         f"evaluation: the first {count} of {len(prompts)} prompts, {less.text}, about "

@@ -109,6 +109,10 @@ class DMDConfig(MethodConfig):
         """Whether real latents are needed at all."""
         return any(term.requires_real or term.measures_real for term in self._terms().values())
 
+    @property
+    def samples_teacher(self) -> bool:
+        return self.measures_real and self.real_source == "teacher"
+
     def fake_score_start_step(self, total_steps: int) -> int:
         return resolve_step(self.fake_score_start, total_steps)
 
@@ -137,7 +141,7 @@ class DMDConfig(MethodConfig):
                 )
         if self.real_source != "teacher" and not self.measures_real:
             raise ValueError(f"method.real_source {self.real_source}: no term needs real latents; leave it out")
-        if stage.trajectory.cache is not None and not (self.measures_real and self.real_source == "teacher"):
+        if stage.trajectory.cache is not None and not self.samples_teacher:
             raise ValueError("trajectory.cache: no term uses the teacher's trajectories; leave it out")
         for settings, _ in active.values():
             settings.check(stage, self)

@@ -29,7 +29,7 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     sources: dict[str, BatchSource] = {}
     if not config.requires_real:  # first, because it encodes all prompts, and the other sources need some of them
         sources["train"] = prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed)
-    if config.measures_real and config.real_source == "teacher":
+    if config.samples_teacher:
         cache = open_trajectory_cache(recipe, setup.teacher, setup.cache, setup.prompts)
         sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)
     elif config.measures_real:
