@@ -238,8 +238,9 @@ def test_a_refused_run_leaves_the_directory_as_it_was(tmp_path: Path, overwrite:
 
 
 def test_a_run_that_has_begun_is_kept_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError), RunDir(tmp_path, tiny_recipe()) as run:
-        run.track(0)
+    run = RunDir(tmp_path, tiny_recipe())
+    run.track(0)
+    with pytest.raises(UserError, match="a full disk"), run:
         raise UserError("a full disk")
     assert (tmp_path / "recipe.yaml").exists()
 

@@ -66,7 +66,8 @@ def test_the_expected_time_is_that_of_the_work(tiny: TextToImagePipeline, capsys
 def own_run(tmp_path: Path, tiny_folder: Path, *more: str) -> Path:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"text": "a dog number {i}"}}\n' for i in range(40)))
-    overrides = [f"teacher={tiny_folder}", f"prompts.source={prompts}", "prompts.column=text", "train.steps=1", "optim.student.warmup_steps=0",
+    overrides = [f"teacher={tiny_folder}", f"prompts.source={prompts}", "prompts.column=text", "train.steps=1",
+                 "optim.student.warmup_steps=0",
                  "train.batch_size=2", "train.sample_every=0", "train.precision=fp32", *more]  # fmt: skip
     api.distill("micro-decoupled", tmp_path / "run", overrides=overrides)
     return tmp_path / "run"

@@ -153,6 +153,12 @@ SECTION = Section(
             ),
         ),
         Message(
+            "{folder}: cannot be loaded: {reason}",
+            "A file of the component is damaged, or of another model.",
+            _generate("tiny/tokenizer: cannot be loaded: its files have no ", {"tiny/tokenizer/tokenizer.json": "{}"}),
+            _generate("tiny/vae: cannot be loaded: ", {"tiny/vae/config.json": json_with(latent_channels=4)}),
+        ),
+        Message(
             "{file}: no such file; give the folder of a whole model",
             "A component has no configuration: download or save the model again.",
             _generate("tiny/transformer/config.json", {"tiny/transformer/config.json": deleted}),
@@ -223,7 +229,7 @@ SECTION = Section(
             _generate("is x", {"tiny/vae/config.json": json_with(shift_factor="x")}),
         ),
         Message(
-            "{folder}: scaling_factor in its config.json is {value}; the transformer's latents need {what}",
+            "{folder}: scaling_factor in its config.json is {value}; the transformer's latents need a positive number",
             "The autoencoder's configuration is damaged, or of another model.",
             _generate("is 0", {"tiny/vae/config.json": json_with(scaling_factor=0)}),
             _generate("is None", {"tiny/vae/config.json": json_with(scaling_factor=None)}),

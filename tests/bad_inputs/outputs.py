@@ -17,6 +17,7 @@ SECTION = Section(
             Case("generate tiny 'a fox' --out prompts.txt/fox.png", "prompts.txt: cannot", _PROMPTS),
             Case("generate tiny 'a fox' --out prompts.txt/", "prompts.txt: cannot", _PROMPTS),
             Case("evaluate tiny --prompts prompts.txt --out prompts.txt", "prompts.txt: cannot", _PROMPTS),
+            Case("evaluate tiny --prompts prompts.txt --out old", "old/.images", _PROMPTS | {"old/.images": "mine"}),
             Case("convert tiny --out prompts.txt/model", "prompts.txt: cannot", _PROMPTS),
             Case("convert tiny --out prompts.txt/a.safetensors --to comfyui", "prompts.txt: cannot", _PROMPTS),
             Case("encode-prompts prompts.txt --out prompts.txt --model tiny", "prompts.txt: cannot", _PROMPTS),

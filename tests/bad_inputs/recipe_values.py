@@ -75,6 +75,7 @@ SECTION = Section(
             _set("train.batch_size=1000000000", "train.batch_size"),
             _set("resolution=2147483648", "resolution"),
             _set("models.rank=1000000000", "models.rank"),
+            _set("models.lora_alpha=1e39", "models.lora_alpha"),
             _set("train.num_threads=1000000", "train.num_threads"),
             _cache("first_seed=18446744073709551616", "first_seed"),
             _cache("shard_size=99999999999999999999", "shard_size"),

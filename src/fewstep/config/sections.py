@@ -197,7 +197,7 @@ class ModelsSettings(Settings):
         None, ge=1, le=65_536, description="Rank of the other adapters; null is the student's."
     )
     lora_alpha: float | None = Field(
-        None, gt=0, description="Adapters add (lora_alpha / rank) B A; null is the rank: a scale of 1."
+        None, gt=0, le=1_000_000, description="Adapters add (lora_alpha / rank) B A; null is the rank: a scale of 1."
     )
     target_modules: list[str] | None = Field(
         None, min_length=1, description="Name endings of the linear layers with adapters; null is the family's default."

@@ -12,12 +12,12 @@ from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.cost import MIN_PROMPTS, affordable_prompts, evaluation_cost, expected_minutes, nfe
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
-from fewstep.evaluation.kept_images import KeptImages
+from fewstep.evaluation.kept_images import FOLDER, KeptImages
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.inference.params import parse_params
 from fewstep.models.pipeline import TextToImagePipeline
-from fewstep.outputs import check_file
+from fewstep.outputs import check_file, check_folder
 from fewstep.progress import ProgressBars, log_line
 from fewstep.rewards.protocol import Classifier, Scorer
 from fewstep.rewards.scorers import open_scorers
@@ -191,3 +191,4 @@ def check_report_folder(folder: Path) -> None:
     """Check that a report can be written. Raises: UserError."""
     for name in REPORT_FILES:
         check_file(folder / name)
+    check_folder(folder / FOLDER)

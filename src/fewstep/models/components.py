@@ -118,7 +118,9 @@ def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, fa
     except UserError:
         raise
     except Exception as error:  # libraries raise many types for a bad file; the message must name it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix("Cannot load  because ")
+        if isinstance(error, KeyError):
+            reason = f"its files have no {reason}"
         names = tensor_names(path) if name in family.modules else set()
         if (kind := describe_tensors(names, names)) is not None:  # a LoRA adapter, or quantized
             raise UserError(f"{path}: seems to be {kind}") from None
