@@ -116,14 +116,7 @@ def test_command_line_evaluates_a_file_of_prompts(tmp_path):
 def test_distill_validates_and_evaluates(tmp_path):
     """A short run on the micro teacher, with validation while training and the final report on other prompts."""
     overrides = [
-        *(
-            "train.steps=2",
-            "optim.student.warmup_steps=0",
-            "train.batch_size=2",
-            "train.log_every=1",
-            "train.sample_every=2",
-            "student.steps=1",
-        ),
+        *("train.steps=2", "train.batch_size=2", "train.log_every=1", "train.sample_every=2", "student.steps=1"),
         *("evaluate.validate_every=1", "evaluate.validation_prompts=3", "evaluate.num_prompts=2"),
         "train.keep_best={metric: val/object_acc, mode: max}",
     ]

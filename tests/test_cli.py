@@ -151,7 +151,7 @@ def test_emoji_train_dispatches_by_kind(
 
 def test_emoji_train_resumes_and_overwrites(tmp_path: Path) -> None:
     words = ["emoji", "train", "classifier", "--out", tmp_path / "run"]
-    small = ["train.batch_size=4", "train.log_every=1", "base_channels=8", "data.num_objects=2", "optim.warmup_steps=0"]
+    small = ["train.batch_size=4", "train.log_every=1", "base_channels=8", "data.num_objects=2"]
     for override in small:
         words += ["-s", override]
     assert fewstep(*words, "-s", "train.steps=2").exit_code == 0

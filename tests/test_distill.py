@@ -47,9 +47,9 @@ def weights(run):
 
 
 def test_resume_is_bit_exact_and_the_student_is_a_pipeline(tiny, tiny_folder, tmp_path):
-    distill(tiny_folder, tmp_path / "whole", "train.steps=4", "optim.student.warmup_steps=0")
-    distill(tiny_folder, tmp_path / "parts", "train.steps=2", "optim.student.warmup_steps=0")
-    distill(tiny_folder, tmp_path / "parts", "train.steps=4", "optim.student.warmup_steps=0")
+    distill(tiny_folder, tmp_path / "whole", "train.steps=4")
+    distill(tiny_folder, tmp_path / "parts", "train.steps=2")
+    distill(tiny_folder, tmp_path / "parts", "train.steps=4")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
@@ -78,13 +78,7 @@ def test_weight_schedules_order_the_training(tiny_folder, tmp_path):
     """As in the bundled recipe: trajectory MSE alone, the fake score from the second step on, then CA and DM."""
     late = "{weight: {kind: piecewise, values: {0: 0, 50%: 1}}}"
     terms = f"{{cfg_augmentation: {late}, distribution_matching: {late}, trajectory_mse: {{}}}}"
-    more = (
-        f"method.terms={terms}",
-        "method.fake_score_start=25%",
-        "trajectory.num_trajectories=4",
-        "train.steps=4",
-        "optim.student.warmup_steps=0",
-    )
+    more = (f"method.terms={terms}", "method.fake_score_start=25%", "trajectory.num_trajectories=4", "train.steps=4")
     distill(tiny_folder, tmp_path / "run", *more)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["student/cfg_aug_abs" in line for line in lines] == [False, False, True, True]
@@ -95,14 +89,7 @@ def test_weight_schedules_order_the_training(tiny_folder, tmp_path):
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_compiled_run_trains_equally(tiny_folder, tmp_path, train):
     for name, more in (("eager", ()), ("compiled", ("models.compile=true", "models.gradient_checkpointing=true"))):
-        distill(
-            tiny_folder,
-            tmp_path / name,
-            "train.steps=2",
-            "optim.student.warmup_steps=0",
-            f"models.train={train}",
-            *more,
-        )
+        distill(tiny_folder, tmp_path / name, "train.steps=2", f"models.train={train}", *more)
     eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
     for name, tensor in eager.items():
         torch.testing.assert_close(tensor, compiled[name], atol=1e-3, rtol=1e-3)
@@ -126,19 +113,13 @@ def changed(name, tensor, model):
     ],
 )
 def test_every_option_runs(tiny_folder, tmp_path, more):
-    made = distill(tiny_folder, tmp_path / "run", "train.steps=1", "optim.student.warmup_steps=0", *more)
+    made = distill(tiny_folder, tmp_path / "run", "train.steps=1", *more)
     student = load(made.student)
     assert api.generate(student, "a fox").images.shape == (1, 64, 64, 3)
 
 
 def test_resolution_is_that_of_training_and_of_the_student(tiny_folder, tmp_path):
-    more = (
-        "train.steps=2",
-        "optim.student.warmup_steps=0",
-        "method.terms.trajectory_mse={}",
-        "trajectory.num_trajectories=4",
-        "resolution=32",
-    )
+    more = ("train.steps=2", "method.terms.trajectory_mse={}", "trajectory.num_trajectories=4", "resolution=32")
     made = distill(tiny_folder, tmp_path / "run", *more)
     assert (load(made.student).generation_config.height, load(made.student).generation_config.width) == (32, 32)
     assert generate(load(made.student), ["a fox"]).images.shape == (1, 32, 32, 3)
@@ -161,7 +142,6 @@ def test_prompts_from_a_file(tiny_folder, tmp_path):
         tiny_folder,
         tmp_path / "run",
         "train.steps=1",
-        "optim.student.warmup_steps=0",
         "train.sample_every=1",
         f"prompts.source={file}",
         "evaluate.validate_every=0",
@@ -183,7 +163,7 @@ def test_mistakes(tiny_folder, tmp_path):
         with pytest.raises(UserError, match=message):
             distill(tiny_folder, tmp_path / "run", *more)
     distill(
-        tiny_folder, tmp_path / "run", "train.steps=1", "optim.student.warmup_steps=0"
+        tiny_folder, tmp_path / "run", "train.steps=1"
     )  # none of them left anything that blocks the corrected recipe
 
 
@@ -248,38 +228,18 @@ def test_bf16_gradients_survive_the_rollout(tiny):
 
 
 def test_multiscale_dm_in_a_recipe(tiny_folder, tmp_path):
-    distill(
-        tiny_folder,
-        tmp_path / "run",
-        "train.steps=2",
-        "optim.student.warmup_steps=0",
-        "method.terms.distribution_matching.scales={2: 0.5}",
-    )
+    distill(tiny_folder, tmp_path / "run", "train.steps=2", "method.terms.distribution_matching.scales={2: 0.5}")
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["student/dm_abs_2"] > 0
     with pytest.raises(UserError, match="cannot be downsampled by 3"):
-        distill(
-            tiny_folder,
-            tmp_path / "odd",
-            "train.steps=1",
-            "optim.student.warmup_steps=0",
-            "method.terms.distribution_matching.scales={3: 0.5}",
-        )
+        distill(tiny_folder, tmp_path / "odd", "train.steps=1", "method.terms.distribution_matching.scales={3: 0.5}")
 
 
 def test_best_student_is_saved_beside_the_last(tiny_folder, tmp_path):
     """The learning rate stands in for a quality metric."""
     best = "train.keep_best={metric: student/lr, mode: min}"  # lowest in the first step of the warm-up
     optim = "optim.student={lr: 1.0e-3, warmup_steps: 3, ema_decay: 0.5}"
-    distill(
-        tiny_folder,
-        tmp_path / "run",
-        "train.steps=3",
-        "optim.student.warmup_steps=0",
-        "train.max_checkpoints=1",
-        best,
-        optim,
-    )
+    distill(tiny_folder, tmp_path / "run", "train.steps=3", "train.max_checkpoints=1", best, optim)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000001", "step_00000003"]
     last, first = (load(tmp_path / "run" / name).transformer.state_dict() for name in ("student", "student-best"))
@@ -288,13 +248,7 @@ def test_best_student_is_saved_beside_the_last(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["micro-decoupled", "micro-ca", "micro-dm", "micro-dmd", "micro-dmd2", "micro-cdm"])
 def test_recipes_of_the_ablation_study_run(tiny_folder, tmp_path, recipe):
-    short = [
-        f"teacher={tiny_folder}",
-        "train.steps=1",
-        "optim.student.warmup_steps=0",
-        "train.batch_size=2",
-        "train.sample_every=0",
-    ]
+    short = [f"teacher={tiny_folder}", "train.steps=1", "train.batch_size=2", "train.sample_every=0"]
     sizes = [
         "train.precision=fp32",
         "evaluate={enabled: false}",
@@ -313,7 +267,7 @@ def test_recipes_of_the_ablation_study_run(tiny_folder, tmp_path, recipe):
 
 
 def test_bf16_teacher_and_fp32_student(tiny_folder, tmp_path):
-    distill(tiny_folder, tmp_path / "run", "train.steps=2", "optim.student.warmup_steps=0", "models.frozen_dtype=bf16")
+    distill(tiny_folder, tmp_path / "run", "train.steps=2", "models.frozen_dtype=bf16")
     student = load_file(tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in student.values()} == {torch.float32}
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -59,13 +59,13 @@ def losses(out):
 @pytest.fixture(scope="module")
 def alone(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    distill(tiny_folder, out, 1, "train.steps=4", "optim.student.warmup_steps=0")
+    distill(tiny_folder, out, 1, "train.steps=4")
     return out
 
 
 def test_two_processes_equal_one_and_their_checkpoint_resumes_in_one(tiny_folder, tmp_path, alone):
-    distill(tiny_folder, tmp_path / "two", 2, "train.steps=2", "optim.student.warmup_steps=0")
-    distill(tiny_folder, tmp_path / "two", 1, "train.steps=4", "optim.student.warmup_steps=0")
+    distill(tiny_folder, tmp_path / "two", 2, "train.steps=2")
+    distill(tiny_folder, tmp_path / "two", 1, "train.steps=4")
     torch.testing.assert_close(losses(tmp_path / "two"), losses(alone), atol=1e-5, rtol=1e-5)
     assert_close(weights(tmp_path / "two"), weights(alone))
 
@@ -74,7 +74,7 @@ def test_two_processes_equal_one_and_their_checkpoint_resumes_in_one(tiny_folder
 def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
     """Two processes, each with its part on disk; a bit of one is flipped, and the checkpoint before is resumed."""
     out = tmp_path / "two"
-    distill(tiny_folder, out, 2, "train.steps=3", "optim.student.warmup_steps=0", "train.save_every=1")
+    distill(tiny_folder, out, 2, "train.steps=3", "train.save_every=1")
     newest = out / "checkpoints" / "step_00000003"
     parts = sorted(newest.glob("shard-*.safetensors"))
     assert len(parts) == 2
@@ -82,7 +82,7 @@ def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
     data = bytearray(parts[1].read_bytes())
     data[-1] ^= 1
     parts[1].write_bytes(data)
-    again = distill(tiny_folder, out, 2, "train.steps=4", "optim.student.warmup_steps=0")
+    again = distill(tiny_folder, out, 2, "train.steps=4")
     assert f"skipped, {parts[1].name} is damaged" in again.stderr
     assert "resuming from step 2" in again.stderr
     assert_close(weights(out), weights(alone))
@@ -93,7 +93,6 @@ def test_two_processes_in_bf16_are_close_to_one(tiny_folder, tmp_path):
     for processes in (1, 2):
         more = (
             "train.steps=2",
-            "optim.student.warmup_steps=0",
             "train.precision=bf16",
             "train.sample_every=2",
             "evaluate.validate_every=2",
@@ -113,14 +112,8 @@ def test_two_processes_in_bf16_are_close_to_one(tiny_folder, tmp_path):
 def test_a_full_disk_ends_all_processes_and_leaves_the_last_checkpoint(tiny_folder, tmp_path, alone):
     """No file may grow beyond 256 KiB, as on a full disk; without that limit the same command resumes."""
     out = tmp_path / "two"
-    distill(tiny_folder, out, 2, "train.steps=2", "optim.student.warmup_steps=0")
-    limited = [
-        "bash",
-        "-c",
-        'ulimit -f 256; exec "$@"',
-        "-",
-        *command(tiny_folder, out, 2, "train.steps=4", "optim.student.warmup_steps=0"),
-    ]
+    distill(tiny_folder, out, 2, "train.steps=2")
+    limited = ["bash", "-c", 'ulimit -f 256; exec "$@"', "-", *command(tiny_folder, out, 2, "train.steps=4")]
     done = subprocess.run(
         limited, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
     )
@@ -128,18 +121,14 @@ def test_a_full_disk_ends_all_processes_and_leaves_the_last_checkpoint(tiny_fold
     assert "step_00000004: this checkpoint cannot be written" in done.stderr
     assert "earlier ones are unchanged" in done.stderr
     assert [path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")] == ["step_00000002"]
-    assert (
-        "resuming from step 2" in distill(tiny_folder, out, 2, "train.steps=4", "optim.student.warmup_steps=0").stderr
-    )
+    assert "resuming from step 2" in distill(tiny_folder, out, 2, "train.steps=4").stderr
     assert_close(weights(out), weights(alone))
 
 
 @pytest.mark.slow
 def test_four_processes_in_two_groups_resume_from_two(tiny_folder, tmp_path, alone):
-    distill(tiny_folder, tmp_path / "run", 2, "train.steps=2", "optim.student.warmup_steps=0")
-    distill(
-        tiny_folder, tmp_path / "run", 4, "train.steps=4", "optim.student.warmup_steps=0", "train.fsdp_shard_size=2"
-    )
+    distill(tiny_folder, tmp_path / "run", 2, "train.steps=2")
+    distill(tiny_folder, tmp_path / "run", 4, "train.steps=4", "train.fsdp_shard_size=2")
     torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), atol=1e-5, rtol=1e-5)
     assert_close(weights(tmp_path / "run"), weights(alone))
 
@@ -157,12 +146,7 @@ def test_four_processes_in_two_groups_resume_from_two(tiny_folder, tmp_path, alo
 )
 def test_terms_and_methods_equal_one_process(tiny_folder, tmp_path, more):
     """With real samples and trajectory caches, which the main process makes for both, and with drawn levels."""
-    sizes = (
-        "trajectory.num_trajectories=4",
-        "trajectory.guidance_scale=null",
-        "train.steps=2",
-        "optim.student.warmup_steps=0",
-    )
+    sizes = ("trajectory.num_trajectories=4", "trajectory.guidance_scale=null", "train.steps=2")
     for processes in (1, 2):
         distill(tiny_folder, tmp_path / str(processes), processes, *sizes, *more)
     assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))
@@ -170,13 +154,7 @@ def test_terms_and_methods_equal_one_process(tiny_folder, tmp_path, more):
 
 @pytest.mark.slow
 def test_lora_adapters_on_two_processes(tiny_folder, tmp_path):
-    more = (
-        "models.train=lora",
-        "models.rank=4",
-        "train.steps=3",
-        "optim.student.warmup_steps=0",
-        "optim.student={lr: 0.01, ema_decay: 0.5}",
-    )
+    more = ("models.train=lora", "models.rank=4", "train.steps=3", "optim.student={lr: 0.01, ema_decay: 0.5}")
     for processes in (1, 2):
         distill(tiny_folder, tmp_path / str(processes), processes, *more)
     assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"))

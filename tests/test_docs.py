@@ -128,13 +128,7 @@ def test_code_of_the_extension_guide_runs(tiny_folder: Path, tmp_path: Path) -> 
     (recipe,) = blocks(text, "yaml")
     (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
     terms = "method={name: dmd, terms: {cfg_augmentation: {}, latent_norm: {weight: 0.5, target: 1.2}}}"
-    settings = [
-        f"teacher={tiny_folder}",
-        "train.steps=1",
-        "optim.student.warmup_steps=0",
-        "train.batch_size=2",
-        "evaluate.enabled=false",
-    ]
+    settings = [f"teacher={tiny_folder}", "train.steps=1", "train.batch_size=2", "evaluate.enabled=false"]
     for number, changes in enumerate([settings, [*settings, terms]]):
         out = tmp_path / str(number)
         words = ["distill", tmp_path / "mine.yaml", "--out", out, *(word for each in changes for word in ("-s", each))]

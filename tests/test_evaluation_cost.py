@@ -67,7 +67,6 @@ def own_run(tmp_path: Path, tiny_folder: Path, *more: str) -> Path:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"text": "a dog number {i}"}}\n' for i in range(40)))
     overrides = [f"teacher={tiny_folder}", f"prompts.source={prompts}", "prompts.column=text", "train.steps=1",
-                 "optim.student.warmup_steps=0",
                  "train.batch_size=2", "train.sample_every=0", "train.precision=fp32", *more]  # fmt: skip
     api.distill("micro-decoupled", tmp_path / "run", overrides=overrides)
     return tmp_path / "run"

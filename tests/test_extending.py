@@ -76,13 +76,7 @@ def test_a_method_in_one_file_runs_in_two_processes(recipe: Path, tmp_path: Path
 
 def test_a_loss_term_in_one_file_is_part_of_method_dmd(tiny_folder: Path, tmp_path: Path) -> None:
     terms = "method.terms={cfg_augmentation: {}, latent_norm: {weight: 0.5, target: 1.2}}"
-    settings = [
-        "train.steps=1",
-        "optim.student.warmup_steps=0",
-        "train.batch_size=2",
-        "train.log_every=1",
-        "evaluate.enabled=false",
-    ]
+    settings = ["train.steps=1", "train.batch_size=2", "train.log_every=1", "evaluate.enabled=false"]
     words = [word for setting in [f"teacher={tiny_folder}", terms, *settings] for word in ("-s", setting)]
     fewstep("distill", "micro-ca", "--out", tmp_path / "run", *words, plugin="latent_norm.py")
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -30,14 +30,7 @@ from fewstep.training.train_state import TrainState
 pytestmark = pytest.mark.gpu
 
 SHORT = [
-    *(
-        "train.steps=2",
-        "optim.student.warmup_steps=0",
-        "train.batch_size=4",
-        "train.log_every=1",
-        "train.save_every=2",
-        "train.sample_every=0",
-    ),
+    *("train.steps=2", "train.batch_size=4", "train.log_every=1", "train.save_every=2", "train.sample_every=0"),
     *("evaluate.enabled=false", "evaluate.validate_every=0", "method.fake_score_updates=1"),
 ]
 
@@ -54,13 +47,9 @@ def test_fp8_products_are_close_to_bf16() -> None:
 
 def test_bf16_training_on_the_gpu_resumes_exactly(tiny_folder, tmp_path) -> None:
     words = [f"teacher={tiny_folder}", *SHORT, "train.precision=bf16"]
-    api.distill(
-        "micro-decoupled", tmp_path / "whole", overrides=[*words, "train.steps=4", "optim.student.warmup_steps=0"]
-    )
+    api.distill("micro-decoupled", tmp_path / "whole", overrides=[*words, "train.steps=4"])
     api.distill("micro-decoupled", tmp_path / "parts", overrides=words)
-    api.distill(
-        "micro-decoupled", tmp_path / "parts", overrides=[*words, "train.steps=4", "optim.student.warmup_steps=0"]
-    )
+    api.distill("micro-decoupled", tmp_path / "parts", overrides=[*words, "train.steps=4"])
     whole, parts = (load(tmp_path / run / "student").transformer.state_dict() for run in ("whole", "parts"))
     assert max((whole[name] - parts[name]).abs().max().item() for name in whole) < 1e-3
 

@@ -28,11 +28,9 @@ def test_a_run_resumes_exactly_and_its_files_open_in_diffusers(tiny, tiny_folder
     more = [f"teacher={tiny_folder}", *SHORT, "models.rank=4", "models.fake_score_rank=2", "models.lora_alpha=8"]
     more += ["models.gradient_checkpointing=true"]
     more += ["optim.student={lr: 0.05, ema_decay: 0.5}", "optim.fake_score={lr: 0.01}"]
-    made = api.distill(
-        "micro-turbo", tmp_path / "whole", overrides=[*more, "train.steps=3", "optim.student.warmup_steps=0"]
-    )
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=2", "optim.student.warmup_steps=0"])
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=3", "optim.student.warmup_steps=0"])
+    made = api.distill("micro-turbo", tmp_path / "whole", overrides=[*more, "train.steps=3"])
+    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=2"])
+    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=3"])
     files = [sorted((tmp_path / run).glob("**/*.safetensors")) for run in ("whole", "parts")]
     files = [[f for f in each if "checkpoints" not in f.parts] for each in files]
     assert len(files[0]) == 4
@@ -74,13 +72,7 @@ def test_invalid_adapter_settings_are_refused(tiny_folder):
 
 
 def test_an_adapter_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
-    more = [
-        "models.rank=2",
-        "models.lora_alpha=1",
-        "train.steps=1",
-        "optim.student.warmup_steps=0",
-        "optim.student={lr: 0.01}",
-    ]
+    more = ["models.rank=2", "models.lora_alpha=1", "train.steps=1", "optim.student={lr: 0.01}"]
     overrides = [f"teacher={tiny_folder}", *SHORT, *more]
     first = api.distill("micro-turbo", tmp_path / "first", overrides=overrides).student
     recipe = load_recipe("micro-turbo", [*overrides, f"init={first}"])
@@ -100,13 +92,7 @@ def test_an_adapter_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
 
 def test_bf16_base_with_fp32_adapters(tiny_folder, tmp_path):
     """The base takes half the memory, adapters are trained in fp32; the student is the base plus its adapter."""
-    more = (
-        "models.frozen_dtype=bf16",
-        "models.rank=4",
-        "train.steps=2",
-        "optim.student.warmup_steps=0",
-        "train.precision=bf16",
-    )
+    more = ("models.frozen_dtype=bf16", "models.rank=4", "train.steps=2", "train.precision=bf16")
     out = tmp_path / "run"
     overrides = [f"teacher={tiny_folder}", *SHORT, *more, "optim.student={lr: 0.01}"]
     recipe = load_recipe("micro-turbo", overrides)

@@ -137,7 +137,6 @@ def test_adapters_train_as_on_the_dequantized_base(tiny, checkpointed):
 def test_a_distillation_with_an_fp8_teacher(tiny_folder, tmp_path, train):
     overrides = [
         f"teacher={tiny_folder}", f"models.train={train}", "models.frozen_dtype=fp8", "train.steps=2",
-        "optim.student.warmup_steps=0",
         "train.batch_size=2", "train.precision=bf16", "train.sample_every=0", "evaluate.enabled=false",
         "method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0",
         "optim.student={lr: 0.01}",

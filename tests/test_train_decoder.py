@@ -83,13 +83,7 @@ def test_recipe_keeps_latents_and_everything_but_the_decoder(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_decoder, "measure_vae", partial(measure_vae, count=4))
-    overrides = [
-        f"init={tiny_folder}",
-        "train.steps=2",
-        "optim.warmup_steps=0",
-        "train.batch_size=2",
-        "train.precision=fp32",
-    ]
+    overrides = [f"init={tiny_folder}", "train.steps=2", "train.batch_size=2", "train.precision=fp32"]
     recipe = load_recipe("micro-decoder", overrides)
     with RunDir(tmp_path / "run", recipe) as run:
         folder = train_decoder.train(recipe, run)

@@ -69,13 +69,7 @@ def test_quality_falls_with_noise_on_latents(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_recipe_trains_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_vae, "measure_vae", partial(measure_vae, count=4))
-    overrides = [
-        "train.steps=2",
-        "optim.warmup_steps=0",
-        "train.batch_size=2",
-        "model.block_out_channels=[8,8,16,16]",
-        "train.precision=fp32",
-    ]
+    overrides = ["train.steps=2", "train.batch_size=2", "model.block_out_channels=[8,8,16,16]", "train.precision=fp32"]
     recipe = load_recipe("micro-vae-robust", overrides)
     with RunDir(tmp_path / "run", recipe) as run:
         assert train_vae.train(recipe, run) == tmp_path / "run"

@@ -212,14 +212,6 @@ CONTRADICTIONS = Section(
             Case("emoji train micro-vae -s optim.lr_schedule=constant", "set optim.min_lr_ratio=0 too"),
         ),
         Message(
-            "{recipe}: {key}.warmup_steps {count}: longer than the training of {steps} steps; set {key}={value} too",
-            "The learning rate would never reach its value.",
-            _set("optim.student.warmup_steps=2", "optim.student.warmup_steps 2: longer than the training of 1 steps"),
-            Case("distill micro-turbo -s train.steps=5", "set optim.student.warmup_steps=0 too"),
-            Case("plan micro-turbo -s train.steps=5", "optim.student.warmup_steps 10"),
-            Case("emoji train micro-vae -s train.steps=20", "set optim.warmup_steps=2 too"),
-        ),
-        Message(
             "{recipe}: method.terms.{term}.weight: last_step {last} is not after first_step {first}, of {steps} steps",
             "A ramp needs at least one step; shares such as 85% are of `train.steps`.",
             _set("method.terms.cfg_augmentation.weight={kind: linear, first_step: 5}", "cfg_augmentation.weight: last"),

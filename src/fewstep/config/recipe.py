@@ -42,7 +42,7 @@ class TrainingRecipe(Recipe):
     @model_validator(mode="after")
     def _check_optimizers(self) -> Self:
         optimizers = {key: value for key, value in self if isinstance(value, OptimSettings)}
-        check_optimizers(optimizers, self.train)
+        check_optimizers(optimizers)
         return self
 
 
@@ -82,7 +82,7 @@ class Stage(Settings):
                 f"optim.{unknown[0]}: method {self.method.name} has no such trainable part here (it trains "
                 f"{', '.join(parts)})"
             )
-        check_optimizers({f"optim.{part}": settings for part, settings in self.optim.items()}, self.train)
+        check_optimizers({f"optim.{part}": settings for part, settings in self.optim.items()})
         self.method.check(self)
         if self.train.keep_best is not None:
             self.method.check_metric(self.train.keep_best.metric, self)

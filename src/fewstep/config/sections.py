@@ -98,21 +98,12 @@ class OptimSettings(Settings):
     )
 
 
-def check_optimizers(optim: Mapping[str, OptimSettings], train: TrainSettings) -> None:
-    """Check optimizers, by their keys, beside the length of the training.
-
-    Raises:
-        ValueError: a value without effect, or a warm-up that does not end.
-    """
+def check_optimizers(optim: Mapping[str, OptimSettings]) -> None:
+    """Check optimizers by their keys. Raises: ValueError for a value without effect."""
     for key, settings in optim.items():
         if settings.lr_schedule == "constant" and settings.min_lr_ratio:
             raise ValueError(
                 f"{key}.min_lr_ratio: no effect on a constant rate; set {key}.min_lr_ratio=0 too, or leave it out"
-            )
-        if settings.warmup_steps > train.steps:
-            raise ValueError(
-                f"{key}.warmup_steps {settings.warmup_steps}: longer than the training of {train.steps} steps; set "
-                f"{key}.warmup_steps={train.steps // 10} too"
             )
 
 
