@@ -219,7 +219,6 @@ def test_overwrite_deletes_only_what_a_run_makes(tmp_path: Path) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file and folder below a folder; folders have no bytes."""
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(directory.rglob("*"))}
 
 
@@ -238,9 +237,8 @@ def test_a_refused_run_leaves_the_directory_as_it_was(tmp_path: Path, overwrite:
 
 
 def test_a_run_that_has_begun_is_kept_after_an_error(tmp_path: Path) -> None:
-    run = RunDir(tmp_path, tiny_recipe())
-    run.track(0)
-    with pytest.raises(UserError, match="a full disk"), run:
+    with pytest.raises(UserError, match="a full disk"), RunDir(tmp_path, tiny_recipe()) as run:
+        run.track(0)
         raise UserError("a full disk")
     assert (tmp_path / "recipe.yaml").exists()
 

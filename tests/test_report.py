@@ -6,67 +6,24 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from evaluation_setup import STUDENT, TEACHER, emoji_prompts, model, seeds_used
 from rich.console import Console
 
 import fewstep.evaluation
-from fewstep.config.sections import PromptSettings
-from fewstep.data.images import to_uint8
-from fewstep.data.prompts import open_prompts
-from fewstep.emoji.dataset import EmojiDataset
 from fewstep.errors import UserError
-from fewstep.evaluation import image_sets, kept_images
 from fewstep.evaluation.metrics_file import ImageColumn, Metrics, Samples, targets
 from fewstep.evaluation.report import render
 from fewstep.evaluation.runner import evaluate
-from fewstep.evaluation.settings import Setting, default_settings
+from fewstep.evaluation.settings import default_settings
 from fewstep.evaluation.table import columns, format_number, print_summary
-from fewstep.inference.generate import GenerationResult
-from fewstep.inference.params import SamplingParams
+
+__all__ = ["seeds_used"]  # a fixture
 
 FD, DIVERSITY = "fd_teacher[open-nsfw]", "diversity[open-nsfw]"
-
-
-def model(**config: Any) -> Any:
-    config = SimpleNamespace(height=64, width=64, **config)
-    transformer = SimpleNamespace(dtype=torch.float32)
-    return SimpleNamespace(generation_config=config, device=torch.device("cpu"), transformer=transformer)
-
-
-TEACHER = model(steps=50, guidance_scale=3.0, guidance_distilled=False)
-STUDENT = model(steps=4, guidance_scale=0.0, guidance_distilled=True)
-
-
-def emoji_prompts(count: int) -> list[str]:
-    return list(open_prompts(PromptSettings()).texts("test")[:count])
-
-
-@pytest.fixture
-def seeds_used(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Replaces generation; returns the seeds of each call."""
-    dataset = EmojiDataset.load()
-    used: list[list[int]] = []
-
-    def generate(model: Any, prompts: list[str], params: SamplingParams, callback: Any):
-        seeds = [params.seed + i for i in range(len(prompts))]
-        used.append(seeds)
-        specs = [dataset.parse(prompt) or dataset.specs("train")[0] for prompt in prompts]
-        images = torch.cat(
-            [dataset.render([c], torch.Generator().manual_seed(s)) for c, s in zip(specs, seeds, strict=True)]
-        )
-        assert params.steps is not None
-        if params.steps < 50:
-            images = F.interpolate(F.avg_pool2d(images, 2 if model is STUDENT else 8), 64)
-        return GenerationResult(to_uint8(images), params.steps * (2 if params.guidance_scale else 1), 0.5 * len(images))
-
-    monkeypatch.setattr(image_sets, "generate", generate)
-    monkeypatch.setattr(kept_images, "model_fingerprint", lambda model: repr(model.generation_config))
-    return used
 
 
 def test_a_student_beside_its_teacher(seeds_used: list[list[int]], tmp_path: Path) -> None:
@@ -108,59 +65,6 @@ def test_a_student_beside_its_teacher(seeds_used: list[list[int]], tmp_path: Pat
     assert "student/loss" in page
     assert "student/lr" not in page
     assert (tmp_path / "report" / "grid.png").stat().st_size > 1000
-
-
-def test_an_interrupted_evaluation_continues(
-    seeds_used: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = ["a quiet street", "two boats", "a hill"]
-    options: dict[str, Any] = {"diversity_prompts": 1, "diversity_seeds": 2}
-    options["out"] = tmp_path / "report"
-    generate = image_sets.generate
-
-    def interrupted(model: Any, prompts: list[str], params: SamplingParams, callback: Any) -> GenerationResult:
-        if len(seeds_used) == 3:
-            raise KeyboardInterrupt
-        return generate(model, prompts, params, callback)
-
-    def measure(**changed: Any) -> Metrics:
-        return evaluate(STUDENT, teacher=TEACHER, prompts=prompts, **(options | changed))
-
-    monkeypatch.setattr(image_sets, "generate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        measure()
-    kept = sorted(path.name for path in (tmp_path / "report" / ".images").iterdir())
-    assert kept == ["teacher_4.safetensors", "teacher_50-seeds.safetensors", "teacher_50.safetensors"]
-
-    monkeypatch.setattr(image_sets, "generate", generate)
-    seeds_used.clear()
-    found = measure()
-    assert len(seeds_used) == 8 - 3  # calls: two for each setting
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["grid.png", "index.html", "metrics.json"]
-    assert measure(out=None) == found
-    assert len(seeds_used) == 5 + 8
-
-
-@pytest.mark.parametrize(
-    ("changed", "made_again"),
-    [
-        ({}, False),
-        ({"seed": 1}, True),
-        ({"prompts": ["a hill", "a cow", "a cat"]}, True),
-        ({"settings": [Setting("one", STUDENT, 5, 0.0)]}, True),
-        ({"settings": [Setting("one", STUDENT, 4, 1.0)]}, True),
-        ({"settings": [Setting("one", TEACHER, 4, 0.0)]}, True),
-    ],
-)
-def test_images_of_another_evaluation_are_not_used(
-    seeds_used: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: Any, made_again: bool
-) -> None:
-    monkeypatch.setattr(kept_images.KeptImages, "delete", lambda _: None)  # as if it were always interrupted
-    options: dict[str, Any] = {"prompts": ["a hill", "a cow", "a dog"], "settings": [Setting("one", STUDENT, 4, 0.0)]}
-    evaluate(STUDENT, **options, out=tmp_path, diversity_prompts=1)
-    seeds_used.clear()
-    evaluate(STUDENT, **(options | changed), out=tmp_path, diversity_prompts=1)
-    assert len(seeds_used) == (2 if made_again else 0)
 
 
 def test_other_prompts_are_measured_without_scores(seeds_used: list[list[int]]) -> None:

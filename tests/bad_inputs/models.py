@@ -1,15 +1,11 @@
 """Models that are missing, incomplete or damaged."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from shutil import rmtree
-
-import torch
-from safetensors.torch import load_file, save_file
 
 from bad_inputs.files import CACHE, DISTILL, PROMPTS, TRANSFORMER, deleted, folder, json_with, link_loop, truncated
 from bad_inputs.table import Case, Content, Message, Section
+from bad_inputs.weights import lora, not_finite, renamed, with_a_tensor, without_a_tensor
 
 _PROMPTS = {"prompts.txt": PROMPTS}
 _SCHEDULER = "tiny/scheduler/scheduler_config.json"
@@ -19,35 +15,6 @@ _INDEX = f"{TRANSFORMER}.index.json"
 
 def _generate(expected: str, files: Mapping[str, Content], model: str = "tiny") -> Case:
     return Case(f"generate {model} 'a fox'", expected, files)
-
-
-def _renamed(path: Path) -> None:
-    os.rename(path, path.with_name("diffusion_pytorch_model.fp16.safetensors"))
-
-
-def _without_a_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    del tensors["x_pad_token"]
-    save_file(tensors, path)
-
-
-def _with_a_tensor(path: Path) -> None:
-    save_file(load_file(path) | {"extra": torch.zeros(2)}, path)
-
-
-def _lora(path: Path) -> None:
-    save_file({"transformer.layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 2)}, path)
-
-
-def _not_finite(path: Path) -> None:
-    """One NaN in the last of the tensors, or all numbers of a new single file."""
-    if path.exists():
-        tensors = load_file(path)
-        name = max(tensors)
-        tensors[name].flatten()[-1] = float("nan")
-        save_file(tensors, path)
-    else:
-        save_file({name: torch.full_like(x, float("nan")) for name, x in load_file(TRANSFORMER).items()}, path)
 
 
 _VAE, _TEXT = "tiny/vae/diffusion_pytorch_model.safetensors", "tiny/text_encoder/model.safetensors"
@@ -137,19 +104,19 @@ SECTION = Section(
         Message(
             "{file}: {tensor}: {count} of its {total} numbers are infinite or NaN; the weights are damaged",
             "A training that diverged, or a conversion to fp16, can leave such weights. Images would be noise.",
-            Case("convert tiny --out model", "x_pad_token: 1 of its 48", {TRANSFORMER: _not_finite}),
-            Case("convert tiny --out model --dtype bf16", f"{_VAE}: ", {_VAE: _not_finite}),
-            Case("convert tiny --out model", f"{_TEXT}: ", {_TEXT: _not_finite}),
-            Case("convert tiny --out a.safetensors --to original", TRANSFORMER, {TRANSFORMER: _not_finite}),
+            Case("convert tiny --out model", "x_pad_token: 1 of its 48", {TRANSFORMER: not_finite}),
+            Case("convert tiny --out model --dtype bf16", f"{_VAE}: ", {_VAE: not_finite}),
+            Case("convert tiny --out model", f"{_TEXT}: ", {_TEXT: not_finite}),
+            Case("convert tiny --out a.safetensors --to original", TRANSFORMER, {TRANSFORMER: not_finite}),
             Case(
                 "convert a.safetensors --out b --components-from tiny",
                 "a.safetensors: ",
-                {"a.safetensors": _not_finite},
+                {"a.safetensors": not_finite},
             ),
             Case(
                 f"convert {TRANSFORMER} --out b --components-from tiny",
                 f"{_TEXT}: ",
-                {_TEXT: _not_finite},
+                {_TEXT: not_finite},
             ),
         ),
         Message(
@@ -166,7 +133,7 @@ SECTION = Section(
         Message(
             "{file}: no such file; {reason}",
             "The weights of a component are missing, or have another name than diffusers opens.",
-            _generate("only the variant diffusion_pytorch_model.fp16.safetensors", {TRANSFORMER: _renamed}),
+            _generate("only the variant diffusion_pytorch_model.fp16.safetensors", {TRANSFORMER: renamed}),
             _generate(
                 "diffusion_pytorch_model.bin is pickled",
                 {TRANSFORMER: deleted, TRANSFORMER.replace("safetensors", "bin"): b"x"},
@@ -203,17 +170,17 @@ SECTION = Section(
         Message(
             "{folder}: one missing tensor: {name}",
             "The weights do not belong to this `config.json`.",
-            _generate("x_pad_token", {TRANSFORMER: _without_a_tensor}),
+            _generate("x_pad_token", {TRANSFORMER: without_a_tensor}),
         ),
         Message(
             "{file}: one unexpected tensor: {name}",
             "The weights do not belong to this `config.json`.",
-            _generate("extra", {TRANSFORMER: _with_a_tensor}),
+            _generate("extra", {TRANSFORMER: with_a_tensor}),
         ),
         Message(
             "{file}: seems to be a LoRA adapter, which is no whole model; {advice}",
             "A model's folder needs all weights.",
-            _generate(TRANSFORMER, {TRANSFORMER: _lora}),
+            _generate(TRANSFORMER, {TRANSFORMER: lora}),
         ),
         Message(
             "{file}: {name} is {shape}, expected {other} and {count} more",
