@@ -228,17 +228,16 @@ def test_a_refused_run_leaves_the_directory_as_it_was(tmp_path: Path, overwrite:
     if overwrite:
         fit(tiny_trainer(earlier, steps=5)).run.close()
     before = contents(tmp_path)
-    with (
-        pytest.raises(UserError, match="no such teacher"),
-        RunDir(earlier, tiny_recipe(seed=4), overwrite=overwrite, fingerprints={"teacher": "x"}),
-    ):
+    run = RunDir(earlier, tiny_recipe(seed=4), overwrite=overwrite, fingerprints={"teacher": "x"})
+    with pytest.raises(UserError, match="no such teacher"), run:
         raise UserError("no such teacher")
     assert contents(tmp_path) == before
 
 
 def test_a_run_that_has_begun_is_kept_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a full disk"), RunDir(tmp_path, tiny_recipe()) as run:
-        run.track(0)
+    run = RunDir(tmp_path, tiny_recipe())
+    run.track(0)
+    with pytest.raises(UserError, match="a full disk"), run:
         raise UserError("a full disk")
     assert (tmp_path / "recipe.yaml").exists()
 

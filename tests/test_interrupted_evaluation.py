@@ -50,22 +50,22 @@ def test_an_interrupted_evaluation_continues(
 
 
 @pytest.mark.parametrize(
-    ("changed", "made_again"),
+    ("changed", "calls"),
     [
-        ({}, False),
-        ({"seed": 1}, True),
-        ({"prompts": ["a hill", "a cow", "a cat"]}, True),
-        ({"settings": [Setting("one", STUDENT, 5, 0.0)]}, True),
-        ({"settings": [Setting("one", STUDENT, 4, 1.0)]}, True),
-        ({"settings": [Setting("one", TEACHER, 4, 0.0)]}, True),
+        ({}, 0),
+        ({"seed": 1}, 2),
+        ({"prompts": ["a hill", "a cow", "a cat"]}, 1),  # the prompt with several seeds is the same
+        ({"settings": [Setting("one", STUDENT, 5, 0.0)]}, 2),
+        ({"settings": [Setting("one", STUDENT, 4, 1.0)]}, 2),
+        ({"settings": [Setting("one", TEACHER, 4, 0.0)]}, 2),
     ],
 )
 def test_images_of_another_evaluation_are_not_used(
-    seeds_used: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: Any, made_again: bool
+    seeds_used: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: Any, calls: int
 ) -> None:
     monkeypatch.setattr(kept_images.KeptImages, "delete", lambda _: None)  # as if it were always interrupted
     options: dict[str, Any] = {"prompts": ["a hill", "a cow", "a dog"], "settings": [Setting("one", STUDENT, 4, 0.0)]}
     evaluate(STUDENT, **options, out=tmp_path, diversity_prompts=1)
     seeds_used.clear()
     evaluate(STUDENT, **(options | changed), out=tmp_path, diversity_prompts=1)
-    assert len(seeds_used) == (2 if made_again else 0)
+    assert len(seeds_used) == calls
