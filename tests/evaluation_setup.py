@@ -38,7 +38,7 @@ def seeds_used(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     dataset = EmojiDataset.load()
     used: list[list[int]] = []
 
-    def generate(model: Any, prompts: list[str], params: SamplingParams, callback: Any):
+    def generate(model: Any, prompts: list[str], params: SamplingParams, callback: Any = None):
         seeds = [params.seed + i for i in range(len(prompts))]
         used.append(seeds)
         specs = [dataset.parse(prompt) or dataset.specs("train")[0] for prompt in prompts]

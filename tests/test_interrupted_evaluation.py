@@ -1,4 +1,4 @@
-"""An evaluation continues from the images that an interrupted one has made."""
+"""An evaluation takes images that were made before: by an interrupted one, or published with the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_setup import STUDENT, TEACHER, seeds_used
+from evaluation_setup import STUDENT, TEACHER, emoji_prompts, seeds_used
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fewstep.evaluation import image_sets, kept_images
 from fewstep.evaluation.metrics_file import Metrics
@@ -69,3 +71,28 @@ def test_images_of_another_evaluation_are_not_used(
     seeds_used.clear()
     evaluate(STUDENT, **(options | changed), out=tmp_path, diversity_prompts=1)
     assert len(seeds_used) == calls
+
+
+def test_images_that_come_with_the_teacher_are_taken_where_it_makes_the_same(
+    seeds_used: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = emoji_prompts(12)
+    options: dict[str, Any] = {"teacher": TEACHER, "diversity_prompts": 2, "diversity_seeds": 2}
+    monkeypatch.setattr(kept_images.KeptImages, "delete", lambda _: None)
+    plain = evaluate(STUDENT, prompts=prompts, out=tmp_path, **options)
+    published = tmp_path / kept_images.KEPT
+    for file in published.glob("[!.]*_4*"):
+        file.unlink()
+    seeds_used.clear()
+    found = evaluate(STUDENT, prompts=prompts, published=published, **options)
+    assert found.figures == plain.figures
+    assert [len(seeds) for seeds in seeds_used] == [8] + 3 * [12, 2]  # a few images, to check them
+
+    file = published / "teacher_50.safetensors"
+    with safe_open(file, "pt") as opened:
+        images, metadata = opened.get_tensor("images"), opened.metadata()
+    save_file({"images": 255 - images}, file, metadata)
+    seeds_used.clear()
+    assert evaluate(STUDENT, prompts=prompts, published=published, **options).figures == plain.figures
+    assert [len(seeds) for seeds in seeds_used] == [8] + 4 * [12, 2]
+    assert "the images that come with the model differ from those made here; making all" in capsys.readouterr().err

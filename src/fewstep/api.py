@@ -20,6 +20,7 @@ from fewstep.data.prompts import PromptSource, check_held_out, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
+from fewstep.evaluation.kept_images import PUBLISHED
 from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
 from fewstep.evaluation.runner import evaluate as _evaluate
@@ -123,6 +124,7 @@ def distill(
                 max_minutes=settings.max_minutes,
                 out=report,
                 curves=curves if curves.exists() else None,
+                published=resolve_model(resolved.teacher) / PUBLISHED,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -184,6 +186,7 @@ def evaluate(
     teacher = find_teacher(model, teacher)
     texts, measured = list(prompts), _loaded(model, device)
     if teacher is not None and not isinstance(teacher, TextToImagePipeline):
+        options = {"published": teacher / PUBLISHED} | options
         teacher = load(teacher, measured.device, measured.transformer.dtype)
     return _evaluate(measured, prompts=texts, teacher=teacher, out=out, **options)
 

@@ -21,8 +21,10 @@ from fewstep.evaluation.metrics_file import Figures, ImageColumn
 from fewstep.evaluation.settings import Setting
 from fewstep.inference.generate import GenerationResult, generate
 from fewstep.inference.params import SamplingParams
-from fewstep.progress import ProgressBars
+from fewstep.progress import ProgressBars, log_line
 from fewstep.rewards.protocol import Classifier, Grouped, Scorer
+
+CHECKED_IMAGES, MAX_DIFFERENCE = 8, 1.0  # of published images are made again; the mean difference, of 255
 
 _BLANK = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
 
@@ -52,6 +54,7 @@ class ImageSets:
         diversity_prompts, diversity_seeds: how many prompts have several seeds, and how many.
         bars: shows the progress.
         kept: images of an earlier call that was interrupted; new ones are added.
+        published: images that come with a model.
 
     Raises:
         UserError: two scorers have a score of the same name.
@@ -67,8 +70,9 @@ class ImageSets:
         scorers: Sequence[Scorer],
         bars: ProgressBars,
         kept: KeptImages,
+        published: KeptImages,
     ) -> None:
-        self.kept = kept
+        self.kept, self.published = kept, published
         self.prompts, self.seed, self.network, self.scorers, self.bars = list(prompts), seed, network, scorers, bars
         self.some, self.num_seeds = min(diversity_prompts, len(prompts)), diversity_seeds
         #: the names of each scorer's scores
@@ -88,12 +92,18 @@ class ImageSets:
         """A setting's images, and how they were made."""
         count = len(self.prompts)
         progress = self.bars.add(setting.title, count + self.some * (self.num_seeds - 1))
-        params = SamplingParams(steps=setting.steps, guidance_scale=setting.guidance_scale, seed=self.seed)
-        main = self._generated(setting, "", self.prompts, params, progress)
         # The first of a prompt's seeds is its main image; the others are beyond all main seeds.
         some = [prompt for prompt in self.prompts[: self.some] for _ in range(self.num_seeds - 1)]
-        other_seeds = params.model_copy(update={"seed": image_seed(self.seed, count)})
-        more = self._generated(setting, "-seeds", some, other_seeds, progress)
+        params = setting.params(self.seed)
+        other_params = setting.params(image_seed(self.seed, count))
+        main = self._published(setting, self.prompts, params, progress)
+        more = None
+        if main is not None:
+            more = self.published.load(*self._kept_as(self.published, setting, some, other_params, "-seeds"))
+        if main is None:
+            main = self._generated(setting, self.prompts, params, progress)
+        if more is None:
+            more = self._generated(setting, some, other_params, progress, "-seeds")
         others = more.images.unflatten(0, (self.some, self.num_seeds - 1))
         seeds = torch.cat([main.images[: self.some, None], others], dim=1)
         figures = {
@@ -104,12 +114,23 @@ class ImageSets:
         }
         return self._measured(main.images, seeds, list(range(count)), setting.title), figures
 
+    def _kept_as(
+        self, where: KeptImages, setting: Setting, prompts: list[str], params: SamplingParams, part: str = ""
+    ) -> tuple[str, dict[str, Any]]:
+        """The name of a setting's images, and what they depend on."""
+        made_by = where.made_by(setting.model, params=params.model_dump(mode="json"), prompts=prompts)
+        return f"{setting.name}{part}", made_by
+
     def _generated(
-        self, setting: Setting, part: str, prompts: list[str], params: SamplingParams, progress: Callable[[int], object]
+        self,
+        setting: Setting,
+        prompts: list[str],
+        params: SamplingParams,
+        progress: Callable[[int], object],
+        part: str = "",
     ) -> GenerationResult:
         """Images of a setting, those that were kept if there are any."""
-        name = f"{setting.name}{part}"
-        made_by = self.kept.made_by(setting.model, params=params.model_dump(mode="json"), prompts=prompts)
+        name, made_by = self._kept_as(self.kept, setting, prompts, params, part)
         found = self.kept.load(name, made_by)
         if found is not None:
             progress(len(prompts))
@@ -117,6 +138,23 @@ class ImageSets:
         made = generate(setting.model, prompts, params, lambda step: progress(step.finished))
         self.kept.save(name, made_by, made)
         return made
+
+    def _published(
+        self, setting: Setting, prompts: list[str], params: SamplingParams, progress: Callable[[int], object]
+    ) -> GenerationResult | None:
+        """Images that come with the setting's model, with the time that they take here; None where there are none, or
+        the model makes others here."""
+        found = self.published.load(*self._kept_as(self.published, setting, prompts, params))
+        if found is None:
+            return None
+        count = min(CHECKED_IMAGES, len(prompts))
+        here = generate(setting.model, prompts[:count], params)
+        difference = (here.images.float() - found.images[:count].float()).abs().mean()
+        if difference > MAX_DIFFERENCE:
+            log_line(f"{setting.title}: the images that come with the model differ from those made here; making all")
+            return None
+        progress(len(prompts))
+        return GenerationResult(found.images, found.nfe, here.seconds / count * len(prompts))
 
     def real(self, size: int, seed: int) -> ImageSet:
         """Real images of the prompts that have some."""

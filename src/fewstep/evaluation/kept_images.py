@@ -1,9 +1,10 @@
-"""Finished images of an unfinished evaluation, in its report's folder: the same evaluation continues from them.
+"""Images that evaluations have made: of an unfinished one in its report's folder, and of a model in the model's folder.
 
-    .images/<setting>.safetensors   images, uint8 [N, H, W, 3]; what they depend on, their NFE and time as metadata
-    .images/prompts.json            how many prompts fit into the time limit
+    <report>/.images/<setting>.safetensors   images, uint8 [N, H, W, 3]; what they depend on, NFE and time as metadata
+    <report>/.images/prompts.json            how many prompts fit into the time limit
+    <model>/images/<setting>.safetensors     images of the model's own number of steps, published with it
 
-They are deleted when the report is written.
+The same evaluation continues from those in its report's folder, which are deleted when the report is written.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from fewstep.inference.generate import GenerationResult
 from fewstep.machine import writing
 from fewstep.models.pipeline import TextToImagePipeline
 
-FOLDER, COUNT = ".images", "prompts.json"
+KEPT, PUBLISHED, COUNT = ".images", "images", "prompts.json"
 
 
 def model_fingerprint(model: TextToImagePipeline) -> str:
-    """A hash of what a model's images depend on: all weights as they are, settings, prompt template, device."""
+    """A hash of what a model's images depend on, but for rounding: all weights as they are, settings, template."""
     total = hashlib.blake2b(digest_size=16)
-    settings = (model.generation_config.model_dump_json(), model.shift, template_hash(model.encoder), model.device)
-    total.update(f"{settings} {torch.__version__}".encode())
+    settings = (model.generation_config.model_dump_json(), model.shift, template_hash(model.encoder))
+    total.update(str(settings).encode())
     for name, module in model.components.items():
         if isinstance(module, nn.Module):
             for key, tensor in sorted(module.state_dict().items()):
@@ -44,11 +45,11 @@ def model_fingerprint(model: TextToImagePipeline) -> str:
 class KeptImages:
     """
     Args:
-        report: the report's folder, which this process alone writes into; None keeps nothing.
+        folder: None keeps nothing.
     """
 
-    def __init__(self, report: Path | None) -> None:
-        self.folder = None if report is None else report / FOLDER
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
         self._fingerprints: dict[int, str] = {}
 
     def made_by(self, model: TextToImagePipeline, **settings: Any) -> dict[str, Any]:

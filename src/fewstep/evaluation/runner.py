@@ -12,7 +12,7 @@ from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.cost import MIN_PROMPTS, affordable_prompts, evaluation_cost, expected_minutes, nfe
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
-from fewstep.evaluation.kept_images import FOLDER, KeptImages
+from fewstep.evaluation.kept_images import KEPT, KeptImages
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.inference.params import parse_params
@@ -41,6 +41,7 @@ def evaluate(
     diversity_seeds: int = DIVERSITY_SEEDS,
     curves: str | Path | None = None,
     max_minutes: float | None = None,
+    published: Path | None = None,
 ) -> Metrics:
     """Every setting on the same prompts and seeds: image i starts from seed ``seed + i`` in all of them.
 
@@ -58,6 +59,8 @@ def evaluate(
         curves: a run's metrics.jsonl, plotted in the report.
         max_minutes: where sampling would take longer, only the first prompts are measured, at least 2; None measures
             all. What is measured, and its cost, is printed before the work.
+        published: a folder of images that come with a model; they are taken where they were made from the same weights,
+            prompts and settings, and a few that are made here agree.
 
     Raises:
         UserError: too few prompts or seeds, models on several devices, an unknown scorer or network, a folder that
@@ -83,13 +86,16 @@ def evaluate(
     if scorers is not None:
         check_applicable(opened, prompts)
     network = open_features(features, device)
-    kept = KeptImages(folder)
-    prompts = _within(max_minutes, prompts, chosen, diversity_prompts, diversity_seeds, kept)
+    kept, given = KeptImages(None if folder is None else folder / KEPT), KeptImages(published)
+    made = [setting for setting in chosen if not _is_published(given, setting, prompts, seed)]
+    prompts = _within(max_minutes, prompts, made, diversity_prompts, diversity_seeds, kept)
     images: dict[str, ImageSet] = {}
     figures: dict[str, Figures] = {}
     real: list[ImageSet] = []
     with ProgressBars() as bars:
-        sets = ImageSets(prompts, seed, diversity_prompts, diversity_seeds, network, list(opened.values()), bars, kept)
+        sets = ImageSets(
+            prompts, seed, diversity_prompts, diversity_seeds, network, list(opened.values()), bars, kept, given
+        )
         for setting in chosen:
             images[setting.name], figures[setting.name] = sets.generated(setting)
         if len(sets.real_sources) > 1:
@@ -134,6 +140,12 @@ def evaluate(
         write_report(folder, result, Samples(list(prompts), columns), Path(curves) if curves else None)
         kept.delete()
     return result
+
+
+def _is_published(images: KeptImages, setting: Setting, prompts: Sequence[str], seed: int) -> bool:
+    """Whether a setting's images of all prompts come with its model."""
+    params = setting.params(seed).model_dump(mode="json")
+    return images.load(setting.name, images.made_by(setting.model, params=params, prompts=list(prompts))) is not None
 
 
 def _within(
@@ -191,4 +203,4 @@ def check_report_folder(folder: Path) -> None:
     """Check that a report can be written. Raises: UserError."""
     for name in REPORT_FILES:
         check_file(folder / name)
-    check_folder(folder / FOLDER)
+    check_folder(folder / KEPT)
