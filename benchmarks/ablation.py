@@ -6,7 +6,7 @@ test prompts and seeds. Finished runs are kept: the same command resumes, varian
     python benchmarks/ablation.py --out runs/ablation [--minutes 2.5] [--seeds 0 1 2] [--variants hybrid shared ...]
 
 13 variants with 3 seeds take about two hours on 2 CPU cores. The minutes are those of training. GAN, mean-variance,
-DMD, DMD2, trajectory and micro-turbo also need the teacher's trajectories. These are computed once, in
+DMD, DMD2, trajectory and micro-aligned also need the teacher's trajectories. These are computed once, in
 ``<out>/cache``, for all variants; their time is printed, not counted.
 """
 
@@ -47,7 +47,7 @@ GAN = ("method.terms.gan={weight: 0.3}", "optim.discriminator={lr: 1.0e-3, betas
 LORA = ("models.train=lora", "optim.student.lr=1.5e-3", "optim.fake_score.lr=2.0e-3")
 
 #: The bundled recipe has a cosine schedule over its steps; so many of them fill a minute on 2 cores.
-TURBO, TURBO_STEPS_PER_MINUTE = "micro-turbo", 38
+TURBO, TURBO_STEPS_PER_MINUTE = "micro-aligned", 38
 
 #: Teacher steps per student step, and number, of the cached trajectories.
 SUBSTEPS, NUM_TRAJECTORIES = 4, 1024
@@ -67,7 +67,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "CDM": ("micro-cdm", ()),
     "trajectory": (BASE, ("method={name: trajectory}", NO_FAKE_SCORE)),
     # 5 of the 95 steps that it has in 2.5 minutes before DM starts
-    "micro-turbo": (TURBO, ("method.fake_score_start=80%",)),
+    "micro-aligned": (TURBO, ("method.fake_score_start=80%",)),
 }
 
 #: Variants beyond the paper's study; --variants selects them.

@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
-    recipe = load_recipe("micro-turbo", [f"teacher={arguments.model}", *RECIPE_CHANGES])
+    recipe = load_recipe("micro-aligned", [f"teacher={arguments.model}", *RECIPE_CHANGES])
     assert isinstance(recipe, DistillRecipe)
     model = load(recipe.teacher, "cpu")
     texts = open_prompts(recipe.prompts).texts("train")[::16]

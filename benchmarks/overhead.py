@@ -116,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = WARM_UP + arguments.steps
     changes = (f"teacher={arguments.model}", f"train.batch_size={arguments.batch}", f"train.steps={steps}")
-    recipe = load_recipe("micro-turbo", [*PLAIN, *changes])
+    recipe = load_recipe("micro-aligned", [*PLAIN, *changes])
     assert isinstance(recipe, DistillRecipe)
     teacher, every = load(recipe.teacher, "cpu"), open_prompts(recipe.prompts).texts("train")
     texts = every[:: len(every) // NUM_PROMPTS]

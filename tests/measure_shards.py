@@ -44,7 +44,7 @@ def main(folder: str, precision: str, out: str) -> None:
     settings = ("student.steps=1", "method.fake_score_updates=2", "method.fake_score_start=0", "train.on_alert=off")
     settings += ("method.terms={cfg_augmentation: {}, distribution_matching: {}}",)
     sizes = ("train.batch_size=4", f"train.precision={precision}", "optim.student={lr: 1.0e-4, ema_decay: 0.9}")
-    recipe = load_recipe("micro-turbo", [f"teacher={folder}", *settings, *sizes])
+    recipe = load_recipe("micro-aligned", [f"teacher={folder}", *settings, *sizes])
     with init_distributed() as dist:
         torch.manual_seed(0)
         teacher = load(folder, dist.device)

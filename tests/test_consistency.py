@@ -85,7 +85,7 @@ def test_a_text_encoder_of_another_width(folder: Path, tiny: TextToImagePipeline
     shutil.rmtree(folder / "text_encoder")
     build_text_encoder(settings, tiny.tokenizer).save_pretrained(folder / "text_encoder")
     all_refuse(folder, "its hidden states have 40 features, the transformer takes 32")
-    recipe = load_recipe("micro-turbo", [f"teacher={folder}"])
+    recipe = load_recipe("micro-aligned", [f"teacher={folder}"])
     with pytest.raises(UserError, match="text_encoder: its hidden states have 40 features"):
         plan(recipe)
 
@@ -159,13 +159,13 @@ def test_a_component_that_is_not_there(folder: Path, part: str) -> None:
 
 
 def test_an_initialization_with_other_latents_or_shapes(folder: Path, tiny_folder: Path) -> None:
-    recipe = load_recipe("micro-turbo", [f"init={folder}"])
+    recipe = load_recipe("micro-aligned", [f"init={folder}"])
     build_models(recipe, load(tiny_folder))
     edit(folder / "vae" / "config.json", scaling_factor=0.5)
     with pytest.raises(UserError, match=r"init: .*model has other latents: scaling_factor is 0.5 in its vae/config"):
         build_models(recipe, load(tiny_folder))
     with pytest.raises(UserError, match=r"init: micro (has other latents|does not have the teacher's architecture)"):
-        build_models(load_recipe("micro-turbo", ["init=micro"]), load(tiny_folder))
+        build_models(load_recipe("micro-aligned", ["init=micro"]), load(tiny_folder))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -37,7 +37,7 @@ SHORT = [
 
 
 def distill(folder, out, *more):
-    return api.distill("micro-turbo", out, overrides=[f"teacher={folder}", *SHORT, *more])
+    return api.distill("micro-aligned", out, overrides=[f"teacher={folder}", *SHORT, *more])
 
 
 def weights(run):
@@ -168,14 +168,14 @@ def test_mistakes(tiny_folder, tmp_path):
 
 
 def test_student_levels():
-    recipe = load_recipe("micro-turbo", ["student.steps=8"])
+    recipe = load_recipe("micro-aligned", ["student.steps=8"])
     assert recipe.student.levels == [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     recipe = load_recipe("micro-decoupled", ["student.steps=2", "student.timesteps=[1, 0.4]"])
     assert recipe.student.levels == [1, 0.4]
 
 
 def test_batches_are_a_pure_function_of_their_position(tiny):
-    prompts = open_prompts(load_recipe("micro-turbo", []).prompts).texts("train")[:50]
+    prompts = open_prompts(load_recipe("micro-aligned", []).prompts).texts("train")[:50]
     data, again = (prompt_batches(tiny, prompts, size=4, seed=1) for _ in range(2))
     for position in (3, 0, 3):
         once, twice = data(position, Shard()), again(position, Shard())
@@ -187,18 +187,18 @@ def test_batches_are_a_pure_function_of_their_position(tiny):
 
 
 def test_heldout_prompts_are_not_in_the_training_prompts():
-    trained = set(open_prompts(load_recipe("micro-turbo", []).prompts).texts("train"))
+    trained = set(open_prompts(load_recipe("micro-aligned", []).prompts).texts("train"))
     assert len(trained) > 5000
-    assert not trained & set(open_prompts(load_recipe("micro-turbo", []).prompts).texts("test"))
+    assert not trained & set(open_prompts(load_recipe("micro-aligned", []).prompts).texts("test"))
 
 
 def test_thirty_steps_move_the_student_towards_its_teacher(tmp_path):
     """The real micro teacher, a short run: the few-step images move towards the teacher's many-step ones."""
     teacher = load("micro")
-    prompts = open_prompts(load_recipe("micro-turbo", []).prompts).texts("test")[:64]
+    prompts = open_prompts(load_recipe("micro-aligned", []).prompts).texts("test")[:64]
     options = {"teacher=micro", *SHORT, "train.steps=30", "train.batch_size=8", "student.steps=2"}
     more = ["train.save_every=30", "optim.student.lr=3.0e-4", "optim.student.ema_decay=null"]
-    made = api.distill("micro-turbo", tmp_path / "run", overrides=[*options, *more])
+    made = api.distill("micro-aligned", tmp_path / "run", overrides=[*options, *more])
     classifier = EmojiClassifier.load()
 
     def embedding(model, steps, guidance):

@@ -29,7 +29,7 @@ def command(folder, out, processes, *more):
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     )
     settings = [word for option in (f"teacher={folder}", *OPTIONS, *more) for word in ("-s", option)]
-    return [sys.executable, *launch, "-m", "fewstep", "distill", "micro-turbo", "--out", str(out), *settings]
+    return [sys.executable, *launch, "-m", "fewstep", "distill", "micro-aligned", "--out", str(out), *settings]
 
 
 def distill(folder, out, processes, *more):

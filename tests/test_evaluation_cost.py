@@ -105,11 +105,11 @@ def test_evaluations_of_other_models_ask_for_prompts(tmp_path: Path, tiny_folder
 
 
 def test_a_planned_evaluation_is_the_counted_one() -> None:
-    recipe = load_recipe("micro-turbo", ["evaluate.max_minutes=null", "prompts.source=emoji"])
+    recipe = load_recipe("micro-aligned", ["evaluate.max_minutes=null", "prompts.source=emoji"])
     planned = planned_evaluation(recipe, recipe.evaluate, 200)
     assert "200 test prompts of emoji, 248 images in each of 4 settings, 28,768 forward passes" in planned
     assert "no limit" in planned
-    assert load_recipe("micro-turbo", []).evaluate.max_minutes == 10
+    assert load_recipe("micro-aligned", []).evaluate.max_minutes == 10
 
 
 def test_an_interrupted_evaluation_measures_as_many_prompts_as_before(

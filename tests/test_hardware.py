@@ -76,7 +76,7 @@ def test_emulated_bf16_is_one_line_with_its_cost(avx2: None) -> None:
     )
 
 
-@pytest.mark.parametrize("recipe", ["micro-turbo", "micro-long", "micro-teacher", "classifier"])
+@pytest.mark.parametrize("recipe", ["micro-aligned", "micro-long", "micro-teacher", "classifier"])
 def test_recipe_in_emulated_bf16_warns_before_the_training(avx2: None, tmp_path: Path, recipe: str) -> None:
     override = "stages.1.train.precision=bf16" if recipe == "micro-long" else "train.precision=bf16"
     with pytest.warns(UserWarning, match=r"^train.precision bf16: .* 20 times .* use train.precision: auto, or fp32$"):
@@ -108,7 +108,7 @@ def test_auto_precision_is_decided_once_and_written_into_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that moves to a machine without bf16 instructions keeps its precision, with a warning."""
-    given = load_recipe("micro-turbo", ["train.precision=auto"])
+    given = load_recipe("micro-aligned", ["train.precision=auto"])
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     first = resolve_precision(given, tmp_path)
     with RunDir(tmp_path, first):
@@ -131,7 +131,7 @@ def test_auto_precision_of_stages_and_of_runs_of_earlier_versions(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     stages = resolve_precision(load_recipe("micro-long", ["stages.0.train.precision=auto"]), tmp_path)
     assert {stage.train.precision for stage in stages.stages} == {"fp32"}
-    given = load_recipe("micro-turbo", ["train.precision=auto"])
+    given = load_recipe("micro-aligned", ["train.precision=auto"])
     with RunDir(tmp_path / "old", given):  # an earlier version wrote "auto"
         pass
     with RunDir(tmp_path / "old", resolve_precision(given, tmp_path / "old")) as run:
@@ -141,7 +141,7 @@ def test_auto_precision_of_stages_and_of_runs_of_earlier_versions(
 def test_distillation_writes_its_precision(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.api._distill", lambda recipe, run, *_: run.directory)
     more = [f"teacher={tiny_folder}", "train.precision=auto", "evaluate={enabled: false}"]
-    fewstep.distill("micro-turbo", tmp_path, overrides=more)
+    fewstep.distill("micro-aligned", tmp_path, overrides=more)
     written = load_recipe(tmp_path / "recipe.yaml")
     assert isinstance(written, DistillRecipe)
     assert written.train.precision == ("bf16" if has_native_bf16(CPU) else "fp32")
@@ -159,7 +159,7 @@ def test_attention_backend_that_does_not_run_here_is_refused_at_once(tiny_folder
 
 def test_missing_compiler_is_named_before_any_data_is_made(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", "models.compile=true"])
+    recipe = load_recipe("micro-aligned", [f"teacher={tiny_folder}", "models.compile=true"])
     assert isinstance(recipe, DistillRecipe)
     model = load(tiny_folder)
     with pytest.raises(UserError, match=r"^models\.compile: no-such-compiler -O2 is missing; install a C"):

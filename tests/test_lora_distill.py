@@ -28,9 +28,9 @@ def test_a_run_resumes_exactly_and_its_files_open_in_diffusers(tiny, tiny_folder
     more = [f"teacher={tiny_folder}", *SHORT, "models.rank=4", "models.fake_score_rank=2", "models.lora_alpha=8"]
     more += ["models.gradient_checkpointing=true"]
     more += ["optim.student={lr: 0.05, ema_decay: 0.5}", "optim.fake_score={lr: 0.01}"]
-    made = api.distill("micro-turbo", tmp_path / "whole", overrides=[*more, "train.steps=3"])
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=2"])
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=3"])
+    made = api.distill("micro-aligned", tmp_path / "whole", overrides=[*more, "train.steps=3"])
+    api.distill("micro-aligned", tmp_path / "parts", overrides=[*more, "train.steps=2"])
+    api.distill("micro-aligned", tmp_path / "parts", overrides=[*more, "train.steps=3"])
     files = [sorted((tmp_path / run).glob("**/*.safetensors")) for run in ("whole", "parts")]
     files = [[f for f in each if "checkpoints" not in f.parts] for each in files]
     assert len(files[0]) == 4
@@ -62,7 +62,7 @@ def test_a_run_resumes_exactly_and_its_files_open_in_diffusers(tiny, tiny_folder
 
 def test_invalid_adapter_settings_are_refused(tiny_folder):
     def build(*overrides):
-        recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", "models.train=lora", *overrides])
+        recipe = load_recipe("micro-aligned", [f"teacher={tiny_folder}", "models.train=lora", *overrides])
         return build_models(recipe, load(tiny_folder), ["fake_score"])
 
     with pytest.raises(UserError, match="adapters of one rank"):
@@ -74,8 +74,8 @@ def test_invalid_adapter_settings_are_refused(tiny_folder):
 def test_an_adapter_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
     more = ["models.rank=2", "models.lora_alpha=1", "train.steps=1", "optim.student={lr: 0.01}"]
     overrides = [f"teacher={tiny_folder}", *SHORT, *more]
-    first = api.distill("micro-turbo", tmp_path / "first", overrides=overrides).student
-    recipe = load_recipe("micro-turbo", [*overrides, f"init={first}"])
+    first = api.distill("micro-aligned", tmp_path / "first", overrides=overrides).student
+    recipe = load_recipe("micro-aligned", [*overrides, f"init={first}"])
     models = build_models(recipe, load(tiny_folder))
     adapter = adapter_parameters(models.teacher.transformer, "student")
     assert max(p.abs().max() for name, p in adapter.items() if "lora_B" in name) > 1e-4
@@ -85,9 +85,9 @@ def test_an_adapter_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
         torch.testing.assert_close(models.student.denoiser(x, sigma, prompts), expected, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(models.teacher.denoiser(x, sigma, prompts), expected, atol=1e-4)
     with pytest.raises(UserError, match="another rank"):
-        build_models(load_recipe("micro-turbo", [*overrides, f"init={first}", "models.rank=3"]), load(tiny_folder))
+        build_models(load_recipe("micro-aligned", [*overrides, f"init={first}", "models.rank=3"]), load(tiny_folder))
     with pytest.raises(UserError, match="a student starts from the adapter of an earlier LoRA run"):
-        build_models(load_recipe("micro-turbo", [*overrides, f"init={tiny_folder}"]), load(tiny_folder))
+        build_models(load_recipe("micro-aligned", [*overrides, f"init={tiny_folder}"]), load(tiny_folder))
 
 
 def test_bf16_base_with_fp32_adapters(tiny_folder, tmp_path):
@@ -95,14 +95,14 @@ def test_bf16_base_with_fp32_adapters(tiny_folder, tmp_path):
     more = ("models.frozen_dtype=bf16", "models.rank=4", "train.steps=2", "train.precision=bf16")
     out = tmp_path / "run"
     overrides = [f"teacher={tiny_folder}", *SHORT, *more, "optim.student={lr: 0.01}"]
-    recipe = load_recipe("micro-turbo", overrides)
+    recipe = load_recipe("micro-aligned", overrides)
     teacher = load(tiny_folder, dtype=torch.bfloat16)
     models = build_models(recipe, teacher)
     dtypes = {(".lora_" in name, p.dtype) for name, p in teacher.transformer.named_parameters()}
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
     assert {p.dtype for p in models.student.denoiser.parameters()} == {torch.float32}
 
-    api.distill("micro-turbo", out, overrides=overrides)
+    api.distill("micro-aligned", out, overrides=overrides)
     lora = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
     assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
     assert any(tensor.abs().max() > 0 for name, tensor in lora.items() if "lora_B" in name)

@@ -117,7 +117,7 @@ def test_every_lora_target_must_match_a_layer(tiny_folder: Path) -> None:
         add_adapter(model.transformer, "student", 2, target_modules=["o_q"])
     with pytest.raises(UserError, match="no linear layer is named 'to_out'"):  # a list of layers, not a layer
         add_adapter(model.transformer, "student", 2, target_modules=["to_out", "to_q"])
-    recipe = load_recipe("micro-turbo", ["models.train=lora", "models.target_modules=[to_q,to_kk]"])
+    recipe = load_recipe("micro-aligned", ["models.train=lora", "models.target_modules=[to_q,to_kk]"])
     with pytest.raises(UserError, match=r"^models\.target_modules: no linear layer is named 'to_kk'"):
         check_models(recipe, model)  # type: ignore[arg-type]
     add_adapter(model.transformer, "student", 2, target_modules=["attention.to_q", "to_out.0"])
@@ -126,7 +126,7 @@ def test_every_lora_target_must_match_a_layer(tiny_folder: Path) -> None:
 
 def test_lora_target_is_refused_before_trajectories_are_made(tiny_folder: Path, tmp_path: Path) -> None:
     more = ["models.train=lora", "models.target_modules=[to_q,to_kk]", "trajectory.num_trajectories=1000000"]
-    recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", *more])
+    recipe = load_recipe("micro-aligned", [f"teacher={tiny_folder}", *more])
     with RunDir(tmp_path, recipe) as run, pytest.raises(UserError, match="no linear layer is named 'to_kk'"):
         distill(recipe, run)  # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ def test_metrics_of_a_recipe_are_those_that_its_training_logs(tiny_folder: Path,
         *("train={steps: 1, batch_size: 2, log_every: 1}", "evaluate={enabled: false}", "student={steps: 2}"),
         "trajectory={num_trajectories: 2, teacher_steps_per_student_step: 1}",
     ]
-    recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", *more])
+    recipe = load_recipe("micro-aligned", [f"teacher={tiny_folder}", *more])
     with RunDir(tmp_path, recipe) as run:
         distill(recipe, run)  # type: ignore[arg-type]
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
@@ -189,7 +189,7 @@ def test_best_checkpoint_by_a_score_that_validation_lacks_is_refused(tmp_path: P
     prompts.write_text("".join(f"a photograph of house number {i}\n" for i in range(100)))
     more = ["evaluate.validate_every=5", "evaluate.scorers=null", "train.keep_best={metric: val/object_acc}"]
     with pytest.raises(UserError, match=r"no 'val/object_acc' with .*; there are val/saturation, val/hf_energy"):
-        fewstep.distill("micro-turbo", tmp_path / "run", overrides=[*more, f"prompts.source={prompts}"])
+        fewstep.distill("micro-aligned", tmp_path / "run", overrides=[*more, f"prompts.source={prompts}"])
     assert not (tmp_path / "run").exists()
 
 
@@ -217,7 +217,7 @@ def test_named_scorer_that_applies_to_no_prompt_is_refused(tiny: TextToImagePipe
     file.write_text("".join(f"{prompt}\n" for prompt in prompts))
     words = ["evaluate.scorers=[emoji]", f"prompts.source={file}", "prompts.heldout_fraction=0.2"]
     with pytest.raises(UserError, match=message):
-        fewstep.distill("micro-turbo", tmp_path / "run", overrides=words)
+        fewstep.distill("micro-aligned", tmp_path / "run", overrides=words)
 
 
 def test_scores_are_found_among_many_prompts() -> None:

@@ -52,7 +52,7 @@ def change(folder: Path) -> None:
 )
 @pytest.mark.parametrize("key", ["teacher", "init", "prompts.source", "trajectory.cache", "evaluate.features"])
 def test_text_is_taken_as_it_is(key: str, path: str) -> None:
-    found = load_recipe("micro-turbo", [f"{key}={path}"])
+    found = load_recipe("micro-aligned", [f"{key}={path}"])
     for part in key.split("."):
         found = getattr(found, part)
     assert found == path
@@ -60,10 +60,10 @@ def test_text_is_taken_as_it_is(key: str, path: str) -> None:
 
 def test_quotes_null_and_other_types_are_yaml() -> None:
     words = ["teacher='a #b'", 'init="x: y"', "prompts.test_source=null", "train.steps=700", "train.keep_best=null"]
-    found = load_recipe("micro-turbo", words)
+    found = load_recipe("micro-aligned", words)
     assert isinstance(found, DistillRecipe)
     assert (found.teacher, found.init, found.prompts.test_source, found.train.steps) == ("a #b", "x: y", None, 700)
-    found = load_recipe("micro-turbo", ["evaluate.scorers=[emoji, 'clip_score:models/v1 #2']", "train.on_alert=off"])
+    found = load_recipe("micro-aligned", ["evaluate.scorers=[emoji, 'clip_score:models/v1 #2']", "train.on_alert=off"])
     assert isinstance(found, DistillRecipe)
     assert found.evaluate.scorers == ["emoji", "clip_score:models/v1 #2"]
     assert found.train.on_alert == "off"
@@ -72,7 +72,7 @@ def test_quotes_null_and_other_types_are_yaml() -> None:
 @pytest.mark.parametrize("word", ["train.steps=7 #00", "evaluate.scorers=[emoji] # clip", "models.rank=4   #8"])
 def test_a_comment_in_a_value_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=r"YAML takes '#.*' for a comment; quote the value"):
-        load_recipe("micro-turbo", [word])
+        load_recipe("micro-aligned", [word])
 
 
 def test_paths_in_commands_that_messages_give_are_quoted(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_large_file_is_told_apart_by_samples(tmp_path: Path) -> None:
 
 
 def distillation(*overrides: str) -> DistillRecipe:
-    found = load_recipe("micro-turbo", overrides)
+    found = load_recipe("micro-aligned", overrides)
     assert isinstance(found, DistillRecipe)
     return found
 

@@ -176,7 +176,7 @@ def test_trajectories_statistics_and_batches_share_features(
 ) -> None:
     """Where all prompts are encoded, that does not depend on the encoder's cache."""
     more = [f"teacher={tiny_folder}", f"method.terms={{cfg_augmentation: {{}}, distribution_matching: {{}}, {terms}}}"]
-    recipe = load_recipe("micro-turbo", [*RUN, *more])
+    recipe = load_recipe("micro-aligned", [*RUN, *more])
     fresh.encoder._cache.capacity = capacity
     prompts = encodable(fresh, numbered(20), tmp_path / "encoded")
     sources = dmd_sources(DataSetup(recipe, fresh, prompts, tmp_path / "cache"))
@@ -195,7 +195,7 @@ def test_rendered_images_use_the_stored_features(
     texts = [dataset.prompt(spec) for spec in dataset.specs("train")[:10]]
     more = [f"teacher={tiny_folder}", "method.real_source=emoji", "method.num_real_images=16"]
     more += ["method.terms={cfg_augmentation: {}, distribution_matching: {}, mmd: {}}"]
-    recipe = load_recipe("micro-turbo", [*RUN, *more])
+    recipe = load_recipe("micro-aligned", [*RUN, *more])
     fresh.encoder._cache.capacity = 0
     sources = dmd_sources(DataSetup(recipe, fresh, encodable(fresh, texts), tmp_path / "cache"))
     batch = sources["real"](0, Shard())
@@ -262,4 +262,4 @@ def test_a_cache_of_held_out_prompts_is_refused(tiny_folder: Path, tmp_path: Pat
     more = [f"trajectory.cache={tmp_path / 'cache'}", f"prompts.test_source={tmp_path / 'test.txt'}"]
     more += [f"student.steps={cache.steps}"]
     with pytest.raises(UserError, match=r"cache: \d+ prompts are also test prompts, such as 'a fox and"):
-        api.distill("micro-turbo", tmp_path / "run", overrides=[*RUN, *source, *more])
+        api.distill("micro-aligned", tmp_path / "run", overrides=[*RUN, *source, *more])

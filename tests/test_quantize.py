@@ -141,11 +141,11 @@ def test_a_distillation_with_an_fp8_teacher(tiny_folder, tmp_path, train):
         "method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0",
         "optim.student={lr: 0.01}",
     ]  # fmt: skip
-    models = build_models(load_recipe("micro-turbo", overrides), load(tiny_folder, dtype=torch.bfloat16))
+    models = build_models(load_recipe("micro-aligned", overrides), load(tiny_folder, dtype=torch.bfloat16))
     assert any(p.dtype == FP8 for p in models.teacher.transformer.parameters())
     assert {p.dtype for p in models.student.denoiser.parameters()} == {torch.float32}
 
-    made = api.distill("micro-turbo", tmp_path / "run", overrides=overrides)
+    made = api.distill("micro-aligned", tmp_path / "run", overrides=overrides)
     student = load(made.student, dtype=torch.float32)
     if train == "lora":  # the adapter is merged into the stored weights of the teacher
         lora = load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")

@@ -201,9 +201,9 @@ def test_a_run_with_every_term_resumes_exactly(tiny_folder, tmp_path, source):
     terms = f"{TERMS}, mean_variance: {{weight: 0.1}}, mmd: {{weight: 0.1}}, gan: {{weight: 0.1}}"
     more = [f"teacher={tiny_folder}", f"method.real_source={source}", f"method.terms={{{terms}}}"]
     more += ["optim.discriminator={lr: 1.0e-3}"]
-    api.distill("micro-turbo", tmp_path / "whole", overrides=[*RUN, *more, "train.steps=2"])
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*RUN, *more, "train.steps=1"])
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*RUN, *more, "train.steps=2"])
+    api.distill("micro-aligned", tmp_path / "whole", overrides=[*RUN, *more, "train.steps=2"])
+    api.distill("micro-aligned", tmp_path / "parts", overrides=[*RUN, *more, "train.steps=1"])
+    api.distill("micro-aligned", tmp_path / "parts", overrides=[*RUN, *more, "train.steps=2"])
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("whole", "parts")]
     first, second = (json.loads(line) for line in lines)
     first.pop("seconds"), second.pop("seconds")
@@ -220,14 +220,16 @@ def test_prompts_without_a_real_image_are_refused(tiny_folder, tmp_path):
         f"method.terms={{{TERMS}, mmd: {{}}}}",
     ]
     with pytest.raises(UserError, match="no image of 'a photograph of a harbor'"):
-        api.distill("micro-turbo", tmp_path / "run", overrides=[*RUN, *more, f"prompts.source={tmp_path}/prompts.txt"])
+        api.distill(
+            "micro-aligned", tmp_path / "run", overrides=[*RUN, *more, f"prompts.source={tmp_path}/prompts.txt"]
+        )
 
 
 def test_trajectory_mse_is_zero_for_the_guided_teacher(tiny, tiny_folder, tmp_path):
     """A batch's states are the guided teacher's from the batch's noise, so its own rollout has no error."""
     overrides = [*RUN, f"teacher={tiny_folder}", "method.terms={trajectory_mse: {}}", "optim.fake_score=null"]
     overrides += ["trajectory.teacher_steps_per_student_step=1"]
-    recipe = load_recipe("micro-turbo", overrides)
+    recipe = load_recipe("micro-aligned", overrides)
     prompts = ["a fox", "a bear", "a red apple"]
     batch = dmd_sources(DataSetup(recipe, tiny, prompts, tmp_path / "cache"))["train"](7, Shard())
     sigmas = flow.get_sigmas(2, tiny.shift)
@@ -277,4 +279,4 @@ def test_trajectory_mse_trains_every_step_of_the_student():
 )
 def test_recipes_whose_terms_do_not_fit_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
-        load_recipe("micro-turbo", overrides)
+        load_recipe("micro-aligned", overrides)
