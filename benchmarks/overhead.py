@@ -94,9 +94,9 @@ class MeasuredTrainer(Trainer):
     bare_calls: BareCalls
     measured: list[tuple[float, float]]
 
-    def _take_step(self) -> dict[str, float]:
+    def take_step(self) -> dict[str, float]:
         self.step_start = time.perf_counter()
-        return super()._take_step()
+        return super().take_step()
 
     def _after_step(self) -> None:
         super()._after_step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from PIL import Image
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core.device import log_device, resolve_device
 from fewstep.core.registry import methods
+from fewstep.data.encodable_texts import EncodableTexts
 from fewstep.data.images import grid
 from fewstep.data.prompts import open_prompts
 from fewstep.data.text_prompts import encodable
 from fewstep.inference.generate import generate
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
-from fewstep.methods.models_setup import build_models, check_models
+from fewstep.methods.models_setup import Models, build_models, check_models
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
@@ -26,6 +28,78 @@ PREVIEW_IMAGES = 32
 
 #: Student -> a function that returns metrics of its present weights.
 Validator = Callable[[TextToImagePipeline], Callable[[], Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a distillation starts from. Distillations of one teacher and one list of prompts can share it.
+
+    Attributes:
+        teacher: frozen and whole.
+        prompts: the training prompts, each encoded once for all that use them.
+        validation: the validation prompts.
+    """
+
+    teacher: TextToImagePipeline
+    prompts: EncodableTexts
+    validation: Sequence[str]
+
+
+def open_inputs(recipe: DistillRecipe, dist: DistContext, encoded: Path | None) -> Inputs:
+    """The teacher and the prompts of a recipe. The test prompts are not among them.
+
+    Args:
+        encoded: folder for encoded prompts that do not fit into memory.
+    """
+    torch.manual_seed(recipe.train.seed)
+    source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
+    dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
+    teacher = load(recipe.teacher, dist.device, dtype, offload="model")
+    teacher.set_resolution(recipe.resolution)
+    check_models(recipe, teacher)
+    if dist.is_main_process:
+        log_device(dist.device)
+    with dist.main_process_first():
+        prompts = encodable(teacher, source.texts("train"), encoded)
+    return Inputs(teacher, prompts, source.texts("validation"))
+
+
+def make_trainer(
+    recipe: DistillRecipe,
+    run: RunDir,
+    inputs: Inputs,
+    validator: Validator | None = None,
+    dist: DistContext | None = None,
+    cache: Path | None = None,
+) -> tuple[Trainer, Models]:
+    """The trainer of a recipe, and the models that it trains; with adapters, the teacher of ``inputs`` gets them.
+
+    Arguments as for :func:`distill`.
+    """
+    dist = dist or DistContext()
+    method_class: type[DistillMethod] = methods.get(recipe.method.name)
+    torch.manual_seed(recipe.train.seed)
+    with dist.main_process_first():
+        data = DataSetup(recipe, inputs.teacher, inputs.prompts, cache or run.directory / "cache")
+        sources = method_class.batch_sources(data)
+    models = build_models(recipe, inputs.teacher, recipe.method.extra_models(), dist)
+    setup = MethodSetup(recipe, models, inputs.teacher.encode([""]), sources, inputs.prompts, dist)
+    method = method_class.build(setup)
+    models.student.enable_model_cpu_offload()
+    every = recipe.evaluate.validate_every if validator is not None else 0
+    trainer = Trainer(
+        method,
+        sources["train"],
+        run,
+        train=recipe.train,
+        optim=recipe.optim,
+        preview=make_preview(models.student, (inputs.validation or inputs.prompts)[:PREVIEW_IMAGES]),
+        validate=validator(models.student) if validator is not None and every else None,
+        validate_every=every,
+        alert_rules=method_class.alert_rules,
+        dist=dist,
+    )
+    return trainer, models
 
 
 def distill(
@@ -48,36 +122,8 @@ def distill(
         encoded: folder for encoded prompts that do not fit into memory; ``<run>/encoded-prompts`` by default.
     """
     dist = dist or DistContext(device=resolve_device())
-    method_class: type[DistillMethod] = methods.get(recipe.method.name)
-    torch.manual_seed(recipe.train.seed)
-    source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
-    dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
-    teacher = load(recipe.teacher, dist.device, dtype, offload="model")
-    teacher.set_resolution(recipe.resolution)
-    check_models(recipe, teacher)
-    if dist.is_main_process:
-        log_device(dist.device)
-    with dist.main_process_first():
-        prompts = encodable(teacher, source.texts("train"), encoded or run.directory / "encoded-prompts")
-        data = DataSetup(recipe, teacher, prompts, cache or run.directory / "cache")
-        sources = method_class.batch_sources(data)
-    models = build_models(recipe, teacher, recipe.method.extra_models(), dist)
-    setup = MethodSetup(recipe, models, teacher.encode([""]), sources, prompts, dist)
-    method = method_class.build(setup)
-    models.student.enable_model_cpu_offload()
-    every = recipe.evaluate.validate_every if validator is not None else 0
-    trainer = Trainer(
-        method,
-        sources["train"],
-        run,
-        train=recipe.train,
-        optim=recipe.optim,
-        preview=make_preview(models.student, (source.texts("validation") or prompts)[:PREVIEW_IMAGES]),
-        validate=validator(models.student) if validator is not None and every else None,
-        validate_every=every,
-        alert_rules=method_class.alert_rules,
-        dist=dist,
-    )
+    inputs = open_inputs(recipe, dist, encoded or run.directory / "encoded-prompts")
+    trainer, models = make_trainer(recipe, run, inputs, validator, dist, cache)
     trainer.fit()
     with trainer.ema_weights():
         student = models.save(run.directory / "student", dist)

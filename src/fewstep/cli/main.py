@@ -17,6 +17,7 @@ from fewstep.cli.encode_prompts import prompts
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
 from fewstep.cli.plan import plan
+from fewstep.cli.tune import tune
 from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
 from fewstep.machine import describe
@@ -86,6 +87,7 @@ app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(plan)
+app.command()(tune)
 app.command("cache-trajectories")(cache)
 app.command("encode-prompts")(prompts)
 app.command()(convert)

@@ -32,11 +32,23 @@ def set_override(tree: dict[str, Any], override: str, model: type[BaseModel] | N
     if not equals or not all(parts):
         raise UserError(f"-s {override}: expected key=value, as in -s train.steps=100")
     value = text.strip() if _is_text(model, parts) and _is_plain(text.strip()) else _parse(override, text)
+    set_value(tree, parts, value, f"-s {override}")
+
+
+def set_value(tree: dict[str, Any], parts: Sequence[str], value: Any, source: str) -> None:
+    """Put a value into a nested recipe, at the place that the parts of a dotted key name.
+
+    Args:
+        source: names the value in errors.
+
+    Raises:
+        UserError: there is no such place in the recipe.
+    """
     node: Any = tree
     for part in parts[:-1]:
         if isinstance(node, list):  # a stage, by its number from 0
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"-s {override}: {part} is not one of 0 to {len(node) - 1}")
+                raise UserError(f"{source}: {part} is not one of 0 to {len(node) - 1}")
             node = node[int(part)]
         else:
             # A missing section may have defaults for all else; a wrong name is found by the schema, with a suggestion.
@@ -44,9 +56,9 @@ def set_override(tree: dict[str, Any], override: str, model: type[BaseModel] | N
                 node[part] = {}
             node = node[part]
         if not isinstance(node, dict | list):
-            raise UserError(f"-s {override}: {part} holds a value, not further keys")
+            raise UserError(f"{source}: {part} holds a value, not further keys")
     if isinstance(node, list):
-        raise UserError(f"-s {override}: name a field of one of them, as in {parts[-2]}.0.train.steps=100")
+        raise UserError(f"{source}: name a field of one of them, as in {parts[-2]}.0.train.steps=100")
     node[parts[-1]] = value
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
 
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.applicability import applicable_scores, mean_scores
@@ -19,7 +21,9 @@ def validation_metrics(prompts: Sequence[str], scorers: Sequence[str] | None = N
 
 
 def make_validator(
-    prompts: Sequence[str], scorers: Sequence[str] | None = None
+    prompts: Sequence[str],
+    scorers: Sequence[str] | None = None,
+    further: Callable[[Tensor], Mapping[str, float]] | None = None,
 ) -> Callable[[TextToImagePipeline], Callable[[], dict[str, float]]]:
     """A function of a model that returns a function without arguments. This one samples the prompts with the model's
     present weights and returns ``val/*``: the mean scores, saturation and high-frequency energy.
@@ -27,6 +31,7 @@ def make_validator(
     Args:
         prompts: at least one.
         scorers: by name; None is every scorer that needs no checkpoint. They are opened on the model's device.
+        further: gives further metrics of the images, uint8 [N, H, W, 3], one of each prompt.
     """
 
     def validator(model: TextToImagePipeline) -> Callable[[], dict[str, float]]:
@@ -37,6 +42,7 @@ def make_validator(
             pixels = as_float(images)
             found = {key: mean for scorer in opened for key, mean in mean_scores(scorer.score(images, prompts)).items()}
             found |= {"saturation": measure.saturation(pixels), "hf_energy": measure.hf_energy(pixels)}
+            found |= further(images) if further is not None else {}
             return {f"val/{key}": value for key, value in found.items()}
 
         return validate

@@ -58,6 +58,7 @@ class Trainer:
         self.validate, self.validate_every = validate, validate_every
         self.alert_rules = alert_rules
         self.ended = False  # by an alert
+        self._until = train.steps  # of the present `fit`
         self.dist = dist or DistContext()
         self.train_states = [TrainState(part, optim[part.name], train, self.dist) for part in method.trainables]
         self.step = 0  # finished steps
@@ -68,8 +69,9 @@ class Trainer:
         self._means = RunningMeans()
         self._saved = (0, time.monotonic())  # step and time of the last checkpoint
 
-    def fit(self) -> None:
-        """Trains to the last step. At the end the trainables have their live weights; see `ema_weights`.
+    def fit(self, until: int | None = None) -> None:
+        """Trains to the last step, or to step `until`, from which the next call continues. At the end the trainables
+        have their live weights; see `ema_weights`.
 
         Ctrl-C (or SIGTERM) stops after the present step, with a checkpoint.
 
@@ -77,10 +79,12 @@ class Trainer:
         nonfinite, an alert stops the run, or a checkpoint cannot be written or does not fit the method.
         """
         retain_freed_memory()
+        self._until = self.train.steps if until is None else min(until, self.train.steps)
         if self.train.num_threads is not None:
             torch.set_num_threads(self.train.num_threads)
-        torch.manual_seed(self.train.seed)
-        self._restore()
+        if self.step == 0:  # else an earlier call ended, and its state is here
+            torch.manual_seed(self.train.seed)
+            self._restore()
         if self.dist.is_main_process:
             self.run.track(self.step)
         if self.done:
@@ -93,7 +97,7 @@ class Trainer:
             shown = stack.enter_context(display) if self.dist.is_main_process else None
             stop = stack.enter_context(stop_requests())
             while not self.done:
-                losses = self._take_step()
+                losses = self.take_step()
                 # the same on all processes, which must stop at the same step
                 self.seconds, stopping = self.dist.all_reduce_max(time.monotonic() - start, float(stop.is_set()))
                 if shown is not None:
@@ -109,10 +113,10 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether the last step was taken, the time is up, or an alert ended the training."""
+        """Whether the last step of `fit` was taken, the time is up, or an alert ended the training."""
         minutes = self.train.max_minutes
         time_is_up = minutes is not None and self.seconds >= 60 * minutes
-        return self.step >= self.train.steps or time_is_up or self.ended
+        return self.step >= self._until or time_is_up or self.ended
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -141,7 +145,7 @@ class Trainer:
             return False
         return True
 
-    def _take_step(self) -> dict[str, float]:
+    def take_step(self) -> dict[str, float]:
         """One step; returns each trainable's last loss."""
         losses: dict[str, float] = {}
         collected: list[Any] | None = None
