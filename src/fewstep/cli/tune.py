@@ -57,5 +57,6 @@ def tune(
     )
     print_table(found.search, found.rows)
     typer.echo(f"trials: {found.folder / 'trials.csv'}")
-    if found.recipe is not None:
+    if found.report is not None:
+        typer.echo(f"report: {found.report}")
         typer.echo(f"best:   {found.recipe}, for: fewstep distill {found.recipe}")

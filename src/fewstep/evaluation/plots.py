@@ -11,14 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Colors that the page replaces: matplotlib knows no CSS variables.
-_INK, _FAINT, _ACCENT = "#010203", "#040506", "#070809"
-_CSS = {_INK: "currentColor", _FAINT: "var(--faint)", _ACCENT: "var(--accent)"}
-_STYLE: dict[Any, Any] = {
+INK, FAINT, ACCENT = "#010203", "#040506", "#070809"
+_CSS = {INK: "currentColor", FAINT: "var(--faint)", ACCENT: "var(--accent)"}
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fewstep",
     "font.size": 9,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK),
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _FAINT),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), FAINT),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 9,
@@ -54,37 +54,37 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
     if not shown:
         return None
     rows = -(-len(shown) // 3)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 2.1 * rows), layout="constrained")
         for index, name in enumerate(shown):
             axes = figure.add_subplot(rows, 3, index + 1)
             steps, values = zip(*series[name], strict=True)
             if len(values) < _MIN_SMOOTHED:
-                axes.plot(steps, values, "o-", color=_ACCENT, markersize=3)
+                axes.plot(steps, values, "o-", color=ACCENT, markersize=3)
             else:
-                axes.plot(steps, values, color=_ACCENT, alpha=0.3, linewidth=0.8)
-                axes.plot(steps, smooth(values), color=_ACCENT)
+                axes.plot(steps, values, color=ACCENT, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, smooth(values), color=ACCENT)
             axes.set_title(name)
             axes.margins(x=0.01)
             axes.locator_params(nbins=4)
-        return _svg(figure)
+        return svg(figure)
 
 
 def accuracy_by_nfe(points: Mapping[str, tuple[int, float]], ceiling: float | None) -> str:
     """Object accuracy (0 to 1) against NFE, by setting's title; `ceiling`: that of real images."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         axes: Axes = figure.add_subplot()
         if ceiling is not None:
-            axes.axhline(100 * ceiling, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
+            axes.axhline(100 * ceiling, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate("real images", (0.01, 100 * ceiling), (0, 3), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", color=_INK, alpha=0.7)  # fmt: skip
+                          textcoords="offset points", color=INK, alpha=0.7)  # fmt: skip
         at_point: dict[tuple[int, float], list[str]] = {}
         for title, (nfe, accuracy) in points.items():
             at_point.setdefault((nfe, 100 * accuracy), []).append(title)
         for (nfe, percent), titles in at_point.items():
-            color = _ACCENT if any(map(_is_student, titles)) else _INK
-            axes.plot(nfe, percent, "o", color=color, markersize=8 if color == _ACCENT else 6, clip_on=False)
+            color = ACCENT if any(map(_is_student, titles)) else INK
+            axes.plot(nfe, percent, "o", color=color, markersize=8 if color == ACCENT else 6, clip_on=False)
         _add_labels(axes, at_point)
         axes.set_xscale("log", base=2)
         axes.set_xlim(2**-0.4, 2**0.6 * max(2, *(nfe for nfe, _ in points.values())))
@@ -92,7 +92,7 @@ def accuracy_by_nfe(points: Mapping[str, tuple[int, float]], ceiling: float | No
         axes.set_ylim(0, _Y_MAX)
         axes.set_xlabel("NFE")
         axes.set_ylabel("object correct, %")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _is_student(title: str) -> bool:
@@ -107,11 +107,11 @@ def _add_labels(axes: Axes, at_point: Mapping[tuple[int, float], Sequence[str]])
     rows = [(point, title) for point in sorted(at_point, key=lambda p: (-p[1], -p[0])) for title in at_point[point]]
     heights = spread([percent / _Y_MAX for (_, percent), _ in rows], _LABEL_HEIGHT)
     for ((nfe, percent), title), height in zip(rows, heights, strict=True):
-        color = _ACCENT if _is_student(title) else _INK
+        color = ACCENT if _is_student(title) else INK
         axes.annotate(
             title, (nfe, percent), (1.03, height), textcoords="axes fraction", va="center", color=color,
-            weight="bold" if color == _ACCENT else "normal", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": _FAINT, "linewidth": 0.7, "relpos": (0, 0.5),
+            weight="bold" if color == ACCENT else "normal", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "relpos": (0, 0.5),
                         "shrinkA": 2, "shrinkB": 4},
         )  # fmt: skip
 
@@ -130,7 +130,8 @@ def smooth(values: Sequence[float], window: int = _WINDOW) -> list[float]:
     return [sum(near) / len(near) for near in around]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure that was drawn in ``STYLE``, as an SVG element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

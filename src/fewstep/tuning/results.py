@@ -68,8 +68,18 @@ def print_table(search: Search, rows: Sequence[TrialRow]) -> None:
 
 def length(row: TrialRow, rungs: int) -> str:
     """How far a trial got: "whole", or its share at its last rung."""
-    share = rung_shares(rungs)[len(row.scores) - 1]
+    return length_of(rung_shares(rungs)[len(row.scores) - 1])
+
+
+def length_of(share: float) -> str:
+    """A share of a whole trial, as in "1/3"."""
     return "whole" if share == 1 else f"1/{round(1 / share)}"
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Values in a line, with short names."""
+    names = short_names(values)
+    return ", ".join(f"{names[key]} {shown(value)}" for key, value in values.items())
 
 
 def write_csv(file: Path, search: Search, rows: Sequence[TrialRow]) -> None:

@@ -69,13 +69,6 @@ class Choices:
     def examples(self) -> list[Any]:
         return list(self.values.values())
 
-    def label(self, value: Any) -> str | float | bool | None:
-        """The label of one of the values. Raises: StopIteration if it is none of them."""
-        return next(label for label, each in self.values.items() if each == value and type(each) is type(value))
-
-    def contains(self, value: Any) -> bool:
-        return any(each == value and type(each) is type(value) for each in self.values.values())
-
 
 @dataclass(frozen=True)
 class Space:
@@ -103,9 +96,10 @@ class Space:
         """The recipe's own values where they lie in the space, as an optimizer would draw them."""
         tree, found = recipe.model_dump(mode="json"), {}
         for key, part in self.keys.items():
-            value = _value_at(tree, key)
-            if part.contains(value):
-                found[key] = part.label(value) if isinstance(part, Choices) else value
+            if isinstance(part, Choices):
+                found |= {key: label for label, value in part.values.items() if _is_own(recipe, key, value)}
+            elif part.contains(value := _value_at(tree, key)):
+                found[key] = value
         return found
 
     def check(self, recipe: DistillRecipe) -> None:
@@ -201,6 +195,14 @@ def _float_hint(value: Any) -> str:
     except (TypeError, ValueError):
         return ""
     return f"; write {number:.1e}" if isinstance(value, str) else ""
+
+
+def _is_own(recipe: DistillRecipe, key: str, value: Any) -> bool:
+    """Whether a recipe stays the same with this value: a section may leave out what has its default."""
+    try:
+        return with_values(recipe, {key: value}, key) == recipe
+    except UserError:  # it needs other keys
+        return False
 
 
 def _shown(value: Any) -> str:

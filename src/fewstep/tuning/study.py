@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ except ModuleNotFoundError as missing:
 
 FINISHED, STOPPED, PAUSED, FAILED = "finished", "stopped", "paused", "failed"
 RUNNING, WAITING = "running", "waiting"
+MIN_IMPORTANCE_TRIALS = 6
 KILLED = "its process was killed, perhaps for want of memory"
 
 _STATES = {
@@ -219,3 +220,18 @@ def _distribution(part: Range | Choices) -> BaseDistribution:
         step = 1 if part.step is None else int(part.step)
         return IntDistribution(int(part.low), int(part.high), log=part.log, step=step)
     return FloatDistribution(part.low, part.high, log=part.log, step=part.step)
+
+
+def importances(rows: Sequence[TrialRow], space: Space, objective: Objective) -> dict[str, float]:
+    """Each key's share of the importance for the first rung's scores, which all trials have after equal lengths
+    (PED-ANOVA, arXiv 2304.10255); empty if there are fewer than ``MIN_IMPORTANCE_TRIALS``."""
+    scored = [row for row in rows if row.scores]
+    if len(scored) < MIN_IMPORTANCE_TRIALS:
+        return {}
+    distributions = {key: _distribution(part) for key, part in space.keys.items()}
+    study = optuna.create_study(direction="maximize" if objective.maximizes else "minimize")
+    for row in scored:
+        params = {key: row.drawn[key] for key in distributions}
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=row.scores[0]))
+    found = optuna.importance.get_param_importances(study)
+    return {key: float(found.get(key, 0.0)) for key in distributions}

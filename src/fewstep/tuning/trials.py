@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +14,7 @@ from fewstep.stages import free_memory
 from fewstep.training.run_dir import RunDir
 from fewstep.training.tracking import read_metrics
 from fewstep.tuning.budget import Clock, rung_steps, seconds_per_step, steps_within
-from fewstep.tuning.results import best_row, short_names, shown
+from fewstep.tuning.results import best_row, described
 from fewstep.tuning.search import Search
 from fewstep.tuning.study import FAILED, FINISHED, PAUSED, STOPPED, LiveTrial, Study, TrialRow
 from fewstep.tuning.workbench import Workbench
@@ -129,9 +127,3 @@ class TrialRunner:
 
     def _score_text(self, score: float) -> str:
         return f"{self.search.objective.metric} {score:.4g}"
-
-
-def described(values: Mapping[str, Any]) -> str:
-    """Values in a line, with the last part of each key where that is clear."""
-    names = short_names(values)
-    return ", ".join(f"{names[key]} {shown(value)}" for key, value in values.items())

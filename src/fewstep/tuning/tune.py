@@ -26,6 +26,7 @@ from fewstep.training.precision import resolve_precision
 from fewstep.training.run_dir import current_command
 from fewstep.tuning.budget import Clock, expected_trials, rung_shares, rung_steps
 from fewstep.tuning.objective import Objective, find_objective
+from fewstep.tuning.report import write_report
 from fewstep.tuning.results import best_row, failures, write_best, write_csv
 from fewstep.tuning.search import STUDY, TRIALS, Search, claim, earlier_budget
 from fewstep.tuning.space import Space, read_space
@@ -47,6 +48,7 @@ class TuneResult:
         rows: every trial.
         best: the best one; None where none was measured.
         recipe: its recipe, as a file.
+        report: the page that shows the search, likewise.
     """
 
     search: Search
@@ -54,6 +56,7 @@ class TuneResult:
     rows: list[TrialRow]
     best: TrialRow | None
     recipe: Path | None
+    report: Path | None
 
 
 def tune(
@@ -218,7 +221,10 @@ def _results(search: Search, folder: Path, rows: Sequence[TrialRow], prompts: in
     known = [row for row in rows if row.state != WAITING]
     best = best_row(known, search.objective)
     write_csv(folder / TRIALS, search, known)
-    recipe = None if best is None else write_best(folder, search, best, prompts)
+    recipe = report = None
+    if best is not None:
+        recipe = write_best(folder, search, best, prompts)
+        report = write_report(folder, search, known, prompts)
     for reason, count in failures(known).items():
         log_line(f"{count} failed: {reason}")
-    return TuneResult(search, folder, known, best, recipe)
+    return TuneResult(search, folder, known, best, recipe, report)
