@@ -16,7 +16,9 @@ from fewstep.config.load import parse_recipe
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAX_PROSE = 140
-COMMANDS = {"distill", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert", "emoji"}
+COMMANDS = {
+    *("distill", "tune", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert", "emoji"),
+}
 EMOJI_COMMANDS = {"build", "gallery", "sheet", "train", "publish", "publish-student"}
 
 #: Words that describe models as persons.

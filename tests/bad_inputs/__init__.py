@@ -14,6 +14,7 @@ from bad_inputs import (
     recipe_values,
     runs,
     single_files,
+    tuning,
 )
 from bad_inputs.table import Case, Message, Section
 
@@ -29,6 +30,7 @@ SECTIONS: tuple[Section, ...] = (
     recipe_values.CONTRADICTIONS,
     runs.SECTION,
     evaluation.SECTION,
+    tuning.SECTION,
 )
 CASES: list[tuple[Message, Case]] = [
     (message, case) for section in SECTIONS for message in section.messages for case in message.cases

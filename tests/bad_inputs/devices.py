@@ -15,6 +15,11 @@ SECTION = Section(
             Case("generate tiny 'a fox' --device gpu", "device gpu"),
             Case("evaluate tiny --prompts prompts.txt --device 0x", "device 0x", {"prompts.txt": PROMPTS}),
             Case("distill mine.yaml --device gpu", "device gpu", _RECIPE),
+            Case(
+                "tune mine.yaml --space space.yaml --minutes 5 --device gpu",
+                "device gpu",
+                _RECIPE | {"space.yaml": "optim.student.lr: [0.01, 0.02]\n"},
+            ),
             Case("cache-trajectories cache.yaml --device gpu", "device gpu", _RECIPE | {"cache.yaml": CACHE}),
             Case("encode-prompts prompts.txt --out shards --model tiny --device gpu", "device gpu", _RECIPE),
         ),

@@ -58,8 +58,11 @@ def find_recipe(path: str | Path) -> Path:
     raise UserError(f"{path}: no such recipe file (shipped recipes: {', '.join(names) or 'none'})")
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises: UserError if it cannot be read, is not YAML or not a mapping."""
+def read_yaml(file: Path, content: str = "a recipe") -> dict[str, Any]:
+    """The mapping in a YAML file. Raises: UserError if it cannot be read, is not YAML or not a mapping.
+
+    content: what the file holds, for messages.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader))
@@ -71,7 +74,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45, a number of 5000 digits
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{file}: a recipe is a mapping of keys to values")
+        raise UserError(f"{file}: {content} is a mapping of keys to values")
     return tree
 
 

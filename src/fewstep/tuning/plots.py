@@ -48,7 +48,7 @@ def slices(search: Search, rows: Sequence[TrialRow]) -> str:
                 axes.plot(place, row.scores[-1], "o", color=color, markersize=5 if whole else 4, clip_on=False)
             axes.plot(places[0], order[0].scores[-1], "o", markersize=11, markerfacecolor="none", color=ACCENT)
             if isinstance(part, Choices):
-                axes.set_xticks(range(len(part.values)), [_short(shown(value)) for value in part.values.values()])
+                axes.set_xticks(range(len(part.values)), choice_names(part))
                 axes.set_xlim(-0.5, len(part.values) - 0.5)
             elif part.log:
                 axes.set_xscale("log")
@@ -68,5 +68,7 @@ def _places(part: object, rows: Sequence[TrialRow], key: str) -> list[float]:
     return [row.drawn[key] for row in rows]
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 18 else text[:17] + "…"
+def choice_names(part: Choices) -> list[str]:
+    """Short names of choices; numbers from 1 in the file's order where these would not differ."""
+    names = [text if len(text) <= 18 else text[:17] + "…" for text in map(shown, part.values.values())]
+    return names if len(set(names)) == len(names) else [f"choice {number}" for number, _ in enumerate(names, 1)]

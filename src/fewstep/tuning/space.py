@@ -85,12 +85,12 @@ class Space:
     direction: str | None = None
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
-        """Recipe values of what an optimizer drew: labels become the values of choices."""
-        found = {}
-        for key, value in drawn.items():
-            part = self.keys[key]
-            found[key] = part.values[value] if isinstance(part, Choices) else value
-        return found
+        """Recipe values of what an optimizer drew, in the file's order: labels become the values of choices."""
+        return {
+            key: part.values[drawn[key]] if isinstance(part, Choices) else drawn[key]
+            for key, part in self.keys.items()
+            if key in drawn
+        }
 
     def drawn(self, recipe: DistillRecipe) -> dict[str, Any]:
         """The recipe's own values where they lie in the space, as an optimizer would draw them."""
@@ -130,7 +130,7 @@ def read_space(file: str | Path) -> Space:
     Raises:
         UserError: one line with the file, the key and what is wrong.
     """
-    tree = read_yaml(Path(file))
+    tree = read_yaml(Path(file), "a search space")
     texts = {name: tree.pop(name, None) for name in (METRIC, DIRECTION)}
     for name, text in texts.items():
         if text is not None and not isinstance(text, str):

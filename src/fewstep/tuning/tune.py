@@ -80,7 +80,7 @@ def tune(
 
     Every whole trial has the same minutes, or steps. It is measured after 1/9 and 1/3 of them and at its end (with 3
     rungs); only if it is among the best third of all trials so far, it continues, with its own learning-rate schedule
-    over the whole length. Test prompts are never opened.
+    over the whole length. Nothing is made of the test prompts.
 
     Args:
         recipe: a YAML file, the name of a bundled recipe, or a recipe in memory; its kind is distill.
