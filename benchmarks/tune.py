@@ -1,8 +1,8 @@
 """An equal budget of tuning for each distillation method, in full and LoRA form, on the bundled teacher.
 
-Every arm is a search of `fewstep tune` in its own space (benchmarks/spaces) with the same number of trials, and the same
-minutes of training in each whole trial. Trials are compared on validation prompts alone. The
-same command resumes, arm by arm; an arm with all its trials is not searched again.
+Every arm is a search of `fewstep tune` in its own space (benchmarks/spaces) with the same number of trials, and the
+same minutes of training in each whole trial. Trials are compared on validation prompts alone. The same command resumes,
+arm by arm; an arm with all its trials is not searched again.
 
     python benchmarks/tune.py --out runs/tune [--arms hybrid hybrid-lora ...] [--trials 24] [--trial-minutes 3]
 
@@ -50,7 +50,7 @@ WITH_TRAJECTORIES = ("dmd", "dmd2", "trajectory")
 SHOWN = {"object_acc": "{:.1%}", "nearest_real_acc": "{:.1%}", "fd_teacher[open-nsfw]": "{:.1f}", "hf_energy": "{:.5f}"}
 
 
-def search(arm: str, arguments: argparse.Namespace) -> TuneResult:
+def run_arm(arm: str, arguments: argparse.Namespace) -> TuneResult:
     """Search an arm, or continue, or read what is there."""
     recipe, changes = ARMS[arm]
     common = [
@@ -78,9 +78,9 @@ def cost(arguments: argparse.Namespace) -> str:
     mean = shares[0] + (shares[1] - shares[0]) / 3 + (shares[2] - shares[1]) / 9
     training = len(arguments.arms) * arguments.trials * arguments.trial_minutes * mean
     return (
-        f"{len(arguments.arms)} arms, each {arguments.trials} trials of up to {arguments.trial_minutes:g} minutes: about "
-        f"{training / 60:.1f} hours of training on an idle machine, and the measuring of {arguments.prompts} validation "
-        f"prompts once to three times a trial; no arm takes more than {arguments.minutes / 60:.1f} hours"
+        f"{len(arguments.arms)} arms, each {arguments.trials} trials of up to {arguments.trial_minutes:g} minutes: "
+        f"about {training / 60:.1f} hours of training on an idle machine, and the measuring of {arguments.prompts} "
+        f"validation prompts once to three times a trial; at most {arguments.minutes / 60:.1f} hours for an arm"
     )
 
 
@@ -126,7 +126,9 @@ def draw(found: dict[str, TuneResult]) -> Figure:
     figure = Figure(figsize=(14, 1.6 + 0.45 * len(found)), layout="constrained")
     scores, matters = figure.subplots(1, 2, width_ratios=(1, 1.3))
     keys = list(dict.fromkeys(key for result in found.values() for key in result.search.space.keys))
-    shares = {arm: importances(result.rows, result.search.space, result.search.objective) for arm, result in found.items()}
+    shares = {
+        arm: importances(result.rows, result.search.space, result.search.objective) for arm, result in found.items()
+    }
     for place, result in enumerate(found.values()):
         for row in ranked(result.rows, result.search.objective):
             whole = len(row.scores) == result.search.rungs
@@ -178,7 +180,7 @@ def main() -> None:
     found: dict[str, TuneResult] = {}
     for arm in arguments.arms:
         print(f"--- {arm} ---", flush=True)
-        found[arm] = search(arm, arguments)
+        found[arm] = run_arm(arm, arguments)
         (arguments.out / "table.md").write_text(show(found))
         draw(found).savefig(arguments.out / "tune.png", dpi=110)
 

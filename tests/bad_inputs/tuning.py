@@ -103,7 +103,7 @@ SECTION = Section(
         ),
         Message(
             "{source}: metric {name}: not measured on validation prompts; there are {names}",
-            "The scorers of the recipe, in `evaluate.scorers`, have no such score, or it applies to none of the prompts.",
+            "The scorers in `evaluate.scorers` have no such score, or it applies to none of the prompts.",
             Case(f"{_TUNE} --metric accuracy", "--metric: metric accuracy", _FILES),
         ),
         Message(

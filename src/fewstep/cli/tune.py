@@ -11,7 +11,7 @@ from fewstep.cli.options import Device, Overrides, Overwrite, RecipeFile
 def tune(
     recipe: RecipeFile,
     space: Annotated[Path, typer.Option(help="YAML file: recipe keys with the values to try.")],
-    minutes: Annotated[float, typer.Option(min=0.01, max=10**6, help="Minutes of the whole search, over all sessions.")],
+    minutes: Annotated[float, typer.Option(min=0.01, max=10**6, help="Minutes of the search, over all sessions.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the search. [default: runs/<recipe's name>-tune]")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="At most so many trials.")] = None,
     trial_minutes: Annotated[

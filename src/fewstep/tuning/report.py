@@ -78,9 +78,9 @@ def how(search: Search, prompts: int) -> str:
     shares = [length_of(share) for share in rung_shares(search.rungs)]
     ends = " and ".join([", ".join(shares[:-1]), shares[-1]] if len(shares) > 1 else shares)
     return (
-        f"A whole trial has {whole} of training. It is measured after {ends} of it, on {prompts} validation prompts, and "
-        f"continues if it is among the best 1/{REDUCTION} of all trials so far. The best of many noisy scores is too "
-        "good by chance: the test prompts, which a search never opens, show what a recipe is worth."
+        f"A whole trial has {whole} of training. It is measured after {ends} of it, on {prompts} validation prompts, "
+        f"and continues if it is among the best 1/{REDUCTION} of all trials so far. The best of many noisy scores is "
+        "too good by chance: the test prompts, which a search does not use, show what a recipe is worth."
     )
 
 

@@ -97,7 +97,8 @@ class Space:
         tree, found = recipe.model_dump(mode="json"), {}
         for key, part in self.keys.items():
             if isinstance(part, Choices):
-                found |= {key: label for label, value in part.values.items() if _is_own(recipe, key, value)}
+                own = [label for label, value in part.values.items() if _is_own(recipe, key, value)]
+                found |= {key: own[0]} if own else {}
             elif part.contains(value := _value_at(tree, key)):
                 found[key] = value
         return found
