@@ -229,7 +229,7 @@ def test_trials_that_fail_have_their_reason_and_the_others_run(tiny_folder: Path
 def test_a_search_whose_trials_all_fail_ends(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.tuning.tune.MAX_FAILURES", 2)
+    monkeypatch.setattr("fewstep.tuning.session.MAX_FAILURES", 2)
     with pytest.raises(UserError, match="2 trials in a row failed, the last one: nowhere"):
         search(tiny_folder, tmp_path / "out", f"{SPACE}init: [nowhere, nowhere2]\n", trials=50)
 
@@ -320,6 +320,22 @@ def test_the_key_that_matters_is_the_important_one() -> None:
         lr = 10 ** (-4 + 3 * float(torch.rand((), generator=generator)))
         rows.append(row(number, [lr], lr, size=int(torch.randint(1, 9, (), generator=generator))))
     shares = importances(rows, space, Objective("x", "max"))
-    assert shares["optim.student.lr"] > 0.8
+    assert shares["optim.student.lr"] > 0.6
     assert sum(shares.values()) == pytest.approx(1)
     assert importances(rows[:3], space, Objective("x", "max")) == {}
+
+
+@pytest.mark.slow
+def test_processes_share_a_search(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a fox number {index}" for index in range(40)))
+    (tmp_path / "space.yaml").write_text(SPACE.replace("brightness", "hf_energy"))
+    tree = recipe_of(tiny_folder).model_dump(mode="json")
+    tree["prompts"] = {"source": str(tmp_path / "prompts.txt")}
+    tree["evaluate"] |= {"scorers": None}
+    recipe = parse_recipe(tree, "small")
+    assert isinstance(recipe, DistillRecipe)
+    found = tune(
+        *(recipe, tmp_path / "space.yaml"), minutes=60, out=tmp_path / "out", trials=5, trial_steps=2, rungs=1, jobs=2
+    )
+    assert [row.state for row in found.rows] == ["finished"] * 5
+    assert len({row.values["optim.student.lr"] for row in found.rows}) == 5

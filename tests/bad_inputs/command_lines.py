@@ -140,6 +140,7 @@ SECTION = Section(
             Case("tune micro-decoupled --space space.yaml --minutes 5 --trial-minutes 0", "'--trial-minutes'"),
             Case("tune micro-decoupled --space space.yaml --minutes 5 --trial-steps 0", "'--trial-steps'"),
             Case("tune micro-decoupled --space space.yaml --minutes 5 --rungs 0", "'--rungs'"),
+            Case("tune micro-decoupled --space space.yaml --minutes 5 --jobs 0", "'--jobs'"),
             Case("tune micro-decoupled --space space.yaml --minutes 5 --seed -1", "'--seed'"),
             Case("encode-prompts prompts.txt --out shards --model tiny --max-tokens 0", "'--max-tokens'"),
             Case("encode-prompts prompts.txt --out shards --model tiny --shard-size 0", "'--shard-size'"),

@@ -30,6 +30,7 @@ def tune(
     direction: Annotated[
         str | None, typer.Option(help="max or min. [default: the space's, or the metric's own]")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="Processes that run trials at the same time.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the drawn values.")] = 0,
     overrides: Overrides = None,
     overwrite: Overwrite = False,
@@ -50,6 +51,7 @@ def tune(
         rungs=rungs,
         metric=metric,
         direction=direction,
+        jobs=jobs,
         seed=seed,
         overrides=overrides or [],
         overwrite=overwrite,

@@ -37,7 +37,7 @@ def expected_trials(search_minutes: float, trial_minutes: float, rungs: int) -> 
 
 def steps_within(minutes: float, seconds_per_step: float) -> int:
     """The steps that fit into these minutes, at least one."""
-    return max(1, int(60 * minutes / seconds_per_step))
+    return max(1, math.floor(60 * minutes / seconds_per_step + 1e-9))
 
 
 def seconds_per_step(trainer: Trainer) -> float:

@@ -94,7 +94,8 @@ class Space:
 
     def drawn(self, recipe: DistillRecipe) -> dict[str, Any]:
         """The recipe's own values where they lie in the space, as an optimizer would draw them."""
-        tree, found = recipe.model_dump(mode="json"), {}
+        tree = recipe.model_dump(mode="json")
+        found: dict[str, Any] = {}
         for key, part in self.keys.items():
             if isinstance(part, Choices):
                 own = [label for label, value in part.values.items() if _is_own(recipe, key, value)]

@@ -27,6 +27,7 @@ except ModuleNotFoundError as missing:
 FINISHED, STOPPED, PAUSED, FAILED = "finished", "stopped", "paused", "failed"
 RUNNING, WAITING = "running", "waiting"
 MIN_IMPORTANCE_TRIALS = 6
+_LOCK_SECONDS = 60  # that a process waits for others that write
 KILLED = "its process was killed, perhaps for want of memory"
 
 _STATES = {
@@ -79,7 +80,10 @@ class Study:
         self._distributions = {key: _distribution(part) for key, part in space.keys.items()}
         with self._stored():
             self._study = optuna.create_study(
-                storage=URL.create("sqlite", database=str(file)).render_as_string(),
+                storage=optuna.storages.RDBStorage(
+                    URL.create("sqlite", database=str(file)).render_as_string(),
+                    engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}},
+                ),
                 study_name="fewstep",
                 load_if_exists=True,
                 direction="maximize" if objective.maximizes else "minimize",

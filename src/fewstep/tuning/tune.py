@@ -15,10 +15,9 @@ from fewstep.core.device import AUTO, log_device, resolve_device
 from fewstep.data.prompts import check_held_out, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
-from fewstep.evaluation.feature_networks import FeatureNetwork, open_features
+from fewstep.evaluation.feature_networks import open_features
 from fewstep.evaluation.validation import validation_metrics
-from fewstep.locks import lock
-from fewstep.machine import writing
+from fewstep.outputs import claimed_folder
 from fewstep.progress import log_line
 from fewstep.rewards.scorers import open_scorers
 from fewstep.training.distributed import DistContext
@@ -29,15 +28,13 @@ from fewstep.tuning.objective import Objective, find_objective
 from fewstep.tuning.report import write_report
 from fewstep.tuning.results import best_row, failures, write_best, write_csv
 from fewstep.tuning.search import STUDY, TRIALS, Search, claim, earlier_budget
+from fewstep.tuning.session import Session, run_parallel, run_trials
 from fewstep.tuning.space import Space, read_space
-from fewstep.tuning.study import FAILED, PAUSED, WAITING, Study, TrialRow
+from fewstep.tuning.study import WAITING, Study, TrialRow
 from fewstep.tuning.teacher_distance import distance_name
-from fewstep.tuning.trials import TrialRunner
-from fewstep.tuning.workbench import Workbench
 
 RUNGS = 3
 SHARE = 5  # whole trials' lengths in a search, where none is given
-MAX_FAILURES = 10  # in a row
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,7 @@ def tune(
     rungs: int = RUNGS,
     metric: str | None = None,
     direction: str | None = None,
+    jobs: int = 1,
     seed: int = 0,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
@@ -93,6 +91,7 @@ def tune(
         trial_steps: of a whole trial, in place of ``trial_minutes``.
         metric: a validation metric, or "fd_teacher", the Fréchet distance to the teacher; None is the space's.
         direction: "max" or "min"; None is the space's, or the metric's own.
+        jobs: processes that run trials at the same time. Each holds its own models.
 
     Raises:
         UserError: a mistake in the recipe, the space or the options; or too many trials in a row fail.
@@ -104,46 +103,30 @@ def tune(
     dist = DistContext(device=resolve_device(device))
     opened.check(resolved)
     validation = _validation_prompts(resolved)
-    objective, network = _objective(resolved, opened, validation, metric, direction)
+    objective, features = _objective(resolved, opened, validation, metric, direction)
     length = _trial_length(minutes, trial_minutes, trial_steps, {} if overwrite else earlier_budget(folder))
     resolved = resolve_precision(resolved, folder, dist, overwrite=True)
     search = Search(resolved, opened, objective, rungs, *length)
-    claim(folder, search, overwrite)
-    with writing(folder):
-        unlock = lock(folder)
-    try:
-        study = Study(folder / STUDY, opened, objective, seed)
+    with claimed_folder(folder):
+        claim(folder, search, overwrite)
+        study = Study(folder / STUDY, opened, objective)
         study.fail_killed()
         if not study.rows():
             study.suggest(opened.drawn(resolved))  # the recipe's own values are the first trial
-        clock = Clock(60 * minutes, study.seconds)
         log_device(dist.device)
-        log_line(_plan(search, clock, len(study.rows()), len(validation)))
-        bench = Workbench(folder, clock, validation, network, dist)
-        runner = TrialRunner(search, folder, study, bench, clock, current_command())
+        log_line(_plan(search, Clock(60 * minutes, study.seconds), len(study.rows()), len(validation)))
+        session = Session(
+            *(folder, resolved.model_dump(mode="json"), opened, objective, rungs, *length, validation, features),
+            *(str(dist.device), 60 * minutes, trials, seed, current_command()),
+        )
         try:
-            _run_trials(runner, trials)
+            if jobs == 1:
+                run_trials(session)
+            else:
+                run_parallel(session, jobs)
         finally:
             result = _results(search, folder, study.rows(), len(validation))
-    finally:
-        unlock()
     return result
-
-
-def _run_trials(runner: TrialRunner, limit: int | None) -> None:
-    """Run trials until the time is up, or there are so many."""
-    search, study, clock = runner.search, runner.study, runner.clock
-    shortest = 60 * (search.trial_minutes or 0) * rung_shares(search.rungs)[0]
-    failed = 0  # in a row
-    while clock.left > shortest and (study.paused or limit is None or study.begun < limit):
-        trial = study.next_trial()
-        runner.run(trial)
-        row = trial.row
-        if row.state == PAUSED:
-            return
-        failed = failed + 1 if row.state == FAILED else 0
-        if failed == MAX_FAILURES:
-            raise UserError(f"{runner.folder}: {failed} trials in a row failed, the last one: {row.reason}")
 
 
 def _resolved(recipe: str | Path | DistillRecipe, overrides: Sequence[str]) -> DistillRecipe:
@@ -171,8 +154,8 @@ def _validation_prompts(recipe: DistillRecipe) -> list[str]:
 
 def _objective(
     recipe: DistillRecipe, space: Space, validation: Sequence[str], metric: str | None, direction: str | None
-) -> tuple[Objective, FeatureNetwork | None]:
-    """The objective, and the feature network if it needs one."""
+) -> tuple[Objective, str | None]:
+    """The objective, and its feature network if it needs one."""
     scorers, name = recipe.evaluate.scorers, metric or space.metric
     if scorers is not None:
         check_applicable(open_scorers(scorers), validation)
@@ -181,7 +164,7 @@ def _objective(
     distance = distance_name(recipe.evaluate.features if network is None else network.name)
     known = [*validation_metrics(validation, scorers), f"val/{distance}"]
     own = direction or (space.direction if metric is None or metric == space.metric else None)
-    return find_objective(name, own, known, source), network
+    return find_objective(name, own, known, source), None if network is None else recipe.evaluate.features
 
 
 def _trial_length(

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 from fewstep.tuning.budget import Clock
 from fewstep.tuning.teacher_distance import TeacherDistance
+from fewstep.tuning.turns import one_at_a_time
 
 
 class Workbench:
@@ -51,7 +51,9 @@ class Workbench:
     def trainer(self, recipe: DistillRecipe, run: RunDir) -> Trainer:
         """A trial's trainer; it validates where a call of ``fit`` ends."""
         shared = self._cache(recipe), *_teacher_key(recipe)
-        with nullcontext() if shared in self._prepared else self.clock.stopped():
+        if shared in self._prepared:
+            return self._trainer(recipe, run)
+        with self.clock.stopped(), one_at_a_time(self.folder / "shared"):
             made = self._trainer(recipe, run)
         self._prepared.add(shared)
         return made
