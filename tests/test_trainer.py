@@ -59,6 +59,19 @@ def test_resume_is_bit_exact(tmp_path: Path) -> None:
     assert [line["step"] for line in lines[0]] == [4, 8, 12]
 
 
+def test_parts_in_one_process_are_the_whole_training(tmp_path: Path) -> None:
+    """Each part ends with a checkpoint; the schedule is that of all steps."""
+    whole = tiny_trainer(tmp_path / "whole", log_every=1)
+    fit(whole)
+    parts = tiny_trainer(tmp_path / "parts", log_every=1)
+    with parts.run:
+        for end in (5, 9, 20):
+            parts.fit(until=end)
+            assert parts.step == min(end, 12)
+            assert checkpoint.latest(tmp_path / "parts" / "checkpoints").step == min(end, 12)
+    assert_same(everything(parts), everything(whole))
+
+
 def test_stop_in_the_last_step_is_obeyed(tmp_path: Path) -> None:
     """What follows the training, such as an evaluation, must not start."""
     trainer = tiny_trainer(tmp_path)

@@ -84,7 +84,11 @@ def recipe_of(folder: Path, **train: object) -> DistillRecipe:
         "name": "small",
         "teacher": str(folder),
         "student": {"steps": 1},
-        "method": {"name": "dmd", "terms": {"cfg_augmentation": {}, "distribution_matching": {}}},
+        "method": {
+            "name": "dmd",
+            "terms": {"cfg_augmentation": {}, "distribution_matching": {}},
+            "fake_score_updates": 1,
+        },
         "optim": {"student": {"lr": 1e-3, "lr_schedule": "cosine", "ema_decay": 0.5}, "fake_score": {"lr": 1e-3}},
         "train": {"steps": 4, "batch_size": 1, "on_alert": "off", **train},
         "prompts": {"source": "closed"},
@@ -176,10 +180,10 @@ def test_an_interrupted_trial_continues_where_it_was(tiny_folder: Path, tmp_path
 
 
 def test_a_trial_whose_process_ended_is_failed(tiny_folder: Path, tmp_path: Path) -> None:
-    found = search(tiny_folder, tmp_path / "out", trials=1)
+    found = search(tiny_folder, tmp_path / "out", trials=1, trial_steps=1)
     store = Study(tmp_path / "out/study.db", found.search.space, found.search.objective)
     store.next_trial().passes(0, 1e9)  # begun and measured, and then no more of it
-    found = search(tiny_folder, tmp_path / "out", trials=2)
+    found = search(tiny_folder, tmp_path / "out", trials=2, trial_steps=1)
     killed = found.rows[1]
     assert (killed.state, killed.reason, killed.scores) == ("failed", KILLED, [1e9])
     assert found.best == found.rows[0]
@@ -270,17 +274,18 @@ def test_a_stopped_clock() -> None:
 
 
 def test_another_search_is_refused_and_other_files_stay(tiny_folder: Path, tmp_path: Path) -> None:
-    search(tiny_folder, tmp_path / "out", trials=1)
+    short = {"trials": 1, "trial_steps": 1, "rungs": 1}
+    search(tiny_folder, tmp_path / "out", **short)
     with pytest.raises(UserError, match=r"holds another search \(space.optim.student.lr.high: 0.1 -> 0.2\)"):
-        search(tiny_folder, tmp_path / "out", SPACE.replace("1.0e-1", "2.0e-1"))
+        search(tiny_folder, tmp_path / "out", SPACE.replace("1.0e-1", "2.0e-1"), **short)
     (tmp_path / "out/notes.txt").write_text("mine")
-    search(tiny_folder, tmp_path / "out", SPACE.replace("1.0e-1", "2.0e-1"), overwrite=True, trials=1)
+    search(tiny_folder, tmp_path / "out", SPACE.replace("1.0e-1", "2.0e-1"), overwrite=True, **short)
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
 def test_distance_to_the_teacher_as_the_objective(tiny_folder: Path, tmp_path: Path) -> None:
     space = "optim.student.lr: {low: 1.0e-4, high: 1.0e-1, log: true}\n"
-    found = search(tiny_folder, tmp_path / "out", space, metric="fd_teacher", trials=1, rungs=1)
+    found = search(tiny_folder, tmp_path / "out", space, metric="fd_teacher", trials=1, trial_steps=1, rungs=1)
     assert (found.search.objective.metric, found.search.objective.direction) == ("fd_teacher[open-nsfw]", "min")
     assert found.rows[0].scores[0] > 0
     assert Brightness.seen == set(SPLITS["validation"][:2])
