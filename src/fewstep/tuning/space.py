@@ -202,7 +202,7 @@ def _float_hint(value: Any) -> str:
 def _is_own(recipe: DistillRecipe, key: str, value: Any) -> bool:
     """Whether a recipe stays the same with this value: a section may leave out what has its default."""
     try:
-        return with_values(recipe, {key: value}, key) == recipe
+        return with_values(recipe, {key: value}, key).model_dump(mode="json") == recipe.model_dump(mode="json")
     except UserError:  # it needs other keys
         return False
 
