@@ -24,6 +24,8 @@ try:
 except ModuleNotFoundError as missing:
     raise UserError(f"a search needs {missing.name}; pip install 'fewstep[tune]'") from None
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # it logs every study and trial
+
 FINISHED, STOPPED, PAUSED, FAILED = "finished", "stopped", "paused", "failed"
 RUNNING, WAITING = "running", "waiting"
 MIN_IMPORTANCE_TRIALS = 6
@@ -76,7 +78,6 @@ class Study:
 
     def __init__(self, file: Path, space: Space, objective: Objective, seed: int = 0) -> None:
         self.file, self.space = file, space
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._distributions = {key: _distribution(part) for key, part in space.keys.items()}
         with self._stored():
             self._study = optuna.create_study(
