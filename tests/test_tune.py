@@ -8,14 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from tiny import tiny_trainer
 from torch import Tensor
 
 from fewstep import api
@@ -23,17 +21,11 @@ from fewstep.config.load import load_recipe, parse_recipe
 from fewstep.config.recipe import DistillRecipe
 from fewstep.core.registry import load_plugins, prompt_sources, scorers
 from fewstep.errors import UserError
-from fewstep.models.adapters import add_adapter
-from fewstep.models.pipeline import load
 from fewstep.training.optim import learning_rate
 from fewstep.training.tracking import read_metrics
-from fewstep.tuning.budget import Clock, seconds_per_step
-from fewstep.tuning.objective import Objective
-from fewstep.tuning.results import best_row, print_table, ranked
-from fewstep.tuning.space import Range, Space
-from fewstep.tuning.study import KILLED, Study, TrialRow, importances
+from fewstep.tuning.results import print_table, ranked
+from fewstep.tuning.study import KILLED, Study
 from fewstep.tuning.tune import TuneResult, tune
-from fewstep.tuning.workbench import sharing_weights
 
 SPLITS = {
     "train": [f"a fox number {index}" for index in range(6)],
@@ -258,21 +250,6 @@ def test_minutes_give_the_steps_and_end_the_search(
     assert [(row.state, row.steps, row.taken) for row in more.rows] == [("finished", 3, 3)]
 
 
-def test_time_that_others_compute_is_not_counted(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path)
-    trainer.method.pause = 0.05
-    assert 0 < seconds_per_step(trainer) < 0.04
-    assert trainer.step == 4
-
-
-def test_a_stopped_clock() -> None:
-    clock = Clock(limit=10, earlier=4)
-    with clock.stopped():
-        time.sleep(0.05)
-    assert 4 <= clock.used < 4.04
-    assert clock.left == pytest.approx(6, abs=0.05)
-
-
 def test_another_search_is_refused_and_other_files_stay(tiny_folder: Path, tmp_path: Path) -> None:
     short = {"trials": 1, "trial_steps": 1, "rungs": 1}
     search(tiny_folder, tmp_path / "out", **short)
@@ -289,45 +266,6 @@ def test_distance_to_the_teacher_as_the_objective(tiny_folder: Path, tmp_path: P
     assert (found.search.objective.metric, found.search.objective.direction) == ("fd_teacher[open-nsfw]", "min")
     assert found.rows[0].scores[0] > 0
     assert Brightness.seen == set(SPLITS["validation"][:2])
-
-
-def test_adapters_on_shared_weights_leave_the_teacher_as_it_is(tiny_folder: Path) -> None:
-    teacher = load(tiny_folder, "cpu")
-    before = {name: tensor.clone() for name, tensor in teacher.transformer.state_dict().items()}
-    shared = sharing_weights(teacher)
-    add_adapter(shared.transformer, "student", 2, 2.0, target_modules=list(teacher.family.lora_target_modules))
-    own = dict(shared.transformer.named_parameters())
-    assert any("lora_A" in name for name in own)
-    assert not any("lora" in name for name in teacher.transformer.state_dict())
-    addresses = {tensor.data_ptr() for tensor in own.values()}
-    assert all(tensor.data_ptr() in addresses for tensor in teacher.transformer.parameters())  # no second copy
-    after = teacher.transformer.state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-
-
-def row(number: int, scores: list[float], lr: float = 1e-3, state: str = "stopped", size: int = 1) -> TrialRow:
-    drawn = {"optim.student.lr": lr, "train.batch_size": size}
-    return TrialRow(number, state, "", drawn, drawn, scores, 10, 10, 1.0, 1.0)
-
-
-def test_trials_that_got_further_rank_first() -> None:
-    rows = [row(0, [0.9]), row(1, [0.2, 0.5]), row(2, [0.3, 0.6]), row(3, []), row(4, [0.1, 0.99], state="failed")]
-    assert [each.number for each in ranked(rows, Objective("x", "max"))] == [2, 1, 0]
-    assert [each.number for each in ranked(rows, Objective("x", "min"))] == [1, 2, 0]
-    assert best_row(rows[3:], Objective("x", "max")) is None
-
-
-def test_the_key_that_matters_is_the_important_one() -> None:
-    space = Space("here", {"optim.student.lr": Range(1e-4, 1e-1, log=True), "train.batch_size": Range(1, 8)})
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for number in range(40):
-        lr = 10 ** (-4 + 3 * float(torch.rand((), generator=generator)))
-        rows.append(row(number, [lr], lr, size=int(torch.randint(1, 9, (), generator=generator))))
-    shares = importances(rows, space, Objective("x", "max"))
-    assert shares["optim.student.lr"] > 0.6
-    assert sum(shares.values()) == pytest.approx(1)
-    assert importances(rows[:3], space, Objective("x", "max")) == {}
 
 
 @pytest.mark.slow
