@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fewstep.config.load import parse_recipe
+from fewstep.config.load import load_recipe, parse_recipe
+from fewstep.tuning.space import read_space
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -146,11 +147,15 @@ def test_code_of_the_extension_guide_runs(tiny_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_recipes_in_pages_are_valid(page: Path) -> None:
+def test_recipes_in_pages_are_valid(page: Path, tmp_path: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
         tree = yaml.safe_load(block)
         if page.name == "extending.md":
             continue  # its method is registered by the code beside it, see above
+        if "metric" in tree:  # a search space
+            (tmp_path / "space.yaml").write_text(block, encoding="utf-8")
+            read_space(tmp_path / "space.yaml").check(load_recipe("micro-decoupled"))
+            continue
         if "kind" not in tree:  # a section: put into a recipe that has the rest
             base = {"kind": "distill", "name": "example", "teacher": "micro", "train": {"steps": 100, "batch_size": 4}}
             base["method"] = {"name": "dmd", "terms": {"cfg_augmentation": {}, "distribution_matching": {}}}
