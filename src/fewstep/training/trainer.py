@@ -71,9 +71,7 @@ class Trainer:
 
     def fit(self, until: int | None = None) -> None:
         """Trains to the last step, or to step `until`, from which the next call continues. At the end the trainables
-        have their live weights; see `ema_weights`.
-
-        Ctrl-C (or SIGTERM) stops after the present step, with a checkpoint.
+        have their live weights; see `ema_weights`. Ctrl-C (or SIGTERM) stops after the present step, with a checkpoint.
 
         Raises: KeyboardInterrupt, with a message for the user, after such a checkpoint; UserError if losses stay
         nonfinite, an alert stops the run, or a checkpoint cannot be written or does not fit the method.
