@@ -14,7 +14,7 @@ from fewstep.config.load import load_recipe
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.emoji import train_decoder
 from fewstep.emoji.patch_discriminator import PatchDiscriminator, adversarial_losses, discriminator_loss
-from fewstep.emoji.recipes import DecoderLossSettings
+from fewstep.emoji.recipes import AdversarialLossSettings
 from fewstep.emoji.train_decoder import DecoderMethod, predicted_latents
 from fewstep.emoji.vae_quality import measure_vae
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -33,7 +33,7 @@ def decoder_method(folder: Path, **weights: float) -> tuple[DecoderMethod, tuple
     """A method, and what it makes of a batch of three."""
     model = load(folder)
     model.vae.decoder.requires_grad_(True)
-    method = DecoderMethod(model, DecoderLossSettings(**weights), latent_noise=0.5, largest_sigma=0.7)
+    method = DecoderMethod(model, AdversarialLossSettings(**weights), latent_noise=0.5, largest_sigma=0.7)
     prompts: EncodedPrompts = model.encode(["a", "b", "c"])
     with torch.no_grad():
         return method, method.collect((torch.rand(3, 3, 64, 64), prompts))

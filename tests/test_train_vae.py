@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.config.load import load_recipe
 from fewstep.emoji import train_vae, vae_quality
-from fewstep.emoji.recipes import VAELossSettings
+from fewstep.emoji.recipes import AdversarialLossSettings
 from fewstep.emoji.train_vae import SCALES, VAEMethod, add_latent_noise, build_vae, transform
 from fewstep.emoji.vae_quality import measure_vae, psnr
 from fewstep.models.components import load_component
@@ -42,12 +42,35 @@ def test_transform_of_latents_matches_that_of_images() -> None:
 
 def test_equivariant_batches_train_the_encoder_at_every_scale() -> None:
     vae = build_vae([8, 8, 16, 16], 1, 16, 4)
-    method = VAEMethod(vae, VAELossSettings(), latent_noise=0.3, equivariance=1.0)
+    method = VAEMethod(vae, AdversarialLossSettings(), latent_noise=0.3, equivariance=1.0)
     for _ in range(6):
         vae.zero_grad()
         loss, _ = method.loss(torch.rand(2, 3, 64, 64) * 2 - 1)
         loss.backward()
         assert vae.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_each_network_is_trained_by_its_own_loss() -> None:
+    vae = build_vae([8, 8, 16, 16], 1, 16, 4)
+    method = VAEMethod(vae, AdversarialLossSettings(adversarial=0.1, feature_matching=0.1), equivariance=0.5)
+    assert [part.name for part in method.trainables] == ["vae", "discriminator"]
+    images, discriminator = torch.rand(2, 3, 64, 64) * 2 - 1, method.discriminator
+    assert discriminator is not None
+    loss, metrics = method.loss(images)
+    loss.backward()
+    assert {"adversarial", "feature_matching"} <= metrics.keys()
+    assert vae.encoder.conv_in.weight.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in discriminator.parameters())
+    vae.zero_grad()
+    loss, _ = method.compute_discriminator_loss(images)
+    loss.backward()
+    assert all(weight.grad is None for weight in vae.parameters())
+    assert discriminator.out.weight.grad is not None
+
+
+def test_no_discriminator_unless_a_weight_needs_it() -> None:
+    method = VAEMethod(build_vae([8, 8, 16, 16], 1, 16, 4), AdversarialLossSettings())
+    assert [part.name for part in method.trainables] == ["vae"]
 
 
 def test_psnr() -> None:
@@ -64,6 +87,7 @@ def test_quality_falls_with_noise_on_latents(monkeypatch: pytest.MonkeyPatch) ->
     quality = measure_vae(identity, identity, count=16)
     assert quality["0"]["nearest_real_acc"] > 0.9 > 0.5 > quality["1"]["nearest_real_acc"]
     assert quality["0"]["sharpness"] == pytest.approx(1)
+    assert quality["0"]["fd_real"] < quality["1"]["fd_real"]
     assert quality["0"]["psnr"] > 60 > 15 > quality["1"]["psnr"]
 
 
@@ -74,6 +98,6 @@ def test_recipe_trains_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with RunDir(tmp_path / "run", recipe) as run:
         assert train_vae.train(recipe, run) == tmp_path / "run"
     quality = json.loads((tmp_path / "run" / "quality.json").read_text())
-    assert quality["0"].keys() == {"psnr", "nearest_real_acc", "sharpness"}
+    assert quality["0"].keys() == {"psnr", "nearest_real_acc", "sharpness", "fd_real"}
     vae = load_component(tmp_path / "run", "vae", torch.float32, get_family("ZImagePipeline"))
     assert vae.config.scaling_factor != 1.0

@@ -57,8 +57,8 @@ class VAELossSettings(Settings):
     gradient_l1: LossWeight = Field(default=0.0, description="Weight of the mean absolute error of image gradients.")
 
 
-class DecoderLossSettings(VAELossSettings):
-    """Weights of the decoder's losses."""
+class AdversarialLossSettings(VAELossSettings):
+    """Weights of the losses of an autoencoder or decoder that is trained with a patch discriminator, or without."""
 
     adversarial: LossWeight = Field(default=0.0, description="Weight of the patch discriminator's hinge loss.")
     feature_matching: LossWeight = Field(
@@ -99,6 +99,11 @@ class TransformerSettings(Settings):
         return self
 
 
+def default_discriminator_optim() -> OptimSettings:
+    """AdamW with the moments usual for discriminators."""
+    return OptimSettings(lr=4e-4, betas=(0.5, 0.9))
+
+
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +112,9 @@ class VAERecipe(TrainingRecipe):
 
     kind: Literal["vae"] = Field(description="Trains an image autoencoder.")
     model: VAESettings = Field(description="The autoencoder.")
-    loss: VAELossSettings = Field(default_factory=VAELossSettings, description="Weights of the loss terms.")
+    loss: AdversarialLossSettings = Field(
+        default_factory=AdversarialLossSettings, description="Weights of the loss terms."
+    )
     init: str | None = Field(
         None, description="Folder with vae/ to start from, or a bundled model's name; null starts from random weights."
     )
@@ -126,7 +133,11 @@ class VAERecipe(TrainingRecipe):
     core_fraction: Fraction = Field(
         0.0, description="Fraction of images drawn from the core objects alone; the others are drawn from all objects."
     )
-    optim: OptimSettings = Field(description="Optimizer.")
+    optim: OptimSettings = Field(description="Optimizer of the autoencoder.")
+    discriminator_optim: OptimSettings = Field(
+        default_factory=default_discriminator_optim,
+        description="Optimizer of the patch discriminator, which is trained if a loss weight needs it.",
+    )
 
 
 class DecoderRecipe(TrainingRecipe):
@@ -134,7 +145,7 @@ class DecoderRecipe(TrainingRecipe):
 
     kind: Literal["decoder"] = Field(description="Trains the decoder of a whole model on inexact latents.")
     init: str = Field(description="The model: a folder or the name of a bundled one.")
-    loss: DecoderLossSettings = Field(default_factory=DecoderLossSettings, description="Weights; kl is unused.")
+    loss: AdversarialLossSettings = Field(default_factory=AdversarialLossSettings, description="Weights; kl is unused.")
     latent_noise: float = Field(
         0.5, ge=0, description="Largest standard deviation of noise on half of the latents, relative to theirs."
     )
@@ -143,7 +154,7 @@ class DecoderRecipe(TrainingRecipe):
     )
     optim: OptimSettings = Field(description="Optimizer of the decoder.")
     discriminator_optim: OptimSettings = Field(
-        default_factory=lambda: OptimSettings(lr=4e-4, betas=(0.5, 0.9)),
+        default_factory=default_discriminator_optim,
         description="Optimizer of the patch discriminator, which is trained if a loss weight needs it.",
     )
 

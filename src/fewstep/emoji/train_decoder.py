@@ -22,9 +22,9 @@ from fewstep.core.denoiser import predict_x0
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
-from fewstep.emoji.patch_discriminator import PatchDiscriminator, adversarial_losses, discriminator_loss
-from fewstep.emoji.recipes import DecoderLossSettings, DecoderRecipe
-from fewstep.emoji.train_vae import add_latent_noise, reconstruction_loss
+from fewstep.emoji.patch_discriminator import PatchDiscriminator, discriminator_loss
+from fewstep.emoji.recipes import AdversarialLossSettings, DecoderRecipe
+from fewstep.emoji.train_vae import add_latent_noise, adversarial_terms, reconstruction_loss
 from fewstep.emoji.vae_quality import measure_vae
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.vae import decode_unclipped
@@ -56,7 +56,7 @@ class DecoderMethod(Method):
     """
 
     def __init__(
-        self, model: TextToImagePipeline, weights: DecoderLossSettings, latent_noise: float, largest_sigma: float
+        self, model: TextToImagePipeline, weights: AdversarialLossSettings, latent_noise: float, largest_sigma: float
     ) -> None:
         self.model, self.weights = model, weights
         self.latent_noise, self.largest_sigma = latent_noise, largest_sigma
@@ -82,9 +82,8 @@ class DecoderMethod(Method):
         off = (decoded - images)[len(images) // 2 :].abs().mean()
         metrics = {"pixel": pixel.detach(), "pixel_predicted": off.detach()}
         if self.discriminator is not None:
-            adversarial, matching = adversarial_losses(self.discriminator, images, decoded)
-            loss = loss + self.weights.adversarial * adversarial + self.weights.feature_matching * matching
-            metrics |= {"adversarial": adversarial.detach(), "feature_matching": matching.detach()}
+            terms, further = adversarial_terms(self.discriminator, images, decoded, self.weights)
+            loss, metrics = loss + terms, metrics | further
         return loss, metrics
 
     def compute_discriminator_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

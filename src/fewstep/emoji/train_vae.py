@@ -17,7 +17,8 @@ from fewstep.core import seeds
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.data.images import grid
 from fewstep.emoji.dataset import EmojiDataset
-from fewstep.emoji.recipes import VAELossSettings, VAERecipe
+from fewstep.emoji.patch_discriminator import PatchDiscriminator, adversarial_losses, discriminator_loss
+from fewstep.emoji.recipes import AdversarialLossSettings, VAELossSettings, VAERecipe
 from fewstep.emoji.vae_quality import measure_vae
 from fewstep.models.components import component_folder, load_component
 from fewstep.models.family import get_family
@@ -69,6 +70,15 @@ def reconstruction_loss(images: Tensor, decoded: Tensor, weights: VAELossSetting
     return weights.l1 * pixel + weights.l2 * error.square().mean() + weights.gradient_l1 * gradient, pixel
 
 
+def adversarial_terms(
+    network: PatchDiscriminator, images: Tensor, decoded: Tensor, weights: AdversarialLossSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the adversarial and the feature matching loss, and both as metrics."""
+    adversarial, matching = adversarial_losses(network, images, decoded)
+    metrics = {"adversarial": adversarial.detach(), "feature_matching": matching.detach()}
+    return weights.adversarial * adversarial + weights.feature_matching * matching, metrics
+
+
 def add_latent_noise(latents: Tensor, largest: float) -> Tensor:
     """Latents [B, C, H, W] plus Gaussian noise, whose standard deviation relative to that of all latents is drawn for
     each image from [0, ``largest``] (noise-augmented decoding, as in arXiv 2510.11690, section 4.2)."""
@@ -84,7 +94,8 @@ def transform(tensor: Tensor, scale: float, quarter_turns: int) -> Tensor:
 
 
 class VAEMethod(Method):
-    """One trainable, the autoencoder: reconstruction plus KL.
+    """Two trainables, the autoencoder (reconstruction plus KL) and a patch discriminator of its images; the second only
+    if a weight needs it.
 
     Args:
         latent_noise: see :func:`add_latent_noise`.
@@ -93,15 +104,24 @@ class VAEMethod(Method):
     """
 
     def __init__(
-        self, vae: AutoencoderKL, weights: VAELossSettings, latent_noise: float = 0.0, equivariance: float = 0.0
+        self, vae: AutoencoderKL, weights: AdversarialLossSettings, latent_noise: float = 0.0, equivariance: float = 0.0
     ) -> None:
         self.vae, self.weights = vae, weights
         self.latent_noise, self.equivariance = latent_noise, equivariance
+        self.discriminator: PatchDiscriminator | None = None
         self.trainables = [Trainable("vae", vae, self.loss)]
+        if weights.adversarial or weights.feature_matching:
+            self.discriminator = PatchDiscriminator()
+            self.trainables = [
+                Trainable("vae", vae, self.loss, uses_collected=True),
+                Trainable("discriminator", self.discriminator, self.compute_discriminator_loss, uses_collected=True),
+            ]
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images: Tensor = batch
-        with torch.set_grad_enabled(any(p.requires_grad for p in self.vae.encoder.parameters())):
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in [-1, 1] and their reconstructions, both transformed in some batches, and the KL divergence."""
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and any(p.requires_grad for p in self.vae.encoder.parameters())
+        ):
             posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample()
         if self.latent_noise:
@@ -110,10 +130,25 @@ class VAEMethod(Method):
         if drawn[0] < self.equivariance:
             scale, quarter_turns = SCALES[int(drawn[1] * len(SCALES))], int(4 * drawn[2])
             latents, images = (transform(tensor, scale, quarter_turns) for tensor in (latents, images))
-        decoded = self.vae.decode(latents).sample
-        reconstruction, pixel = reconstruction_loss(images, decoded.float(), self.weights)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return reconstruction + self.weights.kl * kl, {"pixel": pixel.detach(), "kl": kl.detach()}
+        return images, self.vae.decode(latents).sample.float(), kl
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images, decoded, kl = self.reconstruct(batch)
+        reconstruction, pixel = reconstruction_loss(images, decoded, self.weights)
+        loss = reconstruction + self.weights.kl * kl
+        metrics = {"pixel": pixel.detach(), "kl": kl.detach()}
+        if self.discriminator is not None:
+            terms, further = adversarial_terms(self.discriminator, images, decoded, self.weights)
+            loss, metrics = loss + terms, metrics | further
+        return loss, metrics
+
+    def compute_discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.discriminator is not None
+        with torch.no_grad():
+            images, decoded, _ = self.reconstruct(batch)
+        loss, accuracy = discriminator_loss(self.discriminator, images, decoded)
+        return loss, {"accuracy": accuracy}
 
 
 @torch.no_grad()
@@ -162,7 +197,8 @@ def train(recipe: VAERecipe, run: RunDir) -> Path:
         return grid((pairs + 1) / 2, columns=8)
 
     method = VAEMethod(vae, recipe.loss, recipe.latent_noise, recipe.equivariance)
-    trainer = Trainer(method, data, run, train=recipe.train, optim={"vae": recipe.optim}, preview=preview)
+    optim = {"vae": recipe.optim, "discriminator": recipe.discriminator_optim}
+    trainer = Trainer(method, data, run, train=recipe.train, optim=optim, preview=preview)
     trainer.fit()
     with trainer.ema_weights():
         if recipe.train_encoder:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.emoji.dataset import NUM_TEMPLATES, EmojiDataset
 from fewstep.emoji.nearest_real import NearestReal
 from fewstep.evaluation.images import as_uint8
-from fewstep.evaluation.metrics import hf_energy
+from fewstep.evaluation.metrics import frechet_distance, hf_energy
 
 LATENT_NOISE = (0.0, 0.1, 0.2, 0.3, 0.5)
 
@@ -25,8 +25,9 @@ def psnr(images: Tensor, decoded: Tensor) -> float:
 def measure_vae(
     encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], count: int = 200, seed: int = 1
 ) -> dict[str, dict[str, float]]:
-    """psnr, nearest_real_acc and sharpness of ``count`` test images after encoding and decoding, by the standard
-    deviation of noise that is added to the latents.
+    """psnr, nearest_real_acc, sharpness and fd_real (the Fréchet distance of features to other real images of the same
+    prompts) of ``count`` test images after encoding and decoding, by the standard deviation of noise that is added to
+    the latents.
 
     Args:
         encode: images [B, 3, H, W] in [0, 1] -> normalized latents [B, C, H, W], with a standard deviation of 1.
@@ -37,6 +38,7 @@ def measure_vae(
     prompts = [dataset.prompt(spec, index % NUM_TEMPLATES) for index, spec in enumerate(specs)]
     generator = torch.Generator().manual_seed(seed)
     images = dataset.render(specs, generator)
+    reference = scorer.network(as_uint8(dataset.render(specs, torch.Generator().manual_seed(seed + 1))))
     latents = encode(images)
     eps = torch.randn(latents.shape, generator=generator)
     quality = {}
@@ -46,5 +48,6 @@ def measure_vae(
             "psnr": psnr(images, decoded),
             "nearest_real_acc": float(scorer.score(as_uint8(decoded), prompts)["nearest_real_acc"].mean()),
             "sharpness": hf_energy(decoded) / hf_energy(images),
+            "fd_real": frechet_distance(scorer.network(as_uint8(decoded)), reference),
         }
     return quality
