@@ -4,11 +4,12 @@ Every run trains a transformer by flow matching on the emoji dataset, on one thr
 prompts: the mean squared error of one prediction of x0 from a real latent plus noise, relative to the variance of the
 latents, at four noise levels; and the accuracy of the nearest real emoji, at 20 steps with guidance and at 4 without.
 
-    python benchmarks/teacher_small_runs.py GROUP [...] [--out runs/small] [--vae FOLDER] [--scale 1.0]
+    python benchmarks/teacher_small_runs.py GROUP [...] [--out runs/small] [--vae FOLDER] [--scale 1]
 
-Groups: objects (20 objects from scratch, to memorize them), optimizer (the bundled transformer further), size (from
-scratch), latents (from scratch, for another autoencoder). Steps are chosen for about equal CPU time within a group.
-Finished runs are kept: the same command resumes. The figures are in ``<out>/<run>/figures.json``.
+Groups: objects (20 objects from scratch, to memorize them), optimizer (the bundled transformer further), averages (of
+the weights of a run of that group), size (from scratch), latents (from scratch, for another autoencoder). Steps are
+chosen for about equal CPU time within a group. Finished runs are kept: the same command resumes. The figures are in
+``<out>/<run>/figures.json``.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.config.load import parse_recipe
+from fewstep.config.load import parse_recipe, read_yaml
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import predict_x0
 from fewstep.emoji import train_flow_matching
-from fewstep.emoji.dataset import EmojiDataset, EmojiSpec, Split
+from fewstep.emoji.dataset import EmojiDataset
 from fewstep.emoji.latents import LatentBank, image_key
 from fewstep.emoji.nearest_real import NearestReal
 from fewstep.emoji.recipes import FlowMatchingRecipe
 from fewstep.emoji.teacher_quality import generated, prompts_of
 from fewstep.evaluation.images import as_uint8
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.training import checkpoint
 from fewstep.training.run_dir import RunDir
 
 SIGMAS = (0.3, 0.5, 0.7, 0.9)
@@ -53,10 +55,18 @@ BASE: dict[str, Any] = {
 OPTIM: dict[str, Any] = {
     "betas": [0.9, 0.98], "warmup_steps": 50, "lr_schedule": "linear", "min_lr_ratio": 0.01, "ema_decay": 0.995,
 }  # fmt: skip
-TRAIN = {"batch_size": 32, "precision": "bf16", "log_every": 25, "save_every": 10_000, "num_threads": 1}
+TRAIN = {
+    "batch_size": 32,
+    "precision": "bf16",
+    "log_every": 25,
+    "save_every": 50,
+    "max_checkpoints": 50,
+    "num_threads": 1,
+}
 
 TWENTY: dict[str, Any] = {"data": {"num_objects": 20, "augmentations_per_object": 3}}
-ALL: dict[str, Any] = {"data": {"augmentations_per_object": 8}}
+ALL: dict[str, Any] = {"data": {"augmentations_per_object": 4}}
+FURTHER = ALL | {"init": "micro", "caption_noise": 0.2}
 ADAMW, MUON = {"optimizer": "adamw", "lr": 3e-3}, {"optimizer": "muon", "lr": 3e-3}
 
 #: Group -> run -> (steps, optimizer, other fields).
@@ -66,15 +76,15 @@ RUNS: dict[str, dict[str, tuple[int, dict[str, Any], dict[str, Any]]]] = {
         "20-adamw": (1400, ADAMW, TWENTY),
     },
     "optimizer": {
-        "bundled-muon": (500, MUON | {"lr": 2e-3}, ALL | {"init": "micro", "caption_noise": 0.2}),
-        "bundled-adamw": (720, ADAMW | {"lr": 2e-3}, ALL | {"init": "micro", "caption_noise": 0.2}),
+        "bundled-muon": (350, MUON | {"lr": 2e-3}, FURTHER),
+        "bundled-adamw": (510, ADAMW | {"lr": 2e-3}, FURTHER),
     },
     "size": {
-        "192x7": (600, MUON, ALL),
-        "192x10": (435, MUON, ALL | {"model": DEEP}),
-        "256x6": (380, MUON, ALL | {"model": WIDE}),
+        "192x7": (320, MUON, ALL),
+        "192x10": (232, MUON, ALL | {"model": DEEP}),
+        "256x6": (200, MUON, ALL | {"model": WIDE}),
     },
-    "latents": {"other-latents": (600, MUON, ALL)},
+    "latents": {"other-latents": (320, MUON, ALL)},
 }
 
 
@@ -100,15 +110,10 @@ def x0_errors(model: TextToImagePipeline, latents: Tensor, prompts: EncodedPromp
     return errors
 
 
-def specs_of(dataset: EmojiDataset, split: Split) -> list[EmojiSpec]:
-    """PROMPTS specs of a split."""
-    return dataset.sample(PROMPTS, split)
-
-
 def measure(model: TextToImagePipeline, num_objects: int | None, bank: LatentBank | None = None) -> dict[str, float]:
     """Errors and accuracies on validation prompts; with a ``bank``, on the training prompts and latents in it."""
     dataset = EmojiDataset.load(num_objects)
-    specs = specs_of(dataset, "validation" if bank is None else "train")
+    specs = dataset.sample(PROMPTS, "validation" if bank is None else "train")
     texts = prompts_of(specs)
     if bank is None:
         latents = model.encode_images(dataset.render(specs, torch.Generator().manual_seed(0)))
@@ -170,25 +175,41 @@ def share_latents(folder: Path, others: list[Path], resolved: FlowMatchingRecipe
 
 def train_recipe(file: Path) -> FlowMatchingRecipe:
     """The recipe of an earlier run."""
-    from fewstep.config.load import read_yaml
-
     parsed = parse_recipe(read_yaml(file), str(file))
     assert isinstance(parsed, FlowMatchingRecipe)
     return parsed
 
 
-def row(name: str, steps: object, minutes: str, figures: dict[str, float]) -> str:
+@torch.no_grad()
+def averages(folder: Path) -> dict[str, dict[str, float]]:
+    """The quality of averages of the weights that a run of the bundled transformer saved on its way."""
+    every = [checkpoint.load(path) for path in checkpoint.list_checkpoints(folder / "checkpoints")]
+    weights = [each.read("teacher.weights") for each in every]
+    bundled = {name: weight.clone() for name, weight in load("micro", "cpu").denoiser.named_parameters()}
+    candidates = {
+        "last weights": weights[-1:],
+        "EMA": [every[-1].read("teacher.ema")],
+        "mean of the last 3 checkpoints": weights[-3:],
+        "mean of the last and the bundled": [weights[-1], bundled],
+    }
+    model, quality = load("micro", "cpu"), {}
+    for name, sets in candidates.items():
+        for key, weight in model.denoiser.named_parameters():
+            weight.copy_(torch.stack([each[key] for each in sets]).mean(0))
+        quality[name] = measure(model, None)
+    return quality
+
+
+def row(name: str, steps: int, minutes: float, figures: dict[str, float]) -> str:
     """A row of the table."""
     errors = " / ".join(f"{figures[f'x0_error_{level:g}']:.3f}" for level in SIGMAS)
-    accuracies = (figures[key] for key in ("nearest_real_decoded", "nearest_real", "nearest_real_few"))
-    return (
-        f"| {name} | {steps} | {minutes} | {errors} | " + " | ".join(f"{100 * each:.0f}%" for each in accuracies) + " |"
-    )
+    accuracies = [f"{figures[key]:.0%}" for key in ("nearest_real_decoded", "nearest_real", "nearest_real_few")]
+    return "| " + " | ".join([name, f"{steps:,}", f"{minutes:.1f}", errors, *accuracies]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", choices=RUNS)
+    parser.add_argument("groups", nargs="+", choices=[*RUNS, "averages"])
     parser.add_argument("--out", type=Path, default=Path("runs/small"))
     parser.add_argument("--vae", default="micro", help="a folder with vae/, or a bundled model's name")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the steps")
@@ -196,18 +217,28 @@ def main() -> None:
     table = []
     for group in arguments.groups:
         if group == "optimizer":
-            table.append(row("bundled", 0, "", measure(load("micro", "cpu"), None)))
-        for name in RUNS[group]:
+            table.append(row("bundled", 0, 0.0, measure(load("micro", "cpu"), None)))
+        if group == "averages":
+            found = averages(arguments.out / "bundled-muon")
+            table += [row(name, 0, 0.0, quality) for name, quality in found.items()]
+        for name in RUNS.get(group, {}):
             figures = run(group, name, arguments.out, arguments.vae, arguments.scale)
-            for which in ("validation", "trained"):
-                if which in figures:
-                    minutes = f"{figures['cpu_minutes']:.1f}"
-                    table.append(row(f"{name}, {which}", figures["steps"], minutes, figures[which]))
+            table += [
+                row(f"{name}, {which}", figures["steps"], figures["cpu_minutes"], figures[which])
+                for which in ("validation", "trained")
+                if which in figures
+            ]
     errors = " / ".join(f"{level:g}" for level in SIGMAS)
-    print(
-        f"| run | steps | CPU minutes | error at sigma {errors} | decoded | nearest real | {FEW_STEPS} steps, unguided |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = [
+        "run",
+        "steps",
+        "CPU minutes",
+        f"error at sigma {errors}",
+        "decoded",
+        "nearest real",
+        "4 steps, unguided",
+    ]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     print("\n".join(table))
 
 
