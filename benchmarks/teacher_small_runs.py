@@ -4,12 +4,12 @@ Every run trains a transformer by flow matching on the emoji dataset, on one thr
 prompts: the mean squared error of one prediction of x0 from a real latent plus noise, relative to the variance of the
 latents, at four noise levels; and the accuracy of the nearest real emoji, at 20 steps with guidance and at 4 without.
 
-    python benchmarks/teacher_small_runs.py GROUP [...] [--out runs/small] [--vae FOLDER] [--scale 1]
+    python benchmarks/teacher_small_runs.py NAME [...] [--out runs/small] [--vae FOLDER] [--scale 1]
 
-Groups: objects (20 objects from scratch, to memorize them), optimizer (the bundled transformer further), averages (of
-the weights of a run of that group), size (from scratch), latents (from scratch, for another autoencoder). Steps are
-chosen for about equal CPU time within a group. Finished runs are kept: the same command resumes. The figures are in
-``<out>/<run>/figures.json``.
+A name is that of a run or of a group of runs: objects (20 objects from scratch, to memorize them), optimizer (the
+bundled transformer further), size (from scratch), latents (from scratch, for another autoencoder); or bundled (as it
+is), or averages (of weights in the run bundled-muon). Steps are chosen for about equal CPU time within a group.
+Finished runs are kept: the same command resumes. The figures are in ``<out>/<run>/figures.json``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ TRAIN = {
 }
 
 TWENTY: dict[str, Any] = {"data": {"num_objects": 20, "augmentations_per_object": 3}}
-ALL: dict[str, Any] = {"data": {"augmentations_per_object": 4}}
+ALL: dict[str, Any] = {"data": {"augmentations_per_object": 2}}
 FURTHER = ALL | {"init": "micro", "caption_noise": 0.2}
 ADAMW, MUON = {"optimizer": "adamw", "lr": 3e-3}, {"optimizer": "muon", "lr": 3e-3}
 
@@ -73,11 +73,11 @@ ADAMW, MUON = {"optimizer": "adamw", "lr": 3e-3}, {"optimizer": "muon", "lr": 3e
 RUNS: dict[str, dict[str, tuple[int, dict[str, Any], dict[str, Any]]]] = {
     "objects": {
         "20-muon": (1000, MUON, TWENTY),
-        "20-adamw": (1400, ADAMW, TWENTY),
+        "20-adamw": (1000, ADAMW, TWENTY),
     },
     "optimizer": {
-        "bundled-muon": (350, MUON | {"lr": 2e-3}, FURTHER),
-        "bundled-adamw": (510, ADAMW | {"lr": 2e-3}, FURTHER),
+        "bundled-muon": (150, MUON | {"lr": 2e-3}, FURTHER),
+        "bundled-adamw": (220, ADAMW | {"lr": 2e-3}, FURTHER),
     },
     "size": {
         "192x7": (320, MUON, ALL),
@@ -131,12 +131,12 @@ def measure(model: TextToImagePipeline, num_objects: int | None, bank: LatentBan
     }
 
 
-def run(group: str, name: str, out: Path, vae: str, scale: float) -> dict[str, Any]:
+def run(name: str, out: Path, vae: str, scale: float) -> dict[str, Any]:
     """Train and measure one run, or read its figures if it has been measured."""
     folder, file = out / name, out / name / "figures.json"
     if file.exists():
         return json.loads(file.read_text())
-    steps, optim, fields = RUNS[group][name]
+    steps, optim, fields = next(runs[name] for runs in RUNS.values() if name in runs)
     resolved = recipe(name, round(scale * steps), optim, fields, vae)
     folder.mkdir(parents=True, exist_ok=True)
     share_latents(folder, [out / other for each in RUNS.values() for other in each], resolved)
@@ -209,25 +209,27 @@ def row(name: str, steps: int, minutes: float, figures: dict[str, float]) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", choices=[*RUNS, "averages"])
+    names = [*RUNS, *(name for runs in RUNS.values() for name in runs), "bundled", "averages"]
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/small"))
     parser.add_argument("--vae", default="micro", help="a folder with vae/, or a bundled model's name")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the steps")
     arguments = parser.parse_args()
     table = []
-    for group in arguments.groups:
-        if group == "optimizer":
-            table.append(row("bundled", 0, 0.0, measure(load("micro", "cpu"), None)))
-        if group == "averages":
+    for given in arguments.names:
+        if given == "bundled":
+            table.append(row(given, 0, 0.0, measure(load("micro", "cpu"), None)))
+        elif given == "averages":
             found = averages(arguments.out / "bundled-muon")
             table += [row(name, 0, 0.0, quality) for name, quality in found.items()]
-        for name in RUNS.get(group, {}):
-            figures = run(group, name, arguments.out, arguments.vae, arguments.scale)
-            table += [
-                row(f"{name}, {which}", figures["steps"], figures["cpu_minutes"], figures[which])
-                for which in ("validation", "trained")
-                if which in figures
-            ]
+        else:
+            for name in RUNS.get(given, [given]):
+                figures = run(name, arguments.out, arguments.vae, arguments.scale)
+                table += [
+                    row(f"{name}, {which}", figures["steps"], figures["cpu_minutes"], figures[which])
+                    for which in ("validation", "trained")
+                    if which in figures
+                ]
     errors = " / ".join(f"{level:g}" for level in SIGMAS)
     columns = [
         "run",
