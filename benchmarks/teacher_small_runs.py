@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +139,12 @@ def run(name: str, out: Path, vae: str, scale: float) -> dict[str, Any]:
     resolved = recipe(name, round(scale * steps), optim, fields, vae)
     folder.mkdir(parents=True, exist_ok=True)
     share_latents(folder, [out / other for each in RUNS.values() for other in each], resolved)
-    start = time.process_time()
     with RunDir(folder, resolved) as directory:
         train_flow_matching.train(resolved, directory)
-    seconds = time.process_time() - start
     model = load(folder / "model", "cpu")
     objects = resolved.data.num_objects
     figures: dict[str, Any] = {
         "steps": resolved.train.steps,
-        "cpu_minutes": seconds / 60,
         "parameters": sum(p.numel() for p in model.transformer.parameters()),
         "validation": measure(model, objects),
     }
@@ -200,11 +196,11 @@ def averages(folder: Path) -> dict[str, dict[str, float]]:
     return quality
 
 
-def row(name: str, steps: int, minutes: float, figures: dict[str, float]) -> str:
+def row(name: str, steps: int, figures: dict[str, float]) -> str:
     """A row of the table."""
     errors = " / ".join(f"{figures[f'x0_error_{level:g}']:.3f}" for level in SIGMAS)
     accuracies = [f"{figures[key]:.0%}" for key in ("nearest_real_decoded", "nearest_real", "nearest_real_few")]
-    return "| " + " | ".join([name, f"{steps:,}", f"{minutes:.1f}", errors, *accuracies]) + " |"
+    return "| " + " | ".join([name, f"{steps:,}", errors, *accuracies]) + " |"
 
 
 def main() -> None:
@@ -218,15 +214,15 @@ def main() -> None:
     table = []
     for given in arguments.names:
         if given == "bundled":
-            table.append(row(given, 0, 0.0, measure(load("micro", "cpu"), None)))
+            table.append(row(given, 0, measure(load("micro", "cpu"), None)))
         elif given == "averages":
             found = averages(arguments.out / "bundled-muon")
-            table += [row(name, 0, 0.0, quality) for name, quality in found.items()]
+            table += [row(name, 0, quality) for name, quality in found.items()]
         else:
             for name in RUNS.get(given, [given]):
                 figures = run(name, arguments.out, arguments.vae, arguments.scale)
                 table += [
-                    row(f"{name}, {which}", figures["steps"], figures["cpu_minutes"], figures[which])
+                    row(f"{name}, {which}", figures["steps"], figures[which])
                     for which in ("validation", "trained")
                     if which in figures
                 ]
