@@ -230,7 +230,6 @@ def main() -> None:
     columns = [
         "run",
         "steps",
-        "CPU minutes",
         f"error at sigma {errors}",
         "decoded",
         "nearest real",
