@@ -94,9 +94,11 @@ def test_quality_falls_with_noise_on_latents(monkeypatch: pytest.MonkeyPatch) ->
 def test_recipe_trains_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_vae, "measure_vae", partial(measure_vae, count=4))
     overrides = ["train.steps=2", "train.batch_size=2", "model.block_out_channels=[8,8,16,16]", "train.precision=fp32"]
+    overrides += ["loss.adversarial=0.01", "loss.feature_matching=0.1"]
     recipe = load_recipe("micro-vae-robust", overrides)
     with RunDir(tmp_path / "run", recipe) as run:
         assert train_vae.train(recipe, run) == tmp_path / "run"
+    assert "discriminator/accuracy" in (tmp_path / "run" / "metrics.jsonl").read_text()
     quality = json.loads((tmp_path / "run" / "quality.json").read_text())
     assert quality["0"].keys() == {"psnr", "nearest_real_acc", "sharpness", "fd_real"}
     vae = load_component(tmp_path / "run", "vae", torch.float32, get_family("ZImagePipeline"))
