@@ -28,7 +28,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.metrics_file import Metrics
 from fewstep.outputs import check_folder
 
-OLD = Path(__file__).parent / "recipes" / "micro-turbo-trajectory.yaml"
+OLD = "micro-aligned"
 NEW = "micro-turbo"
 
 #: Where libraries keep files for later runs: each run has its own.
