@@ -31,6 +31,7 @@ from fewstep.config.recipe import CacheRecipe
 from fewstep.config.sections import PromptSettings
 from fewstep.data.prompts import open_prompts
 from fewstep.data.teacher_trajectories import make_cache
+from fewstep.emoji.nearest_real import NearestReal
 from fewstep.emoji.scorer import EmojiScorer
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.feature_networks import open_features
@@ -80,6 +81,7 @@ FURTHER: dict[str, tuple[str, tuple[str, ...]]] = {
 #: Metric -> its title, its factor, and its format.
 METRICS = {
     "object_acc": ("object accuracy, %", 100, ".1f"),
+    "nearest_real_acc": ("nearest real, %", 100, ".1f"),
     "style_acc": ("style accuracy, %", 100, ".1f"),
     "fd_teacher": ("FD to the teacher", 1, ".1f"),
     "diversity": ("diversity, ×1000", 1000, ".1f"),
@@ -101,7 +103,7 @@ class Evaluator:
     def __init__(self, teacher: TextToImagePipeline, count: int, folder: Path, diversity_prompts: int = 16) -> None:
         self.prompts = list(open_prompts(PromptSettings()).texts("test")[:count])
         self.repeated = [prompt for prompt in self.prompts[:diversity_prompts] for _ in range(4)]
-        self.network, self.scorer = open_features(), EmojiScorer()
+        self.network, self.scorers = open_features(), (EmojiScorer(), NearestReal())
         if not (folder / "teacher.safetensors").exists():
             images = generate(teacher, self.prompts).images
             save_file({"features": self.network(images)}, folder / "teacher.safetensors")
@@ -124,7 +126,11 @@ class Evaluator:
         features = self.network(images)
         pixels = as_float(images)
         return {
-            **{key: mean_score(scores) for key, scores in self.scorer.score(images, self.prompts).items()},
+            **{
+                key: mean_score(scores)
+                for scorer in self.scorers
+                for key, scores in scorer.score(images, self.prompts).items()
+            },
             "fd_teacher": measure.frechet_distance(features, self.features),
             "diversity": measure.diversity(self.network(seeds).unflatten(0, (-1, 4))),
             "saturation": measure.saturation(pixels),

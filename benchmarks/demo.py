@@ -1,8 +1,8 @@
 """The demo's old recipe beside the new one: time from start to report, and the student's quality.
 
 Each run is `fewstep distill RECIPE` in a fresh process and a new folder, without a cache that another run left; the
-recipes alternate, so that a change of the machine's load meets both. Quality is that of the runs' own reports, on the
-test prompts.
+recipes alternate, so that a change of the machine's load meets both. The time is that to the report; then all students
+are measured on the same test prompts, which is not timed.
 
     python benchmarks/demo.py [--old RECIPE] [--new RECIPE] [--repeats 2] [--out runs/demo-comparison] [-s KEY=VALUE]
 """
@@ -19,13 +19,14 @@ import sys
 import time
 from pathlib import Path
 
+from ablation import Evaluator
 from rich.console import Console
 from rich.table import Table
 
 from fewstep.config.load import load_recipe
 from fewstep.config.recipe import DistillRecipe, StagesRecipe
 from fewstep.errors import UserError
-from fewstep.evaluation.metrics_file import Metrics
+from fewstep.models.pipeline import load
 from fewstep.outputs import check_folder
 
 OLD = "micro-aligned"
@@ -39,6 +40,7 @@ SHOWN = {
     "minutes": ("start to report, min", "{:.2f}"),
     "object_acc": ("object accuracy", "{:.1%}"),
     "nearest_real_acc": ("nearest real", "{:.1%}"),
+    "style_acc": ("style accuracy", "{:.1%}"),
     "fd_teacher": ("FD to the teacher", "{:.1f}"),
     "hf_energy_ratio": ("hf energy, student / teacher", "{:.3f}"),
 }
@@ -64,20 +66,13 @@ def run(recipe: str, folder: Path, overrides: list[str]) -> dict[str, float]:
     shutil.rmtree(caches, ignore_errors=True)
     if done.returncode:
         raise UserError(f"{recipe}: the run failed with exit code {done.returncode}; see {log}")
-    return {"minutes": minutes, **figures(folder / "report" / "metrics.json")}
+    return {"minutes": minutes}
 
 
-def figures(file: Path) -> dict[str, float]:
-    """The student's figures in a report; only those that were measured."""
-    metrics = Metrics.load(file)
-    teacher = next(iter(metrics.figures.values()))
-    student = next(each for name, each in metrics.figures.items() if name.startswith("student"))
-    found = {
-        "object_acc": student.get("object_acc"),
-        "nearest_real_acc": student.get("nearest_real_acc"),
-        "fd_teacher": student.get(f"fd_teacher[{metrics.features}]"),
-        "hf_energy_ratio": student["hf_energy"] / teacher["hf_energy"] if teacher["hf_energy"] else None,
-    }
+def quality(student: Path, evaluator: Evaluator) -> dict[str, float]:
+    """The student's figures on the evaluator's prompts."""
+    teacher, own = evaluator.teacher["teacher, 50 steps"], evaluator.measure(load(student))
+    found = own | {"hf_energy_ratio": (own["hf_energy"] or 0) / (teacher["hf_energy"] or 1)}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -106,6 +101,7 @@ def main() -> None:
     parser.add_argument("--old", default=str(OLD), metavar="RECIPE")
     parser.add_argument("--new", default=NEW, metavar="RECIPE")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each recipe")
+    parser.add_argument("--prompts", type=int, default=200, help="test prompts on which all students are measured")
     parser.add_argument("--out", type=Path, default=Path("runs/demo-comparison"))
     parser.add_argument("-s", "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
@@ -122,7 +118,11 @@ def main() -> None:
             print(f"run {repeat + 1} of {arguments.repeats}, {name}: {recipe}", flush=True)
             found = run(recipe, arguments.out / f"{name}-{repeat}", arguments.overrides)
             runs[f"{name}: {recipe}"].append(found)
-            (arguments.out / "runs.json").write_text(json.dumps(runs, indent=1))
+    evaluator = Evaluator(load("micro"), arguments.prompts, arguments.out)
+    for name, repeats in runs.items():
+        for repeat, found in enumerate(repeats):
+            found |= quality(arguments.out / f"{name.partition(':')[0]}-{repeat}" / "student", evaluator)
+    (arguments.out / "runs.json").write_text(json.dumps(runs, indent=1))
     show(runs)
 
 
