@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fewstep.cli.lora_options import Ignore
 from fewstep.cli.options import Column, Device, Dtype, Model, Overwrite, argument_text
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ def generate(
     columns: Annotated[
         int | None, typer.Option(min=1, help="Columns of the grid, for an image file. [default: a square]")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:STRENGTH]", help="LoRA file, or folder of peft or diffusers; may be repeated."),
+    ] = None,
+    ignore: Ignore = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of the weights: fp32, bf16 or fp8. [default: as stored]")
     ] = None,
@@ -88,6 +94,7 @@ def generate(
     from fewstep.inference.generate import generate_batches
     from fewstep.inference.params import parse_params
     from fewstep.models.attention_backends import check_attention_backend
+    from fewstep.models.lora.merge import parse_loras
     from fewstep.models.pipeline import load
 
     if attention_backend is not None:
@@ -114,12 +121,15 @@ def generate(
         }
     )
 
+    loras = parse_loras(lora or [])
+
     def opened() -> TextToImagePipeline:
-        pipeline = load(model, device, dtype.torch_dtype if dtype else None, offload.value)
+        torch_dtype = dtype.torch_dtype if dtype else None
+        pipeline = load(model, device, torch_dtype, offload.value, loras, ignore or [])
         _speed_options(pipeline, attention_backend, vae_tiling, compile)
         return pipeline
 
-    with Target(out, texts, params, model, dtype, columns, overwrite).claimed() as target:
+    with Target(out, texts, params, model, dtype, columns, overwrite, loras).claimed() as target:
         if target.missing:
             with _step_bar(len(target.missing)) as callback:
                 target.fill(generate_batches(opened(), *target.remaining(), callback))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -18,6 +18,7 @@ from fewstep.inference.image_folder import ImageFolder, generation_manifest
 from fewstep.inference.params import SamplingParams
 from fewstep.models.components import resolve_model
 from fewstep.models.generation_config import load_generation_config
+from fewstep.models.lora.read import weights_file
 from fewstep.outputs import check_image, claimed_folder, names_folder, write_image
 
 
@@ -31,6 +32,7 @@ class Target:
         out: as the user wrote it; a folder's name may end with a slash.
         model: its name or folder.
         columns: of the grid; None is a square.
+        loras: LoRA files with their strengths.
 
     Raises:
         UserError: a file or folder that cannot be written, columns for a folder, or a picture that its format cannot
@@ -46,6 +48,7 @@ class Target:
         dtype: Dtype | None,
         columns: int | None,
         overwrite: bool,
+        loras: Mapping[str, float] | None = None,
     ) -> None:
         self.path, self.is_grid = Path(out), not names_folder(out)
         self.prompts, self.params, self.overwrite = list(prompts), params, overwrite
@@ -61,7 +64,8 @@ class Target:
                 config = load_generation_config(source)
             height, width = params.height or config.height, params.width or config.width
             check_image(self.path, *grid_size(len(prompts), self.columns, height, width))
-        self.made_by = generation_manifest(source, prompts, params, dtype.value if dtype else None)
+        weights = dtype.value if dtype else None
+        self.made_by = generation_manifest(source, prompts, params, weights, {weights_file(f): s for f, s in (loras or {}).items()})
         self.nfe, self.seconds = 0, 0.0
 
     @property

@@ -16,6 +16,7 @@ from fewstep.cli.empty_values import empty_option
 from fewstep.cli.encode_prompts import prompts
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
+from fewstep.cli.lora import app as lora
 from fewstep.cli.plan import plan
 from fewstep.cli.tune import tune
 from fewstep.core.registry import commands, load_plugins
@@ -91,6 +92,7 @@ app.command()(tune)
 app.command("cache-trajectories")(cache)
 app.command("encode-prompts")(prompts)
 app.command()(convert)
+app.add_typer(lora, name="lora")
 try:
     load_plugins()
 except UserError as error:

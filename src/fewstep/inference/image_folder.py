@@ -31,7 +31,11 @@ _IMAGE = re.compile(r"\d{4,}\.png")
 
 
 def generation_manifest(
-    model: Path, prompts: Sequence[str], params: SamplingParams, dtype: str | None = None
+    model: Path,
+    prompts: Sequence[str],
+    params: SamplingParams,
+    dtype: str | None = None,
+    loras: Mapping[Path, float] | None = None,
 ) -> dict[str, Any]:
     """What generated images depend on, as JSON values, without loading the model.
 
@@ -41,6 +45,7 @@ def generation_manifest(
     Args:
         model: its folder.
         dtype: the requested dtype of the weights; None is the stored one.
+        loras: LoRA files with their strengths.
     """
     files = sorted(path for path in model.rglob("*") if path.is_file() and not path.name.startswith("."))
     stats = {str(path.relative_to(model)): path.stat() for path in files}
@@ -48,9 +53,16 @@ def generation_manifest(
         "format": 1,
         "model files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "dtype": dtype,
+        **({"loras": _known_by(loras)} if loras else {}),
         **params.model_dump(mode="json", exclude={"batch_size"}),
         "prompts": list(prompts),
     }
+
+
+def _known_by(loras: Mapping[Path, float]) -> list[list[int | float]]:
+    """The strength, size and time of each file: it may be moved too."""
+    stats = [(strength, file.stat()) for file, strength in loras.items()]
+    return sorted([strength, stat.st_size, stat.st_mtime_ns] for strength, stat in stats)
 
 
 class ImageFolder:

@@ -11,7 +11,7 @@ from fewstep.errors import UserError
 
 _SUPPORTED = "a Z-Image or Lumina transformer"
 _FP8 = "scaled fp8"
-_MERGE = "merge it into its base model first (diffusers: load_lora_weights, fuse_lora, save_pretrained)"
+_MERGE = "give it with --lora beside its base model, or merge it: fewstep lora merge MODEL FILE --out FOLDER"
 
 #: First bytes of a file -> what it is.
 _SIGNATURES: Mapping[bytes, str] = {
@@ -118,6 +118,15 @@ def refuse_other_files(file: Path) -> None:
     kind = describe_weights(file)
     if kind is not None and kind not in CONVERTIBLE:
         raise UserError(f"{file}: seems to be {kind}")
+
+
+def describe_adapted(names: Collection[str]) -> str | None:
+    """The family of models that the modules in a LoRA file are of, whatever the style of its names; None if that is not
+    known."""
+    flat = [name.replace(".", "_") for name in names]
+    families = {tuple(part.replace(".", "_") for part in parts): kind for parts, kind in _FAMILIES.items()}
+    known = (kind for parts, kind in families.items() if all(_any(flat, (part.lstrip("_"),)) for part in parts))
+    return next((kind for kind in known if kind != _SUPPORTED), None)
 
 
 def _prefix(names: set[str], expected: set[str]) -> str | None:

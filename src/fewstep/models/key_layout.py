@@ -66,6 +66,15 @@ class KeyLayout:
         else:
             yield _replace(name, {theirs: ours for ours, theirs in self.renamed.items()}), None
 
+    def from_diffusers(self, name: str) -> tuple[str, tuple[int, int] | None]:
+        """A diffusers' name -> the format's without its prefix, with (index, count) of its part of a fused tensor, None
+        if it is the whole tensor."""
+        for whole, parts in self.fused.items():
+            for index, part in enumerate(parts):
+                if part in name:
+                    return name.replace(part, whole), (index, len(parts))
+        return _replace(name, self.renamed), None
+
     def diffusers_names(self, keys: Iterable[str]) -> set[str]:
         """The names of the format in a file -> diffusers'."""
         return {name for bare in self.without_prefix(keys).values() for name, _ in self.to_diffusers(bare)}

@@ -22,6 +22,7 @@ from fewstep.models.components import load_component, read_config, resolve_model
 from fewstep.models.consistency import check_components
 from fewstep.models.family import Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
+from fewstep.models.lora.merge import merge_, open_loras
 from fewstep.models.offload import has_offloaded_blocks, offload_blocks
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul, warn_without_fp8_matmul
 from fewstep.models.replaceable import check_replaceable
@@ -210,6 +211,8 @@ def load(
     device: str | torch.device = AUTO,
     dtype: torch.dtype | None = None,
     offload: Literal["none", "model", "group"] = "none",
+    loras: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
 ) -> TextToImagePipeline:
     """Load a model for inference: all its weights frozen, in eval mode.
 
@@ -221,6 +224,8 @@ def load(
             stored one: bf16, else fp32.
         offload: "model": only the transformer stays on the device (``enable_model_cpu_offload``); "group": of the
             transformer only the block that computes (``offload_blocks``).
+        loras: LoRA files with their strengths, merged into the weights (``models.lora``) before they are quantized.
+        ignore: keys in these files to leave out; any other key that binds no layer is an error.
 
     Raises:
         UserError: there is no such device or model, a file is missing or corrupt, or the family overflows in the dtype
@@ -229,9 +234,10 @@ def load(
     chosen = resolve_device(device)
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
-    fp8 = dtype == FP8
+    fp8, adapters = dtype == FP8, open_loras(folder, loras or {}, ignore)
     components = _load_components(folder, family, family.component_names, torch.bfloat16 if fp8 else dtype)
     check_components(folder, family, components)
+    merge_(components["transformer"], adapters)
     if fp8:
         quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(chosen))
         warn_without_fp8_matmul(chosen)
@@ -241,10 +247,7 @@ def load(
         log_device(chosen)
     if offload == "none":
         return model.to(chosen)
-    if offload == "group":
-        offload_blocks(model.denoiser, chosen)
-    else:
-        model.transformer.to(chosen)
+    offload_blocks(model.denoiser, chosen) if offload == "group" else model.transformer.to(chosen)
     model.enable_model_cpu_offload()
     return model
 
