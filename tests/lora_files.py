@@ -33,9 +33,7 @@ def adapter_for(transformer, layers=LAYERS, rank=3, alpha=1.5, seed=0) -> Adapte
 
 def deltas(adapter: Adapter, scaled=True) -> dict[str, Tensor]:
     """What the matrices add to each layer's weight."""
-    return {
-        layer: (alpha / len(down) if scaled else 1.0) * up @ down for layer, (down, up, alpha) in adapter.items()
-    }
+    return {layer: (alpha / len(down) if scaled else 1.0) * up @ down for layer, (down, up, alpha) in adapter.items()}
 
 
 def diffusers(adapter: Adapter, prefix="transformer.") -> dict[str, Tensor]:

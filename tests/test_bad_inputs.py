@@ -26,7 +26,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def error_of(stderr: str, exit_code: int) -> str:
     """The one error in what a command printed: a line, or for wrong usage a box, mostly below the usage line."""
-    remarks = ("warning: ", "device: ")
+    remarks = ("warning: ", "device: ", "lora: ")
     lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith(remarks)]
     if exit_code == 1:
         assert len(lines) == 1, stderr
@@ -69,7 +69,7 @@ def test_bad_input(
 def options() -> set[tuple[str, str]]:
     """(command, option) for every option of every command that takes a value."""
     program = typer.main.get_command(app)
-    groups = [("", program), ("emoji ", program.commands["emoji"])]  # type: ignore[attr-defined]
+    groups = [("", program), *((f"{name} ", program.commands[name]) for name in ("emoji", "lora"))]  # type: ignore[attr-defined]
     commands = [(prefix + name, command) for prefix, group in groups for name, command in group.commands.items()]
     return {
         (name, max(option.opts, key=len))

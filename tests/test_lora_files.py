@@ -30,9 +30,7 @@ def adapter(tiny):
 
 
 def found_deltas(tiny, lora):
-    return {
-        name: update.delta(tiny.transformer.get_submodule(name).weight) for name, update in lora.updates.items()
-    }
+    return {name: update.delta(tiny.transformer.get_submodule(name).weight) for name, update in lora.updates.items()}
 
 
 def assert_close(found, expected, **tolerances):

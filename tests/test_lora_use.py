@@ -21,7 +21,7 @@ from fewstep.models.lora.metadata import lora_metadata, trained_on
 from fewstep.models.lora.targets import targets_of
 from fewstep.models.lora.weights import LowRank
 from fewstep.models.pipeline import load
-from fewstep.models.quantize import FP8, quantize_fp8_
+from fewstep.models.quantize import FP8
 from fewstep.models.zimage.family import ZIMAGE
 
 FAST = SamplingParams(seed=3, steps=2, guidance_scale=0)
@@ -80,15 +80,17 @@ def test_several_loras_are_as_merged_by_hand(tiny, tiny_folder, character, style
 
 
 @pytest.mark.filterwarnings("ignore:weights in fp8")
-def test_fp8_weights_are_quantized_after_merging(tiny, tiny_folder, character):
-    expected = merged_by_hand(tiny, (made.deltas(made.adapter_for(tiny.transformer, seed=1)), 1.0)).bfloat16()
-    quantize_fp8_(expected, ZIMAGE.quantizable_modules)
-    found = load(tiny_folder, "cpu", FP8, loras={str(character): 1.0}).transformer
-    layer = "layers.1.feed_forward.w2"
-    scale = expected.get_submodule(layer).scale
-    torch.testing.assert_close(found.get_submodule(layer).scale, scale, rtol=1e-2, atol=0)
+def test_fp8_weights_are_quantized_after_merging(tiny, tiny_folder, character, tmp_path):
+    """Bit for bit the images of the merged model in fp8."""
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    succeed("convert", tiny_folder, "--out", base, "--dtype", "bf16")
+    succeed("lora", "merge", base, f"{character}:0.5", "--out", merged)
+    models = [load(base, "cpu", FP8, loras={str(character): 0.5}), load(merged, "cpu", FP8), load(base, "cpu", FP8)]
+    images = [generate(model, ["a dog"], FAST).images for model in models]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
     with pytest.raises(ValueError, match="merge adapters before quantizing"):
-        merge_(found, read_loras({str(character): 1.0}, targets_of(tiny.transformer, ZIMAGE)))
+        merge_(models[0].transformer, read_loras({str(character): 1.0}, targets_of(tiny.transformer, ZIMAGE)))
 
 
 def test_the_order_of_adapters_does_not_matter_in_bf16(tiny, tiny_folder, character, style):
@@ -224,15 +226,17 @@ def test_truncation_is_the_best_of_its_rank():
         assert error.item() == pytest.approx(torch.linalg.svdvals(whole.delta())[4:].norm().item(), rel=1e-3)
 
 
-def test_truncation_of_large_matrices_is_close_to_the_best():
+def test_truncation_of_large_matrices_is_close_to_the_best(monkeypatch):
+    """Of matrices with more than 1,024 rows and columns only the leading part is computed."""
+    monkeypatch.setattr("fewstep.export.lora_svd._WHOLE", 100)
     torch.manual_seed(0)
-    values = 0.9 ** torch.arange(1100).float()
-    left, right = (torch.linalg.qr(torch.randn(1100, 1100))[0] for _ in range(2))
-    low_rank, kept = truncate(left * values @ right, 0.99, 64)
+    values = 0.9 ** torch.arange(200).float()
+    left, right = (torch.linalg.qr(torch.randn(200, 200))[0] for _ in range(2))
+    matrix = left * values @ right
+    low_rank, kept = truncate(matrix, 0.99, 64)
     needed = int((values.square().cumsum(0) >= 0.99 * values.square().sum()).int().argmax()) + 1
     assert kept.rank == needed
-    best = values[needed:].norm().item()
-    assert (left * values @ right - low_rank.delta()).norm().item() == pytest.approx(best, rel=1e-2)
+    assert (matrix - low_rank.delta()).norm().item() == pytest.approx(values[needed:].norm().item(), rel=1e-2)
 
 
 def test_extraction_gives_the_tuned_model_back(tiny, tiny_folder, character, tmp_path):

@@ -65,7 +65,9 @@ class Target:
             height, width = params.height or config.height, params.width or config.width
             check_image(self.path, *grid_size(len(prompts), self.columns, height, width))
         weights = dtype.value if dtype else None
-        self.made_by = generation_manifest(source, prompts, params, weights, {weights_file(f): s for f, s in (loras or {}).items()})
+        self.made_by = generation_manifest(
+            source, prompts, params, weights, {weights_file(f): s for f, s in (loras or {}).items()}
+        )
         self.nfe, self.seconds = 0, 0.0
 
     @property

@@ -17,7 +17,9 @@ from fewstep.models.lora.targets import LoraTargets
 from fewstep.models.lora.weights import Change, LowRank, Update
 from fewstep.models.weight_files import weight_files
 
-_WHOLE = 1024  # largest side of a matrix that is decomposed whole; of larger ones the leading part, by random projection
+_WHOLE = (
+    1024  # largest side of a matrix that is decomposed whole; of larger ones the leading part, by random projection
+)
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 6
 
 #: Called with the energy that a layer keeps.

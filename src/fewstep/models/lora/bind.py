@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.models.lora.read import RawLora, read_raw, unbound_key_error
+from fewstep.models.lora.read import RawLora, check_ignored, read_raw, unbound_key_error
 from fewstep.models.lora.targets import LoraTargets
 from fewstep.models.lora.weights import Change, Kronecker, Lora, LowRank, Update
 
@@ -17,11 +17,12 @@ def read_lora(path: str | Path, targets: LoraTargets, ignore: Sequence[str] = ()
     """Read a LoRA file in any of the formats of docs/lora.md.
 
     Args:
-        ignore: keys, or patterns of keys, that are left out.
+        ignore: keys, or patterns of keys, that are left out; each must match a key.
 
     Raises:
         UserError: it cannot be read, or a key is not supported, binds no layer, or has another shape than the layer.
     """
+    check_ignored([path], ignore)
     return bind(read_raw(path, ignore), targets)
 
 

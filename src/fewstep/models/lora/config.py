@@ -47,7 +47,9 @@ def read_peft_config(file: Path) -> AdapterConfig:
     try:
         return _parse(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise UserError(f"{file}: no configuration of an adapter can be read ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{file}: no configuration of an adapter can be read ({type(error).__name__}: {error})"
+        ) from None
 
 
 def header_config(file: Path, metadata: Mapping[str, str]) -> AdapterConfig | None:

@@ -37,7 +37,9 @@ def _fused(name: str, parts: Mapping[int, Update], count: int) -> Update:
     given = [magnitude for magnitude in magnitudes if magnitude is not None]
     rows = [magnitude for magnitude in given if magnitude.shape[1] == 1]
     if given and len(rows) < count:
-        raise UserError(f"{name}: DoRA of some of its parts, or of columns, has no form with fused names; use diffusers")
+        raise UserError(
+            f"{name}: DoRA of some of its parts, or of columns, has no form with fused names; use diffusers"
+        )
     magnitude = torch.cat(rows) if rows else None
     low_rank = {index: part.change for index, part in parts.items() if isinstance(part.change, LowRank)}
     if len(low_rank) == len(parts):

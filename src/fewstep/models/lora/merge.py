@@ -14,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.models.generation_config import GenerationConfig, load_generation_config
 from fewstep.models.lora.bind import changes_nothing, read_lora
 from fewstep.models.lora.metadata import trained_on
-from fewstep.models.lora.read import ignored_keys
+from fewstep.models.lora.read import check_ignored, matching_patterns
 from fewstep.models.lora.targets import LoraTargets, model_targets
 from fewstep.models.lora.weights import Lora
 from fewstep.models.quantize import Fp8Linear
@@ -60,10 +60,10 @@ def read_loras(
     for file, strength in loras.items():
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
             raise UserError(f"{file}: the strength {strength!r} is no finite number")
-    unused = set(ignore) - {pattern for file in loras for pattern in ignored_keys(file, ignore)}
-    if unused:
-        raise UserError(f"--ignore {min(unused)}: no key of {', '.join(map(str, loras)) or 'a LoRA'} matches it")
-    found = [(read_lora(file, targets, ignore), float(strength)) for file, strength in loras.items()]
+    check_ignored(list(loras), ignore)
+    found = [
+        (read_lora(file, targets, matching_patterns(file, ignore)), float(strength)) for file, strength in loras.items()
+    ]
     for lora, _ in found:
         if changes_nothing(lora):
             warnings.warn(f"{lora.file}: all of its updates are zero: it changes nothing", stacklevel=3)

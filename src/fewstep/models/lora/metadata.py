@@ -63,9 +63,9 @@ def lora_metadata(
 def trained_on(metadata: Mapping[str, str]) -> TrainedOn | None:
     """Whether an adapter was trained on a multi-step or a few-step model: as fewstep wrote it, or by the model's name;
     None if neither tells."""
-    own = metadata.get(TRAINED_ON)
-    if own == "base" or own == "student":
-        return own
+    own: dict[str, TrainedOn] = {"base": "base", "student": "student"}
+    if (known := own.get(metadata.get(TRAINED_ON, ""))) is not None:
+        return known
     names = [metadata[key] for key in _MODEL_NAMES if metadata.get(key)]
     architecture = metadata.get("modelspec.architecture", "")
     if any(_FEW_STEP.search(name) for name in (*names, architecture)):

@@ -94,10 +94,17 @@ def read_raw(path: str | Path, ignore: Sequence[str] = ()) -> RawLora:
     return RawLora(file, modules, keys, metadata, config, _widest(tensors.values()))
 
 
-def ignored_keys(path: str | Path, ignore: Sequence[str]) -> set[str]:
+def matching_patterns(path: str | Path, ignore: Sequence[str]) -> list[str]:
     """The patterns of ``ignore`` that match a key of a file. Raises: UserError if it cannot be read."""
-    keys = _open_keys(weights_file(path))
-    return {pattern for pattern in ignore if any(fnmatchcase(key, pattern) for key in keys)}
+    keys = _open_keys(weights_file(path)) if ignore else []
+    return [pattern for pattern in ignore if any(fnmatchcase(key, pattern) for key in keys)]
+
+
+def check_ignored(paths: Iterable[str | Path], ignore: Sequence[str]) -> None:
+    """Raises: UserError for a pattern that matches no key of any of the files."""
+    matched = {pattern for path in paths for pattern in matching_patterns(path, ignore)}
+    if unused := [pattern for pattern in ignore if pattern not in matched]:
+        raise UserError(f"--ignore {unused[0]}: no key of {', '.join(map(str, paths)) or 'a LoRA'} matches it")
 
 
 def unbound_key_error(file: Path, keys: Sequence[str]) -> UserError:

@@ -12,7 +12,14 @@ from fewstep.models.lora.weights import Kronecker, Lora, LowRank, Update
 _BLOCK = re.compile(r"(?P<block>[^.]+\.\d+)\.(?P<rest>.+)")
 
 #: Keys of headers that are long and tell nothing about the adapter.
-_LONG = ("ss_tag_frequency", "ss_bucket_info", "ss_dataset_dirs", "modelspec.thumbnail", "training_info", "lora_adapter")
+_LONG = (
+    "ss_tag_frequency",
+    "ss_bucket_info",
+    "ss_dataset_dirs",
+    "modelspec.thumbnail",
+    "training_info",
+    "lora_adapter",
+)
 
 
 def kinds(lora: Lora) -> list[str]:

@@ -99,7 +99,9 @@ def _magnitude(module: str, update: Update, layout: str, chosen: LoraFormat) -> 
     if chosen.magnitude == "dora_scale":
         return update.magnitude
     if update.magnitude.shape[1] != 1 or not isinstance(update.change, LowRank):
-        raise UserError(f"{module}: peft and {layout} have DoRA of LoRA with norms of rows alone; write kohya or comfyui")
+        raise UserError(
+            f"{module}: peft and {layout} have DoRA of LoRA with norms of rows alone; write kohya or comfyui"
+        )
     return update.magnitude.flatten()
 
 
