@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -136,3 +137,23 @@ def save_peft_folder(folder: Path, adapter: Adapter, config: dict) -> Path:
     save_file(diffusers(adapter, "base_model.model."), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     return folder
+
+
+def found_deltas(tiny, lora):
+    return {name: update.delta(tiny.transformer.get_submodule(name).weight) for name, update in lora.updates.items()}
+
+
+def assert_close(found, expected, **tolerances):
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, **tolerances)
+
+
+def merged_by_hand(tiny, *weighted):
+    """A copy of the transformer with changes {layer: delta} times strengths."""
+    transformer = copy.deepcopy(tiny.transformer)
+    with torch.no_grad():
+        for changes, strength in weighted:
+            for layer, delta in changes.items():
+                transformer.get_submodule(layer).weight += strength * delta
+    return transformer

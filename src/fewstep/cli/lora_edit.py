@@ -52,7 +52,8 @@ def extract(
     if not updates:
         raise UserError(f"{tuned}: no linear layer differs from {base}: there is nothing to extract")
     if unadapted:
-        warnings.warn(f"not in the LoRA, which has linear layers alone: {format_tensor_names('other', unadapted)}")
+        names = format_tensor_names("other", unadapted)
+        warnings.warn(f"not in the LoRA, which has linear layers alone: {names}", stacklevel=1)
     metadata = lora_metadata(out.stem, base_model=base, description=f"extracted: {tuned} minus {base}")
     write_lora(out, updates, targets, "diffusers", metadata, dtype.torch_dtype)
     typer.echo(_line(out, kept))

@@ -42,8 +42,8 @@ def bind(raw: RawLora, targets: LoraTargets) -> Lora:
         for layer, update in zip(layers, _split(raw, module, whole, magnitude, len(layers)), strict=True):
             if layer in owners:
                 raise UserError(
-                    f"{raw.file}: {module} and {owners[layer]} are both the layer {layer}; --ignore '{module}.*' leaves "
-                    "one out"
+                    f"{raw.file}: {module} and {owners[layer]} are both the layer {layer}; --ignore '{module}.*' "
+                    "leaves one out"
                 )
             _check_shape(raw, module, layer, update.change, targets.shapes[layer], len(layers))
             owners[layer], updates[layer] = module, update
@@ -116,7 +116,8 @@ def _check_shape(
         found = f"{change.shape[0] * count} x {change.shape[1]}"
         wanted = f"{expected[0] * count} x {expected[1]}"
         raise UserError(
-            f"{raw.file}: {module} changes a matrix of {found}, but {layer} has one of {wanted}: a LoRA for another model"
+            f"{raw.file}: {module} changes a matrix of {found}, but {layer} has one of {wanted}: a LoRA for another "
+            "model"
         )
 
 
