@@ -9,9 +9,10 @@ import typer
 
 from fewstep.cli.lora_edit import extract, mix, resize
 from fewstep.cli.lora_options import Ignore, LoraDtype, LoraFormatName, ModelOfNames, WeightedFile, WeightedFiles
+from fewstep.cli.lora_prepare import prepare
 from fewstep.cli.options import Device, Model
 
-app = typer.Typer(help="LoRA adapters: files of all programs, merging, mixing.", no_args_is_help=True)
+app = typer.Typer(help="LoRA: training sets; files of all programs, merged, converted, mixed.", no_args_is_help=True)
 
 
 @app.command()
@@ -125,6 +126,7 @@ def _range(values: list[int] | list[float]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
+app.command()(prepare)
 app.command()(extract)
 app.command()(resize)
 app.command()(mix)
