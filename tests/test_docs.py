@@ -22,7 +22,7 @@ COMMANDS = {
     *("emoji", "lora"),
 }
 EMOJI_COMMANDS = {"build", "gallery", "sheet", "train", "publish", "publish-student"}
-LORA_COMMANDS = {"check", "convert", "extract", "info", "merge", "mix", "resize"}
+LORA_COMMANDS = {"check", "convert", "extract", "info", "merge", "mix", "prepare", "resize"}
 
 #: Words that describe models as persons.
 PERSONIFYING = re.compile(r"\b(speaks?|said|goes on|asked|looks|rests?)\b")

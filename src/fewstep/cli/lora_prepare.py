@@ -36,7 +36,8 @@ def prepare(
     trigger: Annotated[str, typer.Option(help="Word put before captions that lack it.")] = "",
     model: Annotated[str | None, typer.Option(help="The model whose tokenizer counts the captions' tokens.")] = None,
     check_text: Annotated[
-        bool, typer.Option("--check-text", help="Look for text and watermarks with RapidOCR: about a second an image.")
+        bool,
+        typer.Option("--check-text", help="Look for text and watermarks with RapidOCR, which takes seconds an image."),
     ] = False,
 ) -> None:
     """Check, crop and caption a folder of images for the training of a LoRA. The originals are only read."""
