@@ -43,6 +43,10 @@ def test_a_run_resumes_exactly_and_its_files_open_in_diffusers(tiny, tiny_folder
     )
     assert first["student/loss"] == second["student/loss"]
 
+    # the adapter alone, merged into the teacher by --lora, is the student
+    merged = load(tiny_folder, loras={str(tmp_path / "whole" / "lora"): 1.0}).transformer.state_dict()
+    torch.testing.assert_close(merged, load(made.student).transformer.state_dict(), atol=1e-5, rtol=1e-4)
+
     # the adapter alone, loaded by diffusers onto the teacher, gives the images of the merged student
     student = load(made.student)
     ours = generate(student, ["a dog"], SamplingParams(seed=5)).images[0]

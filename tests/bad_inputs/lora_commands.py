@@ -155,6 +155,8 @@ SECTION = Section(
             "device {device}: {reason}",
             "Take `auto`, `cpu` or a GPU that is there.",
             Case("lora check tiny a.safetensors --device cuda:7", "cuda:7", LORA_FILE),
+            Case("lora extract tiny micro --out a.safetensors --device cuda:7", "cuda:7"),
+            Case("lora resize a.safetensors --rank 2 --out b.safetensors --device cuda:7", "cuda:7", LORA_FILE),
         ),
     ),
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fewstep.cli.lora_options import Energy, Ignore, LoraDtype, LoraDtypeName, ModelOfNames, WeightedFiles
+from fewstep.cli.options import Device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,11 +26,13 @@ def extract(
     energy: Energy = 0.95,
     rank: Annotated[int, typer.Option(min=1, max=MAX_RANK, help="Largest rank of a layer.")] = 64,
     dtype: Annotated[LoraDtypeName, typer.Option(help="Data type of the written weights.")] = LoraDtypeName.bf16,
+    device: Device = "auto",
 ) -> None:
     """Extract the difference of two models as a LoRA (SVD); ranks differ by layer."""
     import warnings
 
     from fewstep.cli.lora_options import check_lora_out
+    from fewstep.core.device import resolve_device
     from fewstep.errors import UserError
     from fewstep.export.lora_svd import differences, truncate
     from fewstep.models.components import format_tensor_names, resolve_model
@@ -40,13 +43,14 @@ def extract(
     from fewstep.progress import progress_bar
 
     check_lora_out(out)
+    chosen = resolve_device(device)
     targets = model_targets(resolve_model(base))
     updates: dict[str, Update] = {}
     kept: dict[str, Kept] = {}
     unadapted: list[str] = []
     with progress_bar(None, "decomposing layers") as advance:
         for name, difference in differences(base, tuned, targets, unadapted):
-            change, kept[name] = truncate(difference, energy, rank)
+            change, kept[name] = truncate(difference.to(chosen), energy, rank)
             updates[name] = Update(change)
             advance(1)
     if not updates:
@@ -67,9 +71,11 @@ def resize(
     model: ModelOfNames = None,
     ignore: Ignore = None,
     dtype: LoraDtype = None,
+    device: Device = "auto",
 ) -> None:
     """Reduce the rank of a LoRA (SVD), or turn a LoKr into a LoRA."""
     from fewstep.cli.lora_options import check_lora_out, open_targets
+    from fewstep.core.device import resolve_device
     from fewstep.export.lora_svd import resize as resized
     from fewstep.models.lora.bind import read_lora
     from fewstep.models.lora.metadata import derived_metadata
@@ -77,10 +83,11 @@ def resize(
     from fewstep.progress import track
 
     check_lora_out(out)
+    chosen = resolve_device(device)
     targets = open_targets(model)
     lora = read_lora(file, targets, ignore or [])
     names = list(lora.updates)
-    results = {name: resized(lora.updates[name], energy, rank) for name in track(names, "decomposing layers")}
+    results = {name: resized(lora.updates[name], energy, rank, chosen) for name in track(names, "decomposing layers")}
     updates = {name: update for name, (update, _) in results.items()}
     metadata = derived_metadata(lora.metadata, out.stem)
     write_lora(out, updates, targets, "diffusers", metadata, dtype.torch_dtype if dtype else lora.dtype)

@@ -20,7 +20,8 @@ from fewstep.models.weight_files import weight_files
 _WHOLE = (
     1024  # largest side of a matrix that is decomposed whole; of larger ones the leading part, by random projection
 )
-_OVERSAMPLING, _POWER_ITERATIONS = 16, 6
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 4
+_ROUNDING = 1e-6  # of the energy
 
 #: Called with the energy that a layer keeps.
 Report = Callable[[str, "Kept"], None]
@@ -44,16 +45,16 @@ class Kept:
 def choose_rank(values: Tensor, total: float, energy: float, max_rank: int) -> int:
     """The least rank whose leading singular values [N], descending, have at least the fraction ``energy`` of ``total``,
     the sum of all squares; at most ``max_rank`` or N, at least 1."""
-    reached = values.double().square().cumsum(0) >= energy * total * (1 - 1e-9)
+    reached = values.double().square().cumsum(0) >= energy * total * (1 - _ROUNDING)
     needed = int(reached.int().argmax()) + 1 if bool(reached.any()) else len(values)
     return max(1, min(needed, max_rank, len(values)))
 
 
 def truncate(matrix: Tensor, energy: float, max_rank: int) -> tuple[LowRank, Kept]:
     """The best approximation of a matrix [out, in] of a rank (Eckart and Young, 1936), with its singular values shared
-    equally by ``up`` and ``down``."""
+    equally by ``up`` and ``down``; computed on the matrix's device, returned on the CPU."""
     matrix = matrix.float()
-    total = float(matrix.double().square().sum())
+    total = float(torch.linalg.vector_norm(matrix)) ** 2
     if min(matrix.shape) <= _WHOLE:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
@@ -78,18 +79,19 @@ def _truncated(
     left: Tensor, values: Tensor, right: Tensor, total: float, energy: float, max_rank: int
 ) -> tuple[LowRank, Kept]:
     rank = choose_rank(values, total, energy, max_rank)
+    left, values, right = left.cpu(), values.cpu(), right.cpu()
     root = values[:rank].sqrt()
     kept = Kept(rank, min(float(values[:rank].double().square().sum()), total), total)
     return LowRank(root[:, None] * right[:rank], left[:, :rank] * root), kept
 
 
-def resize(update: Update, energy: float, max_rank: int) -> tuple[Update, Kept]:
+def resize(update: Update, energy: float, max_rank: int, device: torch.device | str = "cpu") -> tuple[Update, Kept]:
     """An update as LoRA of another rank; DoRA's magnitude is kept."""
     change: Change = update.change
     if isinstance(change, LowRank):
         smaller, kept = truncate_low_rank(change, energy, max_rank)
     else:
-        smaller, kept = truncate(change.delta(), energy, max_rank)
+        smaller, kept = truncate(change.delta().to(device), energy, max_rank)
     return Update(smaller, update.magnitude), kept
 
 

@@ -36,7 +36,7 @@ def _describe_folder(folder: Path, index: str) -> str | None:
     if any((folder / name).is_file() for name in _ADAPTERS):
         beside = folder.parent / "student"
         merged = f"; the merged student is {beside}" if (beside / index).is_file() else ""
-        return f"a LoRA adapter, which is no whole model{merged or '; merge it into its base model first'}"
+        return f"a LoRA adapter, which is no whole model{merged or '; give it with --lora beside its base model'}"
     if (folder.parent / index).is_file():
         return f"one component of a model; the model is {folder.parent}"
     config = _config(folder / "config.json")
