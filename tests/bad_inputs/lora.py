@@ -63,6 +63,11 @@ SECTION = Section(
             Case("generate tiny 'a fox' --lora nowhere.safetensors:0.8", "nowhere.safetensors"),
         ),
         Message(
+            "{file}: empty; download it again",
+            "The download or copy was interrupted.",
+            _generate("a.safetensors", b""),
+        ),
+        Message(
             "{file}: holds no tensors; there is no LoRA to load",
             "The training that wrote it was interrupted.",
             _generate("a.safetensors", tensors({}, {})),
