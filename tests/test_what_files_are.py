@@ -150,7 +150,7 @@ def test_folders_that_are_no_models(tmp_path: Path, tiny_folder: Path) -> None:
         (run / "lora", f"a LoRA adapter, which is no whole model; the merged student is {run / 'student'}"),
         (run / "student" / "transformer", f"one component of a model; the model is {run / 'student'}"),
         (tmp_path / "begun", "the folder of a run that is not finished"),
-        (tmp_path / "adapter", "a LoRA adapter, which is no whole model; merge it"),
+        (tmp_path / "adapter", "a LoRA adapter, which is no whole model; give it with --lora"),
         (tmp_path / "clip", "one component (CLIPModel), no whole model"),
         (tmp_path / "several", "a folder of models; name one of them: a"),
         (tmp_path / "download", f"fewstep convert '{tmp_path / 'download' / 'z image.safetensors'}' --components-from"),
