@@ -228,11 +228,9 @@ def load(
         ignore: keys in these files to leave out; any other key that binds no layer is an error.
 
     Raises:
-        UserError: there is no such device or model, a file is missing or corrupt, or the family overflows in the dtype
-            (fp16).
+        UserError: no such device or model, a file that is missing or corrupt, or a dtype that overflows (fp16).
     """
-    chosen = resolve_device(device)
-    folder = resolve_model(path_or_name)
+    chosen, folder = resolve_device(device), resolve_model(path_or_name)
     family = resolve_family(folder)
     fp8, adapters = dtype == FP8, open_loras(folder, loras or {}, ignore)
     components = _load_components(folder, family, family.component_names, torch.bfloat16 if fp8 else dtype)
@@ -253,8 +251,7 @@ def load(
 
 
 def with_components_from(transformer: nn.Module, path_or_name: str | Path) -> TextToImagePipeline:
-    """A pipeline of this transformer and all the other components of another model, on the CPU. Errors as for
-    :func:`load`."""
+    """This transformer with all other components of another model, on the CPU. Errors as for :func:`load`."""
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
     names = [name for name in family.component_names if name != "transformer"]
