@@ -18,6 +18,7 @@ from fewstep.cli.evaluate import evaluate
 from fewstep.cli.generate import generate
 from fewstep.cli.lora import app as lora
 from fewstep.cli.plan import plan
+from fewstep.cli.prefs import app as prefs
 from fewstep.cli.tune import tune
 from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
@@ -93,6 +94,7 @@ app.command("cache-trajectories")(cache)
 app.command("encode-prompts")(prompts)
 app.command()(convert)
 app.add_typer(lora, name="lora")
+app.add_typer(prefs, name="prefs")
 try:
     load_plugins()
 except UserError as error:
