@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,7 @@ from fewstep.preferences.bradley_terry import (
 
 SAMPLES = 1000
 LEVEL = 0.95
-RANK_FILE = "rank.json"
+RANK_FILE, RANK_PLOT = "rank.json", "rank.png"
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,19 @@ def print_ranking(ranking: Ranking, console: Console | None = None) -> None:
     notes = [f"{ranking.votes} votes on {ranking.prompts} prompts ({voters}); share won counts a tie as half."]
     for note in [*notes, *ranking.notes]:
         console.print(Text(note, style="dim"))
+
+
+def plot_writer() -> Callable[[Ranking, Path], None]:
+    """:func:`fewstep.preferences.ranking_plot.write_plot`, which needs a package of the "eval" extra.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from fewstep.preferences.ranking_plot import write_plot
+    except ModuleNotFoundError as error:
+        raise UserError(f"the plot of a ranking needs {error.name}; pip install 'fewstep[eval]'") from None
+    return write_plot
 
 
 def _wins_by_prompt(votes: Sequence[Vote], names: Sequence[str]) -> np.ndarray:

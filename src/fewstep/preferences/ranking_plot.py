@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 from fewstep.atomic import atomic_file
 from fewstep.preferences.ranking import LEVEL, Ranking
 
-RANK_PLOT = "rank.png"
-
 
 def write_plot(ranking: Ranking, file: str | Path) -> None:
     """Write a PNG, the best model at the top. Raises: UserError if it cannot be written."""

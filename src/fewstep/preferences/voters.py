@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fewstep.core.registry import load_plugins, rewards, scorers
 from fewstep.data.images import to_uint8
 from fewstep.data.preferences import Choice
 from fewstep.errors import UserError
-from fewstep.machine import reading
+from fewstep.preferences.image_batches import PromptedImage, image_batches
 from fewstep.preferences.session import VotingSession
 from fewstep.progress import progress_bar
 from fewstep.rewards.protocol import Reward, Scorer
@@ -98,10 +95,12 @@ def cast_votes(session: VotingSession, judge: Judge) -> int:
         with progress_bar(len(pending), f"votes of {judge.name}") as advance:
             for start in range(0, len(pending), _CHUNK):
                 chunk = pending[start : start + _CHUNK]
-                wanted = {(prompt, side.image) for prompt, *sides in chunk for side in sides}  # type: ignore[union-attr]
+                sides = [(prompt, side.image) for prompt, left, right in chunk for side in (left, right)]
+                wanted = {PromptedImage(prompt, image) for prompt, image in sides}
                 scores = _scores(session.folder, sorted(wanted), judge.score)
                 for prompt, left, right in chunk:
-                    choice = _choice(scores[prompt, left.image], scores[prompt, right.image])
+                    both = (scores[PromptedImage(prompt, side.image)] for side in (left, right))
+                    choice = _choice(*both)
                     if choice is None:
                         skipped += 1
                     else:
@@ -115,22 +114,10 @@ def cast_votes(session: VotingSession, judge: Judge) -> int:
     return skipped
 
 
-def load_image(file: Path) -> Tensor:
-    """An image file as float [3, H, W] in [0, 1]. Raises: UserError if it cannot be read."""
-    with reading(file), Image.open(file) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def _scores(folder: Path, wanted: Sequence[tuple[str, str]], score: Score) -> dict[tuple[str, str], float]:
-    """Scores by prompt and image; images of one size are scored together."""
-    by_size: dict[torch.Size, list[tuple[tuple[str, str], Tensor]]] = defaultdict(list)
-    for key in wanted:
-        image = load_image(folder / key[1])
-        by_size[image.shape].append((key, image))
-    found: dict[tuple[str, str], float] = {}
-    for group in by_size.values():
-        values = score(torch.stack([image for _, image in group]), [prompt for (prompt, _), _ in group])
-        found |= dict(zip([key for key, _ in group], values.tolist(), strict=True))
+def _scores(folder: Path, wanted: Sequence[PromptedImage], score: Score) -> dict[PromptedImage, float]:
+    found: dict[PromptedImage, float] = {}
+    for keys, images in image_batches(folder, wanted):
+        found |= dict(zip(keys, score(images, [key.prompt for key in keys]).tolist(), strict=True))
     return found
 
 

@@ -45,6 +45,16 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class Embedder(Protocol):
+    """A reward that compares embeddings of image and prompt; a reward learned from votes can build on them."""
+
+    def embeddings(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings of the images and of the prompts, float32 [B, D] both; with gradient to the images if the reward
+        is differentiable. Arguments as for the reward."""
+        ...
+
+
 class Scorer(Protocol):
     """Scores images for their prompts. ``core.registry.scorers`` holds scorers by name."""
 
