@@ -69,7 +69,7 @@ def test_bad_input(
 def options() -> set[tuple[str, str]]:
     """(command, option) for every option of every command that takes a value."""
     program = typer.main.get_command(app)
-    groups = [("", program), *((f"{name} ", program.commands[name]) for name in ("emoji", "lora"))]  # type: ignore[attr-defined]
+    groups = [("", program), *((f"{name} ", program.commands[name]) for name in ("emoji", "lora", "prefs"))]  # type: ignore[attr-defined]
     commands = [(prefix + name, command) for prefix, group in groups for name, command in group.commands.items()]
     return {
         (name, max(option.opts, key=len))

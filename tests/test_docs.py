@@ -19,10 +19,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAX_PROSE = 140
 COMMANDS = {
     *("distill", "tune", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert"),
-    *("emoji", "lora"),
+    *("emoji", "lora", "prefs"),
 }
-EMOJI_COMMANDS = {"build", "gallery", "sheet", "train", "publish", "publish-student"}
-LORA_COMMANDS = {"check", "convert", "extract", "info", "merge", "mix", "prepare", "resize"}
+GROUPS = {
+    "emoji": {"build", "gallery", "sheet", "train", "publish", "publish-student"},
+    "lora": {"check", "convert", "extract", "info", "merge", "mix", "prepare", "resize"},
+    "prefs": {"collect", "rank", "train"},
+}
 
 #: Words that describe models as persons.
 PERSONIFYING = re.compile(r"\b(speaks?|said|goes on|asked|looks|rests?)\b")
@@ -111,8 +114,8 @@ def test_named_commands_exist() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in [*PAGES, *ROOT.glob("examples/**/*.*")])
     named = named_commands(text)
     assert {command for command, _ in named} <= COMMANDS
-    assert {word for command, word in named if command == "emoji"} <= EMOJI_COMMANDS | {""}
-    assert {word for command, word in named if command == "lora"} == LORA_COMMANDS
+    for group, commands in GROUPS.items():
+        assert {word for command, word in named if command == group} <= commands | {""}
     assert {command for command, _ in named} == COMMANDS, "a command is not documented"
 
 
@@ -123,8 +126,8 @@ def test_command_line_has_the_documented_commands() -> None:
 
     program = typer.main.get_command(app)
     assert set(program.commands) == COMMANDS  # type: ignore[attr-defined]
-    assert set(program.commands["emoji"].commands) == EMOJI_COMMANDS  # type: ignore[attr-defined]
-    assert set(program.commands["lora"].commands) == LORA_COMMANDS  # type: ignore[attr-defined]
+    for group, commands in GROUPS.items():
+        assert set(program.commands[group].commands) == commands  # type: ignore[attr-defined]
 
 
 def test_code_of_the_extension_guide_runs(tiny_folder: Path, tmp_path: Path) -> None:

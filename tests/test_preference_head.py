@@ -154,7 +154,7 @@ def test_features_without_gradient(votes: Path, tmp_path: Path) -> None:
     assert not reward.info.differentiable
     wanted = torch.rand(1, 3, 32, 32, requires_grad=True)
     assert not reward(wanted, ["a"]).requires_grad
-    assert found.held_out.votes == 3
+    assert found.held_out.votes == 2  # and a tie
 
 
 class TwoColors:

@@ -12,6 +12,7 @@ from bad_inputs import (
     lora_prepare,
     models,
     outputs,
+    preferences,
     prompts,
     recipe_files,
     recipe_values,
@@ -37,6 +38,7 @@ SECTIONS: tuple[Section, ...] = (
     runs.SECTION,
     evaluation.SECTION,
     tuning.SECTION,
+    preferences.SECTION,
 )
 CASES: list[tuple[Message, Case]] = [
     (message, case) for section in SECTIONS for message in section.messages for case in message.cases

@@ -22,6 +22,8 @@ SECTION = Section(
             ),
             Case("cache-trajectories cache.yaml --device gpu", "device gpu", _RECIPE | {"cache.yaml": CACHE}),
             Case("encode-prompts prompts.txt --out shards --model tiny --device gpu", "device gpu", _RECIPE),
+            Case("prefs collect tiny a=tiny --prompts prompts.txt --out votes --device gpu", "device gpu", _RECIPE),
+            Case("prefs train votes --out head --device gpu", "device gpu"),
         ),
         Message(
             "device {name}: not available here ({reason}); use cpu",

@@ -1,6 +1,7 @@
 """Scorers, feature networks and packages."""
 
 from bad_inputs.files import DISTILL, PROMPTS
+from bad_inputs.preferences import MANY_VOTES
 from bad_inputs.table import Case, Message, Section
 
 _PROMPTS = {"prompts.txt": PROMPTS}
@@ -25,6 +26,7 @@ SECTION = Section(
             "Check the spelling.",
             Case(f"{EVALUATE} --features guess", "'guess'", _PROMPTS),
             Case("distill mine.yaml -s evaluate.features=guess", "'guess'", _RECIPE),
+            Case("prefs train votes --out head --features guess", "'guess'", MANY_VOTES),
         ),
         Message(
             "{kind} {name}: give a checkpoint, as in {name}:PATH_OR_HUB_ID",

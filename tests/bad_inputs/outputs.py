@@ -29,6 +29,7 @@ SECTION = Section(
             Case("distill mine.yaml --out prompts.txt", "prompts.txt: cannot", _RECIPE),
             Case("distill mine.yaml --out prompts.txt/run", "prompts.txt: cannot", _RECIPE),
             Case("emoji train classifier --out prompts.txt", "prompts.txt: cannot", _PROMPTS),
+            Case("prefs collect tiny a=tiny --prompts prompts.txt --out prompts.txt", "prompts.txt: cannot", _PROMPTS),
         ),
         Message(
             "{file}: {ending} is not an image format; use .png, or a folder (its name ends with /)",

@@ -126,6 +126,11 @@ SECTION = Section(
         Message(
             "{place}: no '{column}'; there are {names}; set --column, or prompts.column in a recipe",
             "Name the column or key that holds the prompts.",
+            Case(
+                "prefs collect tiny a=tiny --prompts a.csv --out votes --column b",
+                "a.csv: no 'b'; there are prompt",
+                {"a.csv": "prompt\na fox\n"},
+            ),
             _encode("a.csv", "a.csv: no 'prompt'; there are text, other", "text,other\na,b\n"),
             _encode("a.csv", "there are none", ""),
             _encode("a.jsonl", "a.jsonl, line 1: no 'prompt'; there are text", _lines({"text": "a fox"})),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.core.device import resolve_device
 from fewstep.data.preferences import VOTES
 from fewstep.outputs import claimed_folder
 from fewstep.preferences.contenders import Contender
@@ -48,12 +49,13 @@ def collect_votes(
             loading, sampling and writing.
         KeyboardInterrupt: Ctrl-C, with a message for the user; everything until then is kept.
     """
+    where = resolve_device(device)
     folder, texts = Path(out), list(dict.fromkeys(prompts))
     comparisons = schedule([one.label for one in contenders], len(texts), seed, count)
     with ExitStack() as stack:
         # mistakes are found before the images are made
         server = stack.enter_context(VotingServer(port)) if is_human(voter) else None
-        judge = None if server is not None else open_judge(voter, _judge_device(device))
+        judge = None if server is not None else open_judge(voter, where)
         stack.enter_context(claimed_folder(folder))
         log = stack.enter_context(VoteLog(folder / VOTES))
         generate_images(folder, contenders, texts, comparisons, device)
@@ -79,9 +81,3 @@ def serve(server: VotingServer, session: VotingSession) -> None:
         if session.done < session.total:
             raise KeyboardInterrupt(f"{line}; the same command continues") from None
         log_line(line)
-
-
-def _judge_device(device: str | torch.device) -> torch.device:
-    from fewstep.core.device import resolve_device
-
-    return resolve_device(device)

@@ -32,12 +32,14 @@ class Contender:
         label: its name in votes and ratings, and of the folder of its images.
         model: as the user wrote it.
         folder: of the model.
+        steps: sampling steps, the model's own where the parameters name none.
     """
 
     label: str
     model: str
     folder: Path
     params: SamplingParams
+    steps: int
 
 
 def parse_contenders(specs: Sequence[str], seed: int = 0, steps: int | None = None) -> list[Contender]:
@@ -88,10 +90,10 @@ def _parse(spec: str, seed: int, steps: int | None) -> Contender:
         params = parse_params({**given, "seed": seed})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # generation gives them again
-            params.resolved(load_generation_config(folder))
+            resolved = params.resolved(load_generation_config(folder))
     except UserError as error:
         raise UserError(f"{spec}: {error}") from None
-    return Contender(label, model, folder, params)
+    return Contender(label, model, folder, params, resolved.steps)
 
 
 def _default_label(model: str) -> str:

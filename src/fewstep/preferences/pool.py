@@ -10,7 +10,7 @@ import torch
 
 from fewstep.data.preferences import Candidate
 from fewstep.errors import UserError
-from fewstep.inference.generate import generate_batches
+from fewstep.inference.generate import GenerationStep, generate_batches
 from fewstep.inference.image_folder import ImageFolder, generation_manifest
 from fewstep.models.pipeline import load
 from fewstep.preferences.contenders import Contender
@@ -59,7 +59,7 @@ def generate_images(
         with ProgressBars() as bars:
             for one in contenders:
                 if missing[one.label]:
-                    advance = bars.add(f"images of {one.label}", len(missing[one.label]))
+                    advance = bars.add(f"sampling steps of {one.label}", one.steps * len(missing[one.label]))
                     _generate(one, prompts, missing[one.label], folders[one.label], device, advance)
                     gc.collect()  # a pipeline has cycles; the next one needs its memory
                     if torch.cuda.is_available():
@@ -82,11 +82,14 @@ def _generate(
 ) -> None:
     seeds = one.params.image_seeds(len(prompts))
     params = one.params.model_copy(update={"seeds": tuple(seeds[i] for i in numbers)})
+
+    def count(step: GenerationStep) -> None:
+        advance(len(step.images))
+
     try:
-        for batch in generate_batches(load(one.model, device), [prompts[i] for i in numbers], params):
+        for batch in generate_batches(load(one.model, device), [prompts[i] for i in numbers], params, count):
             for index, image in zip(batch.indices, batch.images, strict=True):
                 images.write(numbers[index], image)
-            advance(len(batch.indices))
     except UserError as error:
         raise UserError(f"{one.label}: {error}") from None
 
