@@ -102,6 +102,18 @@ def test_ranking_of_votes(tmp_path: Path) -> None:
     assert (tree["votes"], tree["ties"], tree["prompts"], tree["voters"]) == (5, 1, 5, {"human": 5})
 
 
+def test_agreement_of_voters() -> None:
+    """The same image on the other side is the same; ties and pairs that one has not seen do not count."""
+    mine = [vote(i, "a", "b", choice, f"p{i}") for i, choice in enumerate(("left", "right", "left", "tie", "left"), 1)]
+    theirs = [
+        vote(i, "b", "a", choice, f"p{i}", "judge")
+        for i, choice in [(1, "right"), (2, "right"), (3, "tie"), (4, "left")]
+    ]
+    (found,) = rank([*mine, *theirs]).voter_agreement
+    assert (found.first, found.second, found.agreement.votes, found.agreement.share) == ("human", "judge", 2, 0.5)
+    assert rank(mine).voter_agreement == []
+
+
 def test_the_side_does_not_matter() -> None:
     votes = [vote(1, "a", "b", "left"), vote(2, "a", "b", "tie"), vote(3, "a", "b", "right"), vote(4, "a", "b", "left")]
     swap: dict[Choice, Choice] = {"left": "right", "right": "left", "tie": "tie"}

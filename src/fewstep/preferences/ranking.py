@@ -18,13 +18,8 @@ from rich.text import Text
 from fewstep.atomic import write_text
 from fewstep.data.preferences import Vote
 from fewstep.errors import UserError
-from fewstep.preferences.bradley_terry import (
-    bootstrap,
-    compared_models,
-    connected_groups,
-    elo,
-    fit,
-)
+from fewstep.preferences.bradley_terry import bootstrap, compared_models, connected_groups, elo, fit
+from fewstep.preferences.voter_agreement import VoterAgreement, voter_agreements
 
 SAMPLES = 1000
 LEVEL = 0.95
@@ -75,6 +70,7 @@ class Ranking:
     Attributes:
         models: the best first.
         voters: number of votes of each.
+        voter_agreement: of every two voters with votes on the same pairs of images.
         notes: what limits the ratings.
     """
 
@@ -84,6 +80,7 @@ class Ranking:
     ties: int
     prompts: int
     voters: dict[str, int]
+    voter_agreement: list[VoterAgreement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     method: str = (
         "Bradley-Terry, ties as half wins, one virtual tie for each two models that were compared; Elo scale, mean 1000"
@@ -136,6 +133,7 @@ def rank(votes: Sequence[Vote], where: str | Path = "votes") -> Ranking:
         ties=sum(vote.choice == "tie" for vote in votes),
         prompts=len(wins),
         voters=dict(Counter(vote.voter for vote in votes)),
+        voter_agreement=voter_agreements(votes),
         notes=_notes(ratings),
     )
 
@@ -153,6 +151,9 @@ def print_ranking(ranking: Ranking, console: Console | None = None) -> None:
     console.print(table)
     voters = ", ".join(f"{name} {count}" for name, count in ranking.voters.items())
     notes = [f"{ranking.votes} votes on {ranking.prompts} prompts ({voters}); share won counts a tie as half."]
+    notes += [
+        f"{one.first} and {one.second} prefer the same image: {one.agreement}." for one in ranking.voter_agreement
+    ]
     for note in [*notes, *ranking.notes]:
         console.print(Text(note, style="dim"))
 
