@@ -80,6 +80,7 @@ def test_labels_and_settings(tiny_folder: Path, tmp_path: Path) -> None:
     assert [one.label for one in found] == [name, f"{name}@steps=2,sampler=sde", "slow", "first-run"]
     assert [one.steps for one in found] == [3, 2, 9, 3]
     assert {one.params.seed for one in found} == {5}
+    assert parse_contenders([specs[0], f"{specs[0]}@seed=1000"], seed=5)[1].params.seed == 1000
     assert found[1].params.sampler == "sde"
     assert parse_contenders(specs[:2])[0].steps == 6  # the model's own
 

@@ -50,8 +50,8 @@ SECTION = Section(
         ),
         Message(
             "{model}: {key} cannot differ between models; it may be one of {keys}",
-            "All models make image i from the same seed; `--seed` sets it.",
-            Case(f"prefs collect tiny tiny@seed=3 {_TO}", "seed cannot differ", _PROMPTS),
+            "Only what changes an image is a setting here.",
+            Case(f"prefs collect tiny tiny@batch_size=3 {_TO}", "batch_size cannot differ", _PROMPTS),
         ),
         Message(
             "{model}: unknown key {key}; did you mean {other}?",

@@ -26,7 +26,7 @@ def collect(
     out: Annotated[Path, typer.Option(help="Folder of the images and votes.")],
     column: Column = "prompt",
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. [default: each model's]")] = None,
-    seed: Annotated[int, typer.Option(help="Image i starts from seed + i, for all models.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i starts from seed + i, for all models that name no seed.")] = 0,
     count: Annotated[
         int | None, typer.Option(min=1, help="Pairs to vote on. [default: every two models on every prompt]")
     ] = None,

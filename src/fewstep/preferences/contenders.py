@@ -14,9 +14,9 @@ from fewstep.inference.params import SamplingParams, parse_params
 from fewstep.models.components import resolve_model
 from fewstep.models.generation_config import load_generation_config
 
-#: Sampling parameters that a comparison may differ in; the seed is the same for all models.
+#: Sampling parameters that models of a comparison may differ in; another seed compares a model with itself.
 SETTINGS = (
-    *("steps", "guidance_scale", "negative_prompt", "system_prompt", "cfg_normalization", "cfg_truncation"),
+    *("seed", "steps", "guidance_scale", "negative_prompt", "system_prompt", "cfg_normalization", "cfg_truncation"),
     *("height", "width", "sampler", "eta"),
 )
 _LABEL = re.compile(r"[A-Za-z0-9][\w.@=,+-]{0,99}")  # the name of a folder too
@@ -48,7 +48,7 @@ def parse_contenders(specs: Sequence[str], seed: int = 0, steps: int | None = No
     Args:
         specs: as in "micro", "runs/a/student", "few=micro@steps=4,guidance_scale=0". Without a label, it is the name of
             the model's folder, or of its run, with the settings.
-        seed: of the first image.
+        seed: of the first image, of all models that name none.
         steps: of all models that name none; None is each one's own.
 
     Raises:
@@ -87,7 +87,7 @@ def _parse(spec: str, seed: int, steps: int | None) -> Contender:
         raise UserError(f"{spec}: {label!r} cannot be the name of a folder; give a label, as in NAME={spec}")
     folder = resolve_model(model)
     try:
-        params = parse_params({**given, "seed": seed})
+        params = parse_params({"seed": seed, **given})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # generation gives them again
             resolved = params.resolved(load_generation_config(folder))

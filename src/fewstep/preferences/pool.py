@@ -43,8 +43,8 @@ def generate_images(
 ) -> int:
     """Make the images of the comparisons that are not there yet, as PNG; returns how many those were.
 
-    Image i of every model has the prompt i and the seed ``seed + i``. One model is loaded at a time, and none whose
-    images are all there.
+    Image i of every model has the prompt i and, unless a model names another seed, the seed ``seed + i``. One model is
+    loaded at a time, and none whose images are all there.
 
     Raises:
         UserError: the folder holds images of another generation, or an error of loading or sampling.
