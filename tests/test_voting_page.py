@@ -70,6 +70,20 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
         assert session.done == 3
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(chromium.PROGRAM is None, reason="there is no Chromium here")
+def test_no_vote_on_an_image_that_cannot_be_seen(tmp_path: Path) -> None:
+    write_images(tmp_path / "votes")
+    first = schedule(LABELS, len(PROMPTS), 0)[0]
+    (tmp_path / "votes" / "images" / first.left / f"{first.prompt:04d}.png").write_bytes(b"damaged")
+    with serving(tmp_path / "votes") as (server, session), Chromium(tmp_path / "profile") as browser:
+        browser.open(server.url)
+        browser.wait("document.getElementById('error')?.textContent.startsWith('An image cannot be loaded')")
+        browser.press("1")
+        browser.value("new Promise(done => setTimeout(done, 300))")
+        assert session.done == 0
+
+
 @contextmanager
 def collecting(folder: Path, model: Path, port: int = 0) -> Iterator[int]:
     """The real program, which is killed at the end; yields its port."""
