@@ -71,12 +71,20 @@ class ImageFolder:
     Args:
         made_by: :func:`generation_manifest`.
         overwrite: delete the images of another generation.
+        advice: what to do about a folder that holds images of another generation.
 
     Raises:
         UserError: the folder holds images of another generation, or numbered images without their manifest.
     """
 
-    def __init__(self, folder: str | Path, made_by: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        made_by: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        advice: str = "use another --out, or --overwrite",
+    ) -> None:
         self.folder, self.count = Path(folder), len(made_by["prompts"])
         if overwrite:
             self.delete_files()
@@ -86,10 +94,7 @@ class ImageFolder:
                 raise UserError(f"{images[0]} is in the way (no {MANIFEST} beside it); use another --out")
             write_text(manifest, json.dumps(made_by, indent=1) + "\n")
         elif changed := self._differences(made_by):
-            raise UserError(
-                f"{folder}: holds images of another generation (other {', '.join(changed)}); use another --out, or "
-                "--overwrite"
-            )
+            raise UserError(f"{folder}: holds images of another generation (other {', '.join(changed)}); {advice}")
 
     def file(self, index: int) -> Path:
         return self.folder / f"{index:04d}.png"

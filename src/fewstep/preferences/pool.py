@@ -96,7 +96,8 @@ def _generate(
 
 def _open(folder: Path, one: Contender, prompts: Sequence[str]) -> ImageFolder:
     folder.mkdir(parents=True, exist_ok=True)
-    return ImageFolder(folder, generation_manifest(one.folder, prompts, one.params))
+    made_by = generation_manifest(one.folder, prompts, one.params)
+    return ImageFolder(folder, made_by, advice="use another --out, or another label")
 
 
 def _prompts_of(label: str, comparisons: Sequence[Comparison]) -> set[int]:
