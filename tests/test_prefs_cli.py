@@ -97,9 +97,7 @@ def test_images_are_made_once_and_with_one_seed(tiny_folder: Path, tmp_path: Pat
         with Image.open(tmp_path / "images" / "b" / f"{number:04d}.png") as png:
             difference = torch.from_numpy(np.array(png)).int() - image.int()
         assert difference.abs().max() <= 1  # rounding: the batches are others
-    with pytest.raises(
-        UserError, match=r"a: holds images of another generation \(other seed\); use another --out, or"
-    ):
+    with pytest.raises(UserError, match=r"a: holds images of another generation \(other seed\); use another --out, or"):
         generate_images(tmp_path, parse_contenders(specs, seed=4), PROMPTS, order, "cpu")
 
 
