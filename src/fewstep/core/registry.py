@@ -25,6 +25,7 @@ T = TypeVar("T")
 BUILTIN_PLUGINS = (
     "fewstep.methods",
     "fewstep.models.families",
+    "fewstep.rewards.plugins",
     "fewstep.evaluation.plugins",
     "fewstep.preferences",
     "fewstep.emoji",

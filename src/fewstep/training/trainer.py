@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.config.method import VALIDATION
 from fewstep.config.sections import OptimSettings, TrainSettings
 from fewstep.core.method import Batch, BatchSource, Method
-from fewstep.errors import UserError
+from fewstep.errors import StopTraining, UserError
 from fewstep.progress import log_line, training_display
 from fewstep.training import checkpoint
 from fewstep.training.alerts import Alert, AlertMonitor, AlertRule
@@ -74,7 +74,7 @@ class Trainer:
         have their live weights; see `ema_weights`. Ctrl-C (or SIGTERM) stops after the present step, with a checkpoint.
 
         Raises: KeyboardInterrupt, with a message for the user, after such a checkpoint; UserError if losses stay
-        nonfinite, an alert stops the run, or a checkpoint cannot be written or does not fit the method.
+        nonfinite, an alert or the method stops the run, or a checkpoint cannot be written or does not fit the method.
         """
         retain_freed_memory()
         self._until = self.train.steps if until is None else min(until, self.train.steps)
@@ -95,7 +95,11 @@ class Trainer:
             shown = stack.enter_context(display) if self.dist.is_main_process else None
             stop = stack.enter_context(stop_requests())
             while not self.done:
-                losses = self.take_step()
+                try:
+                    losses = self.take_step()
+                except StopTraining:
+                    self._save()
+                    raise
                 # the same on all processes, which must stop at the same step
                 self.seconds, stopping = self.dist.all_reduce_max(time.monotonic() - start, float(stop.is_set()))
                 if shown is not None:
@@ -210,8 +214,7 @@ class Trainer:
         keep_best = self.train.keep_best
         if keep_best is not None and keep_best.metric not in metrics:
             self._report_missing(keep_best.metric, metrics)
-        found = new_best(self.best, keep_best, self.step, metrics)
-        self.best = found or self.best
+        self.best = (found := new_best(self.best, keep_best, self.step, metrics)) or self.best
         return found is not None
 
     def _report_missing(self, metric: str, metrics: Mapping[str, float]) -> None:
@@ -242,8 +245,7 @@ class Trainer:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Inside, averaged weights, no gradient, and a random state that is restored: the training is the same however
-        often it is evaluated."""
+        """Inside, averaged weights, no gradient, and a random state that is restored: evaluating changes nothing."""
         with torch.random.fork_rng(), torch.no_grad(), self.ema_weights():
             yield
 
@@ -268,8 +270,7 @@ class Trainer:
             "ended": self.ended,
         }
         protect = [] if self.best is None else [self.best.step]
-        keep = self.train.max_checkpoints
-        checkpoint.save(self.run.checkpoints, self.step, groups, values, keep, protect, self.dist)
+        checkpoint.save(self.run.checkpoints, self.step, groups, values, self.train.max_checkpoints, protect, self.dist)
         self._saved = (self.step, time.monotonic())
 
     def _restore(self) -> None:
