@@ -88,8 +88,7 @@ class Trainer:
         if self.done:
             return
         self._alerts = AlertMonitor(self.alert_rules, self.step)
-        stopping = 0.0
-        start = time.monotonic() - self.seconds
+        stopping, start = 0.0, time.monotonic() - self.seconds
         with ExitStack() as stack:
             display = training_display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
             shown = stack.enter_context(display) if self.dist.is_main_process else None
