@@ -60,8 +60,12 @@ class EmojiReward:
             images: [B, 3, H, W] in [0, 1], of any size.
         """
         known = torch.tensor([self.dataset.parse(prompt) is not None for prompt in prompts], device=images.device)
-        scores = (self.net.image(resized(images.float())) * self.net.text(prompts)).sum(1)
-        return torch.where(known, scores, torch.nan)
+        image, text = self.embeddings(images, prompts)
+        return torch.where(known, (image * text).sum(1), torch.nan)
+
+    def embeddings(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings of length 1 of images and prompts, float32 [B, D] both. Arguments as for the call."""
+        return self.net.image(resized(images.float())), self.net.text(prompts)
 
 
 def resized(images: Tensor) -> Tensor:
