@@ -8,3 +8,10 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 1.
     """
+
+
+class StopTraining(UserError):
+    """What a training depends on fails: the trainer writes a checkpoint of the last finished step, then stops.
+
+    All processes that train together raise it in the same step.
+    """

@@ -22,7 +22,13 @@ from fewstep.errors import UserError
 T = TypeVar("T")
 
 #: Modules of this package that register something.
-BUILTIN_PLUGINS = ("fewstep.methods", "fewstep.models.families", "fewstep.evaluation.plugins", "fewstep.emoji")
+BUILTIN_PLUGINS = (
+    "fewstep.methods",
+    "fewstep.models.families",
+    "fewstep.rewards.plugins",
+    "fewstep.evaluation.plugins",
+    "fewstep.emoji",
+)
 
 
 class Registry(Generic[T]):

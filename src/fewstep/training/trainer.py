@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.config.method import VALIDATION
 from fewstep.config.sections import OptimSettings, TrainSettings
 from fewstep.core.method import Batch, BatchSource, Method
-from fewstep.errors import UserError
+from fewstep.errors import StopTraining, UserError
 from fewstep.progress import log_line, training_display
 from fewstep.training import checkpoint
 from fewstep.training.alerts import Alert, AlertMonitor, AlertRule
@@ -74,7 +74,7 @@ class Trainer:
         Ctrl-C (or SIGTERM) stops after the present step, with a checkpoint.
 
         Raises: KeyboardInterrupt, with a message for the user, after such a checkpoint; UserError if losses stay
-        nonfinite, an alert stops the run, or a checkpoint cannot be written or does not fit the method.
+        nonfinite, an alert or the method stops the run, or a checkpoint cannot be written or does not fit the method.
         """
         retain_freed_memory()
         if self.train.num_threads is not None:
@@ -93,7 +93,11 @@ class Trainer:
             shown = stack.enter_context(display) if self.dist.is_main_process else None
             stop = stack.enter_context(stop_requests())
             while not self.done:
-                losses = self._take_step()
+                try:
+                    losses = self._take_step()
+                except StopTraining:
+                    self._save()
+                    raise
                 # the same on all processes, which must stop at the same step
                 self.seconds, stopping = self.dist.all_reduce_max(time.monotonic() - start, float(stop.is_set()))
                 if shown is not None:
