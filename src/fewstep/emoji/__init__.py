@@ -1,11 +1,20 @@
-"""The emoji dataset and the models trained on it: a plug-in of prompts, images, scorers, recipes and commands.
+"""The emoji dataset and the models trained on it: a plug-in of prompts, images, scorers,
+rewards, recipes and commands.
 
 Importing this module registers all of them by name and imports none of them: each is imported when it is first used.
 """
 
 from pathlib import Path
 
-from fewstep.core.registry import commands, image_sources, prompt_sources, recipe_folders, recipe_kinds, scorers
+from fewstep.core.registry import (
+    commands,
+    image_sources,
+    prompt_sources,
+    recipe_folders,
+    recipe_kinds,
+    rewards,
+    scorers,
+)
 
 prompt_sources.register("emoji", "fewstep.emoji.prompts:EmojiPrompts")
 image_sources.register("emoji", "fewstep.emoji.images:EmojiImages")
@@ -16,5 +25,8 @@ recipe_kinds.register("decoder", "fewstep.emoji.recipes:DecoderRecipe")
 recipe_kinds.register("text_encoder", "fewstep.emoji.recipes:TextEncoderRecipe")
 recipe_kinds.register("flow_matching", "fewstep.emoji.recipes:FlowMatchingRecipe")
 recipe_kinds.register("classifier", "fewstep.emoji.recipes:ClassifierRecipe")
+recipe_kinds.register("reward", "fewstep.emoji.recipes:RewardRecipe")
+rewards.register("emoji", "fewstep.emoji.reward:EmojiReward")
+rewards.register("background", "fewstep.emoji.background_reward:BackgroundReward")
 recipe_folders.register("emoji", Path(__file__).parent / "recipes")
 commands.register("emoji", "fewstep.emoji.commands:app")

@@ -14,6 +14,7 @@ TRAINERS = {
     "text_encoder": "fewstep.emoji.train_text_encoder",
     "flow_matching": "fewstep.emoji.train_flow_matching",
     "classifier": "fewstep.emoji.train_classifier",
+    "reward": "fewstep.emoji.train_reward",
 }
 
 
@@ -81,7 +82,7 @@ def train(
         bool, typer.Option("--overwrite", help="Delete the files of an earlier run in the directory and start over.")
     ] = False,
 ) -> None:
-    """Train an autoencoder, decoder, text encoder, teacher or classifier. The same command resumes the run."""
+    """Train an autoencoder, decoder, text encoder, teacher, classifier or reward. The same command resumes the run."""
     import importlib
 
     from fewstep.config.load import load_recipe

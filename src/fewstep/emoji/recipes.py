@@ -1,4 +1,4 @@
-"""The recipes of the models trained on the emoji dataset: autoencoder, text encoder, micro teacher, classifier."""
+"""The recipes of the models trained on the emoji dataset: autoencoder, text encoder, teacher, classifier, reward."""
 
 from __future__ import annotations
 
@@ -197,4 +197,21 @@ class ClassifierRecipe(TrainingRecipe):
     kind: Literal["classifier"] = Field(description="Trains the classifier of object, style and background.")
     data: EmojiDataSettings = Field(default_factory=EmojiDataSettings, description="Images and their labels.")
     base_channels: int = Field(default=64, ge=8, multiple_of=4, description="Channels of the first layer.")
+    optim: OptimSettings = Field(description="Optimizer.")
+
+
+class RewardRecipe(TrainingRecipe):
+    """Training of the emoji reward."""
+
+    kind: Literal["reward"] = Field(description="Trains a contrastive image-text reward.")
+    data: EmojiDataSettings = Field(
+        default_factory=EmojiDataSettings, description="Images and their prompts; augmentations are autoencoded images."
+    )
+    channels: int = Field(default=20, ge=4, multiple_of=4, description="Channels of the image tower's first layer.")
+    vae: str = Field(description="Folder with vae/, whose decoded images are among the training images; or a bundled "
+        "model's name.")
+    largest_attack: float = Field(
+        default=1.5, ge=0, description="Largest L2 norm of the adversarial change of half of the images, whose pixels "
+        "are in [0, 1]; what a student finds by following the gradient is then a change that people see."
+    )
     optim: OptimSettings = Field(description="Optimizer.")

@@ -1,0 +1,237 @@
+"""Training of the emoji reward: contrastive, with hard negatives, adversarial images and degraded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.core import seeds
+from fewstep.core.method import BatchSource, Method, Shard, Trainable
+from fewstep.emoji.dataset import BACKGROUNDS, LANGUAGES, NUM_TEMPLATES, STYLES, EmojiDataset, EmojiSpec
+from fewstep.emoji.latents import LatentBank, build_bank, image_key
+from fewstep.emoji.recipes import RewardRecipe
+from fewstep.emoji.reward import save_reward
+from fewstep.emoji.reward_net import EmojiRewardNet
+from fewstep.emoji.reward_quality import measure_reward
+from fewstep.models.components import component_folder, load_component
+from fewstep.models.family import get_family
+from fewstep.models.vae import decode_latents, encode_images, to_channels_last
+from fewstep.training.run_dir import RunDir
+from fewstep.training.trainer import Trainer
+
+LARGEST_LATENT_NOISE = 0.3  # relative to the latents', in the autoencoded images
+RANKED = 3  # one of so many images is also degraded, and must then score less
+MARGIN = 0.25  # by which the strongest degradation lowers the cosine
+
+
+@dataclass
+class RewardBatch:
+    """
+    images: [B, 3, 64, 64] in [0, 1].
+    same: bool [B, B], whether image and prompt have the same object, style and background.
+    degraded: blurred or noisy versions of the first images.
+    severity: of each, in [0, 1].
+    """
+
+    images: Tensor
+    prompts: list[str]
+    same: Tensor
+    degraded: Tensor
+    severity: Tensor
+
+
+class RewardTraining(Method):
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020) on real, autoencoded and attacked images, and a ranking loss.
+
+    Half of the images are changed by one step of the loss's gradient (FGSM in L2, arXiv 1412.6572): a student follows
+    the reward's gradient, which must therefore point to changes that are seen, not to noise that fools the network.
+    """
+
+    def __init__(self, net: EmojiRewardNet, largest_attack: float) -> None:
+        self.net, self.largest_attack = net, largest_attack
+        self.trainables = [Trainable("reward", net, self.loss)]
+
+    def loss(self, batch: RewardBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        scale = self.net.log_scale.exp().clamp(max=50)
+        text = self.net.text(batch.prompts)
+        half = len(batch.images) // 2
+        attacked = self._attacked(batch.images[:half], text.detach(), batch.same[:half], float(scale.detach()))
+        count = len(batch.images)
+        ranked = len(batch.degraded)
+        embedded = self.net.image(torch.cat([attacked, batch.images[half:], batch.degraded]))
+        cosine = embedded[:count] @ text.T
+        target = batch.same / batch.same.sum(1, keepdim=True)
+        contrast = (F.cross_entropy(scale * cosine, target) + F.cross_entropy(scale * cosine.T, target.T)) / 2
+        # the whole images at the batch's end are not attacked; their degraded versions follow in the same order
+        rows = torch.arange(count - ranked, count)
+        lower = (embedded[count:] * text[rows]).sum(1)
+        gap = cosine[rows, rows] - lower
+        ranking = F.softplus(10 * (MARGIN * batch.severity - gap)).mean() / 10
+        # degraded or not, an image shows what it shows
+        still = F.cross_entropy(scale * embedded[count:] @ text.T, target[rows])
+        metrics = {
+            "contrast": contrast.detach(),
+            "ranking": ranking.detach(),
+            "accuracy": batch.same.gather(1, cosine.argmax(1, keepdim=True)).float().mean(),
+            "gap": gap.mean().detach(),
+        }
+        return contrast + 2 * ranking + 0.2 * still, metrics
+
+    def _attacked(self, images: Tensor, text: Tensor, same: Tensor, scale: float) -> Tensor:
+        """Images changed by a random L2 norm up to ``largest_attack`` in the direction that raises the loss most."""
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            target = same / same.sum(1, keepdim=True)
+            loss = F.cross_entropy(scale * self.net.image(leaf) @ text.T, target)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        direction = gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+        size = self.largest_attack * torch.rand(len(images), 1, 1, 1, device=images.device)
+        return (images + size * direction).clamp(0, 1).detach()
+
+
+def train(recipe: RewardRecipe, run: RunDir) -> Path:
+    """Train on the training split, measure on the held-out combinations, and save to ``<run>/model``."""
+    torch.manual_seed(recipe.train.seed)
+    dataset = EmojiDataset.load(recipe.data.num_objects)
+    net = EmojiRewardNet(recipe.channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trainer = Trainer(
+        RewardTraining(net, recipe.largest_attack),
+        reward_batches(dataset, autoencoded(dataset, recipe, run.directory), recipe),
+        run,
+        train=recipe.train,
+        optim={"reward": recipe.optim},
+    )
+    trainer.fit()
+    with trainer.ema_weights():
+        kept = EmojiRewardNet(recipe.channels)
+        # rounded to half precision as in the saved file, so that the measured weights are the saved ones
+        kept.load_state_dict({name: tensor.half().float() for name, tensor in net.state_dict().items()})
+    description = {
+        "channels": recipe.channels,
+        "objects": [item.code for item in dataset.objects],
+        "steps": trainer.step,
+        "batch_size": recipe.train.batch_size,
+        "seconds": round(trainer.seconds),
+        "preferred": measure_reward(kept.eval().requires_grad_(False), dataset),
+    }
+    save_reward(kept, description, run.directory / "model")
+    return run.directory / "model"
+
+
+@torch.no_grad()
+def autoencoded(dataset: EmojiDataset, recipe: RewardRecipe, directory: Path) -> LatentBank:
+    """Images of the training split through the autoencoder, with noise on their latents, fp16 in [0, 1]."""
+    vae = to_channels_last(
+        load_component(component_folder(recipe.vae), "vae", torch.float32, get_family("ZImagePipeline"))
+    )
+    generator = seeds.generator("latent noise", recipe.train.seed)
+
+    def there_and_back(images: Tensor) -> Tensor:
+        latents = encode_images(vae, images)
+        size = LARGEST_LATENT_NOISE * torch.rand(len(images), 1, 1, 1, generator=generator)
+        return decode_latents(vae, latents + size * torch.randn(latents.shape, generator=generator))
+
+    specs, count = dataset.specs("train", STYLES), recipe.data.augmentations_per_object
+    return build_bank(dataset, specs, there_and_back, count, recipe.train.seed, directory / "autoencoded.safetensors")
+
+
+def reward_batches(dataset: EmojiDataset, bank: LatentBank, recipe: RewardRecipe) -> BatchSource:
+    """Batches of groups of four that differ in one or two of object, style and background: the hard negatives.
+
+    Of the images a half is autoencoded; all are shifted, scaled and tinted a little.
+    """
+    train_specs = dataset.specs("train", STYLES)
+    languages: dict[tuple[int, str, str], list[str]] = {}
+    for spec in train_specs:
+        languages.setdefault(image_key(spec), []).append(spec.language)
+
+    def batch(position: int, shard: Shard = Shard()) -> RewardBatch:  # noqa: B008  # frozen
+        generator = seeds.generator("reward batch", recipe.train.seed, position)
+        chosen = hard_specs(dataset, languages, recipe.train.batch_size, generator)
+        real = dataset.render(chosen, generator)
+        decoded = bank.draw(chosen, generator)
+        pick = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
+        images = slightly_changed(torch.where(pick, decoded, real), generator)
+        templates = torch.randint(NUM_TEMPLATES, (len(chosen),), generator=generator).tolist()
+        prompts = [dataset.prompt(spec, template) for spec, template in zip(chosen, templates, strict=True)]
+        keys = [image_key(spec) for spec in chosen]
+        rows = shard.rows(len(chosen))
+        kept = keys[rows]
+        same = torch.tensor([[float(one == other) for other in kept] for one in kept])
+        ranked = max(1, len(kept) // RANKED)
+        severity = torch.rand(ranked, generator=generator)
+        degraded = degrade(images[rows][-ranked:], severity, generator)
+        return RewardBatch(images[rows], prompts[rows], same, degraded, severity)
+
+    return batch
+
+
+def hard_specs(
+    dataset: EmojiDataset, languages: dict[tuple[int, str, str], list[str]], count: int, generator: torch.Generator
+) -> list[EmojiSpec]:
+    """``count`` training specs in random order, made of blocks: two objects, two styles, two backgrounds, all eight
+    combinations, less those that are held out."""
+
+    def pick(options: Sequence[str]) -> list[str]:
+        return [options[i] for i in torch.randperm(len(options), generator=generator)[:2].tolist()]
+
+    found: list[EmojiSpec] = []
+    while len(found) < count:
+        objects = torch.randperm(len(dataset.objects), generator=generator)[:2].tolist()
+        styles, backgrounds = pick(STYLES), pick(list(BACKGROUNDS))
+        for key in [(item, style, color) for item in objects for style in styles for color in backgrounds]:
+            if key in languages:
+                spoken = languages[key]
+                language = spoken[int(torch.randint(len(spoken), (), generator=generator))]
+                found.append(replace(EmojiSpec(*key, LANGUAGES[0]), language=language))
+    order = torch.randperm(len(found), generator=generator)[:count].tolist()
+    return [found[i] for i in order]
+
+
+def slightly_changed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images that are as good: shifted by up to 4 px, scaled by 6% and tinted by 0.03 at most."""
+    count = len(images)
+    scale = 1 + 0.06 * (2 * torch.rand(count, generator=generator) - 1)
+    affine = torch.zeros(count, 2, 3)
+    affine[:, 0, 0] = affine[:, 1, 1] = scale
+    affine[:, :, 2] = 0.12 * (2 * torch.rand(count, 2, generator=generator) - 1)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    tint = 0.03 * (2 * torch.rand(count, 3, 1, 1, generator=generator) - 1)
+    return (moved + tint).clamp(0, 1)
+
+
+def degrade(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Images that are worse, in turn blurred (Gaussian, up to 3.5 px), noisy (up to 0.3), blotchy, and washed out.
+
+    Args:
+        severity: [N] in [0, 1], from hardly to badly.
+    """
+    strength = severity.view(-1, 1, 1, 1)
+    noise = torch.randn(images.shape, generator=generator)
+    low = F.interpolate(noise[:, :, ::8, ::8], images.shape[-2:], mode="bicubic")
+    versions = [
+        blur(images, 0.5 + 3 * severity),
+        images + (0.02 + 0.28 * strength) * noise,
+        blur(images, 0.5 + 3 * severity) + 0.1 * strength * low,
+        0.5 + (images - 0.5) * (1 - 0.6 * strength),
+    ]
+    rows = torch.arange(len(images))
+    return torch.stack(versions)[rows % len(versions), rows].clamp(0, 1)
+
+
+def blur(images: Tensor, radius: Tensor) -> Tensor:
+    """Gaussian blur with a standard deviation of ``radius`` [N] pixels, each image its own."""
+    reach = 10
+    distance = torch.arange(-reach, reach + 1)
+    kernel = torch.exp(-0.5 * (distance / radius[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)
+    flat = F.pad(images, (reach,) * 4, mode="replicate").flatten(0, 1)[None]
+    channels = flat.shape[1]
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=channels)
+    return F.conv2d(flat, kernel[:, None, :, None], groups=channels)[0].unflatten(0, images.shape[:2])
