@@ -207,7 +207,7 @@ class RewardRecipe(TrainingRecipe):
     data: EmojiDataSettings = Field(
         default_factory=EmojiDataSettings, description="Images and their prompts; augmentations are autoencoded images."
     )
-    channels: int = Field(default=20, ge=4, multiple_of=4, description="Channels of the image tower's first layer.")
+    channels: int = Field(default=32, ge=4, multiple_of=4, description="Channels of the image tower's first layer.")
     vae: str = Field(description="Folder with vae/, whose decoded images are among the training images; or a bundled "
         "model's name.")
     largest_attack: float = Field(

@@ -21,8 +21,8 @@ from fewstep.rewards.protocol import RewardInfo
 
 BUNDLED_REWARD = Path(__file__).parent.parent / "assets" / "micro_reward"
 WEIGHTS, DESCRIPTION = "reward.safetensors", "reward.json"
-#: Bytes of an image's activations in fp32, without gradient: the first block's, at 32 px.
-ACTIVATIONS = 2 * 3 * 20 * 32 * 32 * 4
+#: Bytes of an image's activations in fp32, without gradient: the first block's, at 16 px.
+ACTIVATIONS = 2 * 3 * 32 * 16 * 16 * 4
 
 
 class EmojiReward:
