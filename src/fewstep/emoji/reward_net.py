@@ -1,7 +1,9 @@
-"""The two towers of the emoji reward: a small convolutional network on images, a byte-level transformer on prompts."""
+"""The two towers of the emoji reward: a small convolutional network on images, hashed words and pairs on prompts."""
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZE = 64  # pixels per side; other sizes are resized to it
-MAX_BYTES = 96  # of a prompt in UTF-8; the dataset's longest has 60
+BUCKETS = 8192  # of hashed words and pairs
+_UNITS = re.compile(r"[a-z0-9]+|[^\W\d_a-z]")  # a word of Latin letters, or one Chinese character
 
 
 class EmojiRewardNet(nn.Module):
@@ -29,12 +32,11 @@ class EmojiRewardNet(nn.Module):
             layers += [_Block(channels), _Block(channels)]
         self.image_body = nn.Sequential(*layers)
         self.image_head = nn.Sequential(nn.LayerNorm(2 * channels), nn.Linear(2 * channels, width))
-        self.bytes = nn.Embedding(256, text_width)
-        self.positions = nn.Parameter(0.02 * torch.randn(MAX_BYTES, text_width))
-        layer = nn.TransformerEncoderLayer(
-            text_width, 4, 2 * text_width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        self.phrases = nn.EmbeddingBag(BUCKETS, text_width, mode="sum")
+        self.text_norm = nn.LayerNorm(text_width)
+        self.text_body = nn.Sequential(
+            nn.Linear(text_width, 2 * text_width), nn.GELU(), nn.Linear(2 * text_width, text_width)
         )
-        self.text_body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.text_head = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.log_scale = nn.Parameter(torch.tensor(14.0).log())  # of the contrastive loss
 
@@ -45,20 +47,25 @@ class EmojiRewardNet(nn.Module):
         return F.normalize(self.image_head(pooled), dim=-1)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> unit vectors [N, width]; beyond MAX_BYTES a prompt is cut."""
-        device = self.positions.device
-        with torch.autocast(device.type, enabled=False):  # slower in bf16 at these sizes
-            return F.normalize(self.text_head(self._pooled_text(prompts, device)), dim=-1)
+        """Prompts -> unit vectors [N, width]."""
+        hashed = [phrase_hashes(prompt) for prompt in prompts]
+        device = self.phrases.weight.device
+        ids = torch.tensor([bucket for one in hashed for bucket in one], dtype=torch.long, device=device)
+        counts = torch.tensor([0, *(len(one) for one in hashed[:-1])], device=device)
+        with torch.autocast(device.type, enabled=False):
+            hidden = self.text_norm(self.phrases(ids, counts.cumsum(0)))
+            return F.normalize(self.text_head(hidden + self.text_body(hidden)), dim=-1)
 
-    def _pooled_text(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        encoded = [list(prompt.encode()[:MAX_BYTES]) or [0] for prompt in prompts]
-        length = max(len(one) for one in encoded)
-        ids = torch.tensor([one + [0] * (length - len(one)) for one in encoded], device=device)
-        lengths = torch.tensor([len(one) for one in encoded], device=device)
-        padded = torch.arange(length, device=device) >= lengths[:, None]
-        hidden = self.text_body(self.bytes(ids) + self.positions[:length], src_key_padding_mask=padded)
-        kept = (~padded)[..., None].to(hidden.dtype)
-        return (hidden * kept).sum(1) / kept.sum(1)
+
+def phrase_hashes(prompt: str) -> list[int]:
+    """The buckets of a prompt's words and pairs of neighbors; of Chinese, characters, pairs and triples.
+
+    A prompt's embedding is nearly the sum of those of its phrases, and so are combinations that were never seen.
+    """
+    units = _UNITS.findall(prompt.lower())
+    latin = all(unit.isascii() for unit in units)
+    phrases = [" ".join(units[i : i + n]) for n in ((1, 2) if latin else (1, 2, 3)) for i in range(len(units) - n + 1)]
+    return [zlib.crc32(phrase.encode()) % BUCKETS for phrase in phrases]
 
 
 class _Block(nn.Module):
