@@ -232,9 +232,12 @@ def test_wrong_checkpoints_are_one_line(checkpoints: Path, tmp_path: Path) -> No
     clip, head = checkpoints / "clip", checkpoints / "head.safetensors"
     save_head(tmp_path / "wide.safetensors", 9)
     for spec, message in (
-        ("clip", "give"),
+        ("clip", "give a checkpoint, as in clip:PATH_OR_HUB_ID"),
         ("clip:./nowhere", "./nowhere: no such folder"),
-        (f"clip:{tmp_path / 'empty'}", "no CLIP model in transformers' or open_clip's layout: there is no safetensors file"),
+        (
+            f"clip:{tmp_path / 'empty'}",
+            "no CLIP model in transformers' or open_clip's layout: there is no safetensors file",
+        ),
         (f"imagereward:{tmp_path / 'pickled'}", "ImageReward.pt is a pickle"),
         (f"imagereward:{clip}", "BertTokenizer|no ImageReward"),
         (f"aesthetic:{clip}", r"give CLIP L/14 and the head's file"),

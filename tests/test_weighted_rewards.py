@@ -240,7 +240,7 @@ def test_python_callables_are_rewards(tmp_path: Path, monkeypatch: pytest.Monkey
         ("python:my_rewards:nothing", "my_rewards has no callable nothing"),
         ("python:no_such_module:f", "no_such_module cannot be imported"),
         ("python:my_rewards", "name a callable"),
-        ("python", "give"),
+        ("python", "reward python: give a callable, as in python:MODULE:FUNCTION"),
         ("nothing", "unknown reward 'nothing'; known: "),
     ):
         with pytest.raises(UserError, match=message):

@@ -34,6 +34,14 @@ def evaluate(
             help="A scorer, such as emoji or clip_score:PATH; may be repeated. [default: all without checkpoint]"
         ),
     ] = None,
+    scorers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Several scorers or rewards, separated by commas: clip:PATH,pickscore:PATH,ocr. Their ranges, "
+            "licenses and needs are in docs/guides/rewards.md.",
+        ),
+    ] = None,
     features: Annotated[
         str, typer.Option(help="Feature network: open-nsfw, or clip, dinov2 or inception with :PATH_OR_HUB_ID.")
     ] = "open-nsfw",
@@ -58,7 +66,8 @@ def evaluate(
     check_report_folder(folder)
     report_writer()
     texts = read_test_prompts(prompts, num_prompts, column, model=model)
-    open_scorers(scorer)
+    chosen = [*(scorer or []), *(each.strip() for each in (scorers or "").split(",") if each.strip())] or None
+    open_scorers(chosen)
     open_features(features)
     with claimed_folder(folder):
         if (folder / "metrics.json").exists():
@@ -67,7 +76,7 @@ def evaluate(
             api.load(model, device, dtype.torch_dtype if dtype else None),
             texts,
             teacher=teacher,
-            scorers=scorer,
+            scorers=chosen,
             features=features,
             max_minutes=max_minutes,
             out=folder,

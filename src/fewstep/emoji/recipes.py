@@ -208,10 +208,18 @@ class RewardRecipe(TrainingRecipe):
         default_factory=EmojiDataSettings, description="Images and their prompts; augmentations are autoencoded images."
     )
     channels: int = Field(default=32, ge=4, multiple_of=4, description="Channels of the image tower's first layer.")
-    vae: str = Field(description="Folder with vae/, whose decoded images are among the training images; or a bundled "
-        "model's name.")
+    vae: str = Field(
+        description="Folder with vae/, whose decoded images are among the training images; or a bundled model's name."
+    )
+    teacher: str | None = Field(
+        default=None,
+        description="Model whose images the card is also measured on: a folder or the name of a bundled one; null "
+        "measures on real images alone.",
+    )
     largest_attack: float = Field(
-        default=1.5, ge=0, description="Largest L2 norm of the adversarial change of half of the images, whose pixels "
-        "are in [0, 1]; what a student finds by following the gradient is then a change that people see."
+        default=1.5,
+        ge=0,
+        description="Largest L2 norm of the adversarial change of half of the images, whose pixels "
+        "are in [0, 1]; what a student finds by following the gradient is then a change that people see.",
     )
     optim: OptimSettings = Field(description="Optimizer.")

@@ -18,9 +18,8 @@ _UNITS = re.compile(r"[a-z0-9]+|[^\W\d_a-z]")  # a word of Latin letters, or one
 class EmojiRewardNet(nn.Module):
     """The cosine of an image and a prompt in a shared space.
 
-    Another architecture than the classifier's: overlapping patches, SiLU, which is smooth, and mean and largest value in
-    the end. Kernels are multiples of the strides, so that the gradient reaches all pixels equally, without a
-    checkerboard.
+    Another architecture than the classifier's: overlapping patches, SiLU, which is smooth, and mean and largest value
+    at the end. Kernels are multiples of the strides, so that the gradient has no checkerboard.
     """
 
     def __init__(self, channels: int = 32, text_width: int = 96, width: int = 128) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from fewstep.core import seeds
 from fewstep.core.method import BatchSource, Method, Shard, Trainable
 from fewstep.emoji.dataset import BACKGROUNDS, LANGUAGES, NUM_TEMPLATES, STYLES, EmojiDataset, EmojiSpec
+from fewstep.emoji.degrade import degrade, slightly_changed
 from fewstep.emoji.latents import LatentBank, build_bank, image_key
 from fewstep.emoji.recipes import RewardRecipe
 from fewstep.emoji.reward import save_reward
 from fewstep.emoji.reward_net import EmojiRewardNet
-from fewstep.emoji.reward_quality import measure_reward
+from fewstep.emoji.reward_quality import measure_reward, teacher_images, write_card
 from fewstep.models.components import component_folder, load_component
 from fewstep.models.family import get_family
 from fewstep.models.vae import decode_latents, encode_images, to_channels_last
@@ -111,15 +112,19 @@ def train(recipe: RewardRecipe, run: RunDir) -> Path:
         kept = EmojiRewardNet(recipe.channels)
         # rounded to half precision as in the saved file, so that the measured weights are the saved ones
         kept.load_state_dict({name: tensor.half().float() for name, tensor in net.state_dict().items()})
+    kept.eval().requires_grad_(False)
+    preferred = {"real images": measure_reward(kept, dataset)}
+    if recipe.teacher is not None:
+        preferred[f"images of {recipe.teacher}"] = measure_reward(kept, dataset, teacher_images(recipe.teacher), 96)
     description = {
         "channels": recipe.channels,
         "objects": [item.code for item in dataset.objects],
         "steps": trainer.step,
         "batch_size": recipe.train.batch_size,
-        "seconds": round(trainer.seconds),
-        "preferred": measure_reward(kept.eval().requires_grad_(False), dataset),
+        "preferred": preferred,
     }
     save_reward(kept, description, run.directory / "model")
+    write_card(run.directory / "model", description, sum(p.numel() for p in kept.parameters()))
     return run.directory / "model"
 
 
@@ -191,47 +196,3 @@ def hard_specs(
                 found.append(replace(EmojiSpec(*key, LANGUAGES[0]), language=language))
     order = torch.randperm(len(found), generator=generator)[:count].tolist()
     return [found[i] for i in order]
-
-
-def slightly_changed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images that are as good: shifted by up to 4 px, scaled by 6% and tinted by 0.03 at most."""
-    count = len(images)
-    scale = 1 + 0.06 * (2 * torch.rand(count, generator=generator) - 1)
-    affine = torch.zeros(count, 2, 3)
-    affine[:, 0, 0] = affine[:, 1, 1] = scale
-    affine[:, :, 2] = 0.12 * (2 * torch.rand(count, 2, generator=generator) - 1)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    tint = 0.03 * (2 * torch.rand(count, 3, 1, 1, generator=generator) - 1)
-    return (moved + tint).clamp(0, 1)
-
-
-def degrade(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Images that are worse, in turn blurred (Gaussian, up to 3.5 px), noisy (up to 0.3), blotchy, and washed out.
-
-    Args:
-        severity: [N] in [0, 1], from hardly to badly.
-    """
-    strength = severity.view(-1, 1, 1, 1)
-    noise = torch.randn(images.shape, generator=generator)
-    low = F.interpolate(noise[:, :, ::8, ::8], images.shape[-2:], mode="bicubic")
-    versions = [
-        blur(images, 0.5 + 3 * severity),
-        images + (0.02 + 0.28 * strength) * noise,
-        blur(images, 0.5 + 3 * severity) + 0.1 * strength * low,
-        0.5 + (images - 0.5) * (1 - 0.6 * strength),
-    ]
-    rows = torch.arange(len(images))
-    return torch.stack(versions)[rows % len(versions), rows].clamp(0, 1)
-
-
-def blur(images: Tensor, radius: Tensor) -> Tensor:
-    """Gaussian blur with a standard deviation of ``radius`` [N] pixels, each image its own."""
-    reach = 10
-    distance = torch.arange(-reach, reach + 1)
-    kernel = torch.exp(-0.5 * (distance / radius[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)
-    flat = F.pad(images, (reach,) * 4, mode="replicate").flatten(0, 1)[None]
-    channels = flat.shape[1]
-    flat = F.conv2d(flat, kernel[:, None, None, :], groups=channels)
-    return F.conv2d(flat, kernel[:, None, :, None], groups=channels)[0].unflatten(0, images.shape[:2])

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.rewards.protocol import Scorer
 
-_CHUNK = 32  # prompts that are tried together
+_CHUNK = 8  # prompts that are tried together; one that applies is enough, and a score may cost a request
 
 
 def mean_scores(scores: dict[str, Tensor]) -> dict[str, float]:

@@ -36,6 +36,14 @@ SCORES = {
         "object of the nearest real emoji by features; falls with blur",
     ),
     "clip_score": Row("clip_score", "CLIP score", "number", "100 times the cosine of image and prompt"),
+    "clip": Row("clip", "CLIP score", "number", "100 times the cosine of image and prompt"),
+    "pickscore": Row("pickscore", "PickScore", "number"),
+    "hpsv2": Row("hpsv2", "HPSv2.1", "number"),
+    "imagereward": Row("imagereward", "ImageReward", "number"),
+    "aesthetic": Row("aesthetic", "aesthetic score", "number", "LAION's predictor, about 1 to 10"),
+    "ocr": Row("ocr", "text read by OCR", "percent", "1 - edit distance / length; no text where none is quoted"),
+    "background": Row("background", "background color", "percent", "share of border pixels of the prompt's color"),
+    "judge": Row("judge", "vision-language grade", "percent"),
 }
 GROUPS = {"en": "English prompts", "zh": "Chinese prompts"}
 

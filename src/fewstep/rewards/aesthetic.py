@@ -22,7 +22,7 @@ class AestheticReward:
     """How good people find an image, whatever its prompt: trained on ratings from 1 to 10, without bound.
 
     Args:
-        checkpoint: "CLIP+HEAD": CLIP L/14 as for :class:`fewstep.rewards.clip_model.ClipModel`, and the head's
+        clip_and_head: "CLIP+HEAD": CLIP L/14 as for :class:`fewstep.rewards.clip_model.ClipModel`, and the head's
             safetensors file, with the tensors of sac+logos+ava1-l14-linearMSE.pth (layers.0.weight, ...).
 
     Raises:
@@ -31,10 +31,12 @@ class AestheticReward:
 
     name = "aesthetic"
 
-    def __init__(self, checkpoint: str, device: torch.device | str = "cpu") -> None:
-        clip, plus, head = checkpoint.rpartition("+")
+    def __init__(self, clip_and_head: str, device: torch.device | str = "cpu") -> None:
+        clip, plus, head = clip_and_head.rpartition("+")
         if not plus or not clip:
-            raise UserError(f"reward aesthetic:{checkpoint}: give CLIP L/14 and the head's file, as in CLIP+HEAD.safetensors")
+            raise UserError(
+                f"reward aesthetic:{clip_and_head}: give CLIP L/14 and the head's file, as in CLIP+HEAD.safetensors"
+            )
         if not Path(head).is_file():
             raise UserError(f"{head}: no such file; it is the aesthetic predictor's head as safetensors")
         with reading(head, "it must be a safetensors file; a .pth file is a pickle, and must be converted first"):

@@ -52,7 +52,7 @@ def to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(weights: Mapping[str, Tensor], eos_token_id: int, quick_gelu: bool) -> dict[str, Any]:
-    """The arguments of transformers' CLIPConfig for weights in open_clip's layout; those of shapes are read from them."""
+    """The arguments of transformers' CLIPConfig for weights in open_clip's layout, by their shapes."""
     patches, width = weights["visual.positional_embedding"].shape
     patch = weights[OPEN_CLIP_KEY].shape[-1]
     vocabulary, text_width = weights["token_embedding.weight"].shape

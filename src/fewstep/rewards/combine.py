@@ -116,10 +116,11 @@ class WeightedRewards:
         Raises:
             StopTraining: a reward fails too often.
         """
-        scores, problems = {}, {}
+        scores: dict[str, Tensor] = {}
+        problems: dict[str, list[str]] = {}
         for name, (reward, _) in self.rewards.items():
             scores[name], found = guarded_scores(reward, images, prompts, self.micro_batch)
-            problems[name] = list(found.values())
+            problems[name] = [problem.text for problem in found.values()]
             self._report(name, problems[name])
             self._failed[name].update(scores[name].isnan())
         for name, failed in self._failed.items():  # the same on all processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,9 +16,25 @@ from fewstep.rewards.protocol import Reward
 QUOTED = 80
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Why an image has no score.
+
+    Attributes:
+        text: one line with the reward's name and the prompt.
+        raised: whether the reward raised an exception, rather than gave an unusable score.
+    """
+
+    text: str
+    raised: bool
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def guarded_scores(
     reward: Reward, images: Tensor, prompts: Sequence[str], micro_batch: int
-) -> tuple[Tensor, dict[int, str]]:
+) -> tuple[Tensor, dict[int, Problem]]:
     """The scores of all images, and what went wrong where one has none.
 
     A micro-batch in which something goes wrong is scored image by image, so that the others keep their scores and their
@@ -30,7 +47,7 @@ def guarded_scores(
 
     Returns:
         Scores float32 [B], NaN where the reward raised or gave another number of scores or one that is not finite; such
-        a sample has no gradient. And the messages of these rows, each with its prompt.
+        a sample has no gradient. And the problems by row.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: the reward ran out of memory; no sample is to blame.
@@ -38,7 +55,7 @@ def guarded_scores(
     with_gradient = reward.info.differentiable and images.requires_grad and torch.is_grad_enabled()
     recompute = with_gradient and len(images) > micro_batch
     parts: list[Tensor] = []
-    problems: dict[int, str] = {}
+    problems: dict[int, Problem] = {}
     for start in range(0, len(images), micro_batch):
         rows = range(start, min(start + micro_batch, len(images)))
         try:
@@ -49,7 +66,8 @@ def guarded_scores(
                     parts.append(_scores(reward, images, prompts, range(row, row + 1), with_gradient, recompute))
                 except _Unscored as problem:
                     parts.append(torch.full((1,), math.nan, device=images.device))
-                    problems[row] = f"reward {reward.name}: {problem}; prompt: {_short(prompts[row])!r}"
+                    text = f"reward {reward.name}: {problem}; prompt: {_short(prompts[row])!r}"
+                    problems[row] = Problem(text, raised=problem.__cause__ is not None)
     return torch.cat(parts) if parts else images.new_zeros(0, dtype=torch.float32), problems
 
 

@@ -36,7 +36,7 @@ class PythonReward:
         return torch.as_tensor(self.function(given, list(prompts)), dtype=torch.float32, device=images.device)
 
 
-def python_reward(spec: str) -> PythonReward:
+def python_reward(function: str) -> PythonReward:
     """The callable of "module:function"; modules in the working directory are found too.
 
     An attribute ``reward_info`` of the callable, a RewardInfo, says what it is; without one it has no gradient.
@@ -44,9 +44,9 @@ def python_reward(spec: str) -> PythonReward:
     Raises:
         UserError: the module cannot be imported or has no such callable, or ``reward_info`` is no RewardInfo.
     """
-    module_name, _, attribute = spec.partition(":")
+    module_name, _, attribute = function.partition(":")
     if not module_name or not attribute:
-        raise UserError(f"reward python:{spec}: name a callable, as in python:my_rewards:brightness")
+        raise UserError(f"reward python:{function}: name a callable, as in python:my_rewards:brightness")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -54,14 +54,14 @@ def python_reward(spec: str) -> PythonReward:
     except Exception as error:  # importing it runs the user's code
         first = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"reward python:{spec}: {module_name} cannot be imported: {type(error).__name__}: {first}"
+            f"reward python:{function}: {module_name} cannot be imported: {type(error).__name__}: {first}"
         ) from error
     finally:
         sys.path.remove(here)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"reward python:{spec}: {module_name} has no callable {attribute}")
-    info = getattr(function, "reward_info", UNKNOWN)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(f"reward python:{function}: {module_name} has no callable {attribute}")
+    info = getattr(found, "reward_info", UNKNOWN)
     if not isinstance(info, RewardInfo):
-        raise UserError(f"reward python:{spec}: its reward_info is {type(info).__name__}, no RewardInfo")
-    return PythonReward(function, f"python:{spec}", info)
+        raise UserError(f"reward python:{function}: its reward_info is {type(info).__name__}, no RewardInfo")
+    return PythonReward(found, f"python:{function}", info)

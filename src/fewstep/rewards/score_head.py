@@ -28,7 +28,9 @@ def score_head(weights: Mapping[str, Tensor], where: str) -> nn.Module:
             found.setdefault(int(match[1]), {})[match[2]] = tensor
     chain = [found[number] for number in sorted(found)]
     if not chain or any(part.keys() != {"weight", "bias"} for part in chain) or chain[-1]["weight"].shape[0] != 1:
-        raise UserError(f"{where}: no head of linear layers (layers.0.weight, layers.0.bias, ...) that ends in one score")
+        raise UserError(
+            f"{where}: no head of linear layers (layers.0.weight, layers.0.bias, ...) that ends in one score"
+        )
     layers = nn.Sequential(*(nn.Linear(part["weight"].shape[1], part["weight"].shape[0]) for part in chain))
     flat = {f"{index}.{kind}": tensor for index, part in enumerate(chain) for kind, tensor in part.items()}
     return fill(layers, flat, where)

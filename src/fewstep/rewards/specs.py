@@ -11,6 +11,15 @@ import torch
 from fewstep.core.registry import Registry, load_plugins
 from fewstep.errors import UserError
 
+#: Name of an entry's first parameter -> what it is, and its form.
+_FORMS = {
+    "checkpoint": ("a checkpoint", "PATH_OR_HUB_ID"),
+    "clip_and_head": ("CLIP L/14 and the head's file", "CLIP+HEAD.safetensors"),
+    "endpoint": ("the endpoint and its model", "URL#MODEL"),
+    "function": ("a callable", "MODULE:FUNCTION"),
+    "reward": ("a reward", "REWARD"),
+}
+
 
 def needs_checkpoint(make: Callable[..., Any]) -> bool:
     """Whether the class or function has a parameter without a default, which is its checkpoint."""
@@ -30,7 +39,8 @@ def open_plugin(registry: Registry[Any], spec: str, device: torch.device | str =
     make = registry.get(name)
     parameters = {each.name: each.kind for each in _named_parameters(make)}
     if needs_checkpoint(make) and not checkpoint:
-        raise UserError(f"{registry.kind} {name}: give a checkpoint, as in {name}:PATH_OR_HUB_ID")
+        form = next((form for key, form in _FORMS.items() if key in parameters), ("an argument", "ARGUMENT"))
+        raise UserError(f"{registry.kind} {name}: give {form[0]}, as in {name}:{form[1]}")
     takes_checkpoint = any(
         kind is not inspect.Parameter.KEYWORD_ONLY for key, kind in parameters.items() if key != "device"
     )

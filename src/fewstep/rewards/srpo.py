@@ -47,17 +47,17 @@ class SRPOReward:
         return (1 + self.extra) * better - worse
 
 
-def srpo_reward(spec: str, device: torch.device | str = "cpu") -> SRPOReward:
+def srpo_reward(reward: str, device: torch.device | str = "cpu") -> SRPOReward:
     """The form of "REWARD", or of "POSITIVE|NEGATIVE:REWARD" with words of one's own, as in
     "Realistic photo|CG render:hpsv2:/models/hpsv2".
 
     Raises:
         UserError: a word is missing, or as for :func:`fewstep.rewards.open.open_reward`.
     """
-    words, colon, inner = spec.partition(":")
+    words, colon, inner = reward.partition(":")
     if "|" not in words:
-        return SRPOReward(open_reward(spec, device))
+        return SRPOReward(open_reward(reward, device))
     positive, _, negative = (word.strip() for word in words.partition("|"))
     if not colon or not inner or not positive or not negative:
-        raise UserError(f"reward srpo:{spec}: write srpo:REWARD, or srpo:POSITIVE|NEGATIVE:REWARD")
+        raise UserError(f"reward srpo:{reward}: write srpo:REWARD, or srpo:POSITIVE|NEGATIVE:REWARD")
     return SRPOReward(open_reward(inner, device), f"{positive}, ", f"{negative}, ")
