@@ -39,7 +39,7 @@ def guarded_scores(
 
     A micro-batch in which something goes wrong is scored image by image, so that the others keep their scores and their
     gradients. With gradient and more than one micro-batch, each is computed again in the backward pass: one at a time
-    is in memory.
+    is in memory. On the meta device (``fewstep plan``) a reward without gradient is not called.
 
     Args:
         images: [B, 3, H, W] in [0, 1].
@@ -54,6 +54,8 @@ def guarded_scores(
     """
     with_gradient = reward.info.differentiable and images.requires_grad and torch.is_grad_enabled()
     recompute = with_gradient and len(images) > micro_batch
+    if images.is_meta and not reward.info.differentiable:
+        return images.new_empty(len(images), dtype=torch.float32), {}
     parts: list[Tensor] = []
     problems: dict[int, Problem] = {}
     for start in range(0, len(images), micro_batch):
@@ -98,7 +100,7 @@ def _scores(
         raise _Unscored(f"it returned {type(scores).__name__}, no tensor")
     if scores.shape != (len(texts),):
         raise _Unscored(f"it returned the shape {tuple(scores.shape)} for {len(texts)} images")
-    if not scores.isfinite().all():
+    if not scores.is_meta and not scores.isfinite().all():
         raise _Unscored(f"its score is {float(scores[~scores.isfinite()][0].detach())}")
     return scores.float().to(images.device)
 

@@ -26,7 +26,9 @@ class RunningMoments:
         self.count = self.mean = self.squares = 0.0
 
     def update(self, values: Tensor) -> None:
-        """Adds values [N]; those that are not finite are left out."""
+        """Adds values [N]; those that are not finite are left out. Values on the meta device are none."""
+        if values.is_meta:
+            return
         kept = values.detach().double()
         kept = kept[kept.isfinite()] - self.mean
         sums = self.reduce(torch.stack([kept.new_tensor(len(kept)), kept.sum(), kept.square().sum()]))
@@ -68,7 +70,9 @@ class FailureShare:
         self.total = 0  # failures so far
 
     def update(self, failed: Tensor) -> None:
-        """Adds attempts: bool [N], true where one failed."""
+        """Adds attempts: bool [N], true where one failed. Values on the meta device are none."""
+        if failed.is_meta:
+            return
         counts = torch.stack([torch.ones_like(failed).sum(), failed.sum()])
         attempts, failures = self.reduce(counts.double()).tolist()
         self.attempts, self.failures = self.attempts + attempts, self.failures + failures
