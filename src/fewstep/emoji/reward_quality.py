@@ -66,7 +66,7 @@ def measure_reward(
     return {name: round(float(hits.float().mean()), 4) for name, hits in preferred.items()} | {"images": len(specs)}
 
 
-def teacher_images(model: str, steps: int = 20) -> Render:
+def teacher_images(model: str, steps: int = 12) -> Render:
     """A function that samples a model's images of specs: its own guidance scale, another seed for each image."""
     pipeline, dataset = load(model, "cpu"), EmojiDataset.load()
     first = 0

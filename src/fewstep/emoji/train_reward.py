@@ -115,7 +115,7 @@ def train(recipe: RewardRecipe, run: RunDir) -> Path:
     kept.eval().requires_grad_(False)
     preferred = {"real images": measure_reward(kept, dataset)}
     if recipe.teacher is not None:
-        preferred[f"images of {recipe.teacher}"] = measure_reward(kept, dataset, teacher_images(recipe.teacher), 96)
+        preferred[f"images of {recipe.teacher}"] = measure_reward(kept, dataset, teacher_images(recipe.teacher), 64)
     description = {
         "channels": recipe.channels,
         "objects": [item.code for item in dataset.objects],
