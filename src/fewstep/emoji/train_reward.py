@@ -81,7 +81,7 @@ class RewardTraining(Method):
             "accuracy": batch.same.gather(1, cosine.argmax(1, keepdim=True)).float().mean(),
             "gap": gap.mean().detach(),
         }
-        return contrast + 2 * ranking + 0.2 * still, metrics
+        return contrast + 6 * ranking + 0.2 * still, metrics
 
     def _attacked(self, images: Tensor, text: Tensor, same: Tensor, scale: float) -> Tensor:
         """Images changed by a random L2 norm up to ``largest_attack`` in the direction that raises the loss most."""
