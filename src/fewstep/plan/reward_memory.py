@@ -22,7 +22,7 @@ def reward_memory(
     micro_batch: int = 1,
     device_type: DeviceType = "cuda",
 ) -> dict[str, float]:
-    """Bytes that rewards add to a step, by component: decoding a batch with gradient, scoring it, and the backward pass.
+    """Bytes that rewards add to a step, by component: decoding with gradient, scoring, and the backward pass.
 
     Args:
         pipeline: on the meta device; its resolution is that of the images.
