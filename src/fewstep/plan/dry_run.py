@@ -70,7 +70,7 @@ class DryRun:
         self.latent = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
         noise = self.noise(batch_size)
         states = noise[:, None].expand(-1, recipe.student.steps, *noise.shape[1:])
-        self.batch = DistillBatch(noise, self.prompts(batch_size), states)
+        self.batch = DistillBatch(noise, self.prompts(batch_size), states, [""] * batch_size)
 
         def source(position: int, shard: Shard) -> DistillBatch:
             return self.batch
