@@ -7,7 +7,7 @@ matching) share one pseudo-target loss ``1/2 ||x0 - sg(x0 + sum_i w_i delta_i)||
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -111,6 +111,7 @@ class DMD(DistillMethod):
             sources=setup.sources,
             dist=setup.dist,
             sample=sampler.fresh,
+            endpoint=sampler.endpoint,
         )
         terms = {
             name: WeightedTerm(loss_terms.get(name).build(settings, term_setup), weight)
@@ -121,6 +122,8 @@ class DMD(DistillMethod):
 
     def before_step(self, step: int) -> None:
         self.step = step
+        for each in self.terms.values():
+            each.term.before_step(step)
 
     def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the terms whose weight is positive at this step, and their metrics."""
@@ -135,13 +138,14 @@ class DMD(DistillMethod):
             assert sample is not None
             found = self.compute_directions(directions, sample.x0.detach(), sample.anchor, batch.prompts)
             delta = sum((weights[name] * each.delta for name, each in found.items()), torch.zeros_like(sample.x0))
+            sample = replace(sample, direction=delta)
             loss = pseudo_target_loss(sample.x0, delta)
             metrics |= self._direction_metrics(found)
         for name, term in active.items():
             if isinstance(term, RegularizerTerm):
                 value = term.loss(sample, batch)
                 loss = loss + weights[name] * value
-                metrics[name] = value.detach()
+                metrics |= {name: value.detach(), **term.metrics()}
         if sample is not None:
             stats = monitor.latent_stats(sample.x0.detach())
             metrics |= stats | (monitor.relative_to(stats, self.reference) if self.reference else {})
@@ -198,6 +202,17 @@ class DMD(DistillMethod):
         for each in self.terms.values():
             each.term.after_step(step)
         return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The terms' states, as ``<term>.<name>``."""
+        return {
+            f"{name}.{key}": value for name, each in self.terms.items() for key, value in each.term.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, each in self.terms.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            each.term.load_state_dict(own)
 
     def dry_run(self, batch: DistillBatch) -> Iterator[tuple[Trainable, Callable[[], Tensor]]]:
         """All losses, once for each set of terms that is on at some step: their graphs are in memory together."""

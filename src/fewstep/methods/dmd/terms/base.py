@@ -42,6 +42,8 @@ class StudentSample:
         z: [B, C, ..., H, W], its input, from backward simulation.
         sigma, anchor: [B], the noise level of z, after and before the shift.
         prompts: B of them.
+        direction: [B, C, ..., H, W], the weighted sum of all directions at x0, without gradient; None where no term
+            has one.
     """
 
     x0: Tensor
@@ -49,6 +51,7 @@ class StudentSample:
     sigma: Tensor
     anchor: Tensor
     prompts: EncodedPrompts
+    direction: Tensor | None = None
 
 
 #: The two noise levels of a renoise schedule.
@@ -85,6 +88,7 @@ class TermSetup:
         null: the encoded empty prompt, a batch of one.
         sigmas: the student's noise levels from 1 down, with the terminal 0.
         sources: the method's batch sources. sample: batch -> fresh student samples x0, without gradient.
+        endpoint: batch -> samples x0 at the end of the student's whole rollout, with gradient through its last step.
     """
 
     config: DMDConfig
@@ -99,6 +103,7 @@ class TermSetup:
     sources: Mapping[str, BatchSource]
     dist: DistContext
     sample: Callable[[DistillBatch], Tensor]
+    endpoint: Callable[[DistillBatch], Tensor]
 
 
 class LossTerm(ABC):
@@ -115,7 +120,7 @@ class LossTerm(ABC):
     Settings: ClassVar[type[TermSettings]] = TermSettings
     requires_real: ClassVar[bool] = False
     measures_real: ClassVar[bool] = False
-    uses_sample: ClassVar[bool] = True
+    uses_sample: bool = True
     trainable_names: ClassVar[tuple[str, ...]] = ()
     model_names: ClassVar[tuple[str, ...]] = ()
 
@@ -132,8 +137,22 @@ class LossTerm(ABC):
         """Its own trainable parts, with their losses."""
         return []
 
+    def metrics(self) -> dict[str, Tensor]:
+        """Further metrics of its last loss, by name."""
+        return {}
+
+    def before_step(self, step: int) -> None:  # noqa: B027  # optional
+        """Called before each step of the trainer; ``step`` counts finished steps."""
+
     def after_step(self, step: int) -> None:  # noqa: B027  # optional
         """Called after each step of the trainer; ``step`` counts finished steps."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State besides the weights of its trainables, for checkpoints; the same on every process."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027  # optional
+        """Restores what :meth:`state_dict` gave."""
 
 
 class DirectionTerm(LossTerm):
