@@ -14,6 +14,7 @@ from fewstep.config.method import MethodConfig
 from fewstep.config.schedule import Step, resolve_step
 from fewstep.core.registry import loss_terms
 from fewstep.core.schedules import Schedule
+from fewstep.methods.dmd.cold_start import DynaRSSettings
 from fewstep.methods.dmd.terms.base import LossTerm, TermSettings
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class RenoiseSettings(Settings):
     )
     sigma_min: Fraction = Field(default=0.02, description="Lowest sigma drawn.")
     sigma_max: Fraction = Field(default=0.98, description="Highest sigma drawn.")
+    dyna_rs: DynaRSSettings | None = Field(
+        None, description="DynaRS: DM and the fake score's loss begin at high noise levels (DMDR); null is off."
+    )
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -134,6 +138,8 @@ class DMDConfig(MethodConfig):
             raise ValueError(f"method.real_source {self.real_source}: no term needs real latents; leave it out")
         if stage.trajectory.cache is not None and not (self.measures_real and self.real_source == "teacher"):
             raise ValueError("trajectory.cache: no term uses the teacher's trajectories; leave it out")
+        if self.renoise.dyna_rs is not None:
+            self.renoise.dyna_rs.resolve(steps)
         for settings, _ in active.values():
             settings.check(stage, self)
         rank = stage.models.fake_score_rank

@@ -22,6 +22,7 @@ from fewstep.core.schedules import Schedule
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.dmd import monitor
+from fewstep.methods.dmd.cold_start import DynaRS
 from fewstep.methods.dmd.config import DMDConfig, dmd_config_model, first_step
 from fewstep.methods.dmd.data import dmd_sources, teacher_latent_stats
 from fewstep.methods.dmd.normalize import pseudo_target_loss
@@ -92,7 +93,8 @@ class DMD(DistillMethod):
         assert isinstance(config, DMDConfig)
         teacher, student = models.teacher, recipe.student
         schedule = config.renoise
-        renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max)
+        levels = {} if schedule.dyna_rs is None else {"dm_levels": schedule.dyna_rs.resolve(recipe.train.steps)}
+        renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max, **levels)
         sampler = StudentSampler(
             *(models.student.denoiser, student.levels, teacher.shift),
             *(student.timestep_sampling, student.sampler, student.eta),
@@ -122,6 +124,8 @@ class DMD(DistillMethod):
 
     def before_step(self, step: int) -> None:
         self.step = step
+        if isinstance(self.renoise.dm_levels, DynaRS):
+            self.renoise.dm_levels.step = step
         for each in self.terms.values():
             each.term.before_step(step)
 
@@ -180,6 +184,8 @@ class DMD(DistillMethod):
             for prompt in term.teacher_prompts:
                 at = renoised[term.level]
                 inputs[id(at), prompt] = at, prompts if prompt == "cond" else null
+        if not inputs:
+            return {term: [] for term in terms}
         x0 = predict_x0(
             self.teacher,
             torch.cat([at.x for at, _ in inputs.values()]),

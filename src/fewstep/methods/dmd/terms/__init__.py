@@ -6,6 +6,7 @@ from fewstep.methods.dmd.terms import gan as _gan
 from fewstep.methods.dmd.terms import mean_variance as _mean_variance
 from fewstep.methods.dmd.terms import mmd as _mmd
 from fewstep.methods.dmd.terms import reward as _reward
+from fewstep.methods.dmd.terms import reward_tilt as _reward_tilt
 from fewstep.methods.dmd.terms import trajectory_mse as _trajectory_mse
 
-__all__ = ["_ca", "_dm", "_gan", "_mean_variance", "_mmd", "_reward", "_trajectory_mse"]
+__all__ = ["_ca", "_dm", "_gan", "_mean_variance", "_mmd", "_reward", "_reward_tilt", "_trajectory_mse"]

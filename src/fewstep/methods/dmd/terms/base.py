@@ -165,7 +165,7 @@ class DirectionTerm(LossTerm):
     """
 
     level: ClassVar[Level]
-    teacher_prompts: ClassVar[tuple[Literal["cond", "null"], ...]] = ()
+    teacher_prompts: tuple[Literal["cond", "null"], ...] = ()
 
     @abstractmethod
     def direction(
