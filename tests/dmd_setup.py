@@ -31,6 +31,7 @@ def dmd(
     more=None,
     terms=(),
     levels=LEVELS,
+    group_size=1,
     total_steps=10,
     eps=EPS,
     **dm_options,
@@ -60,7 +61,7 @@ def dmd(
         name: WeightedTerm(term, Constant(weight) if isinstance(weight, float) else weight)
         for name, (term, weight) in found.items()
     }
-    return DMD(teacher, sampler, prompts_of([null_mean]), renoise, weighted, total_steps)
+    return DMD(teacher, sampler, prompts_of([null_mean]), renoise, weighted, total_steps, group_size=group_size)
 
 
 def fake_score(method):

@@ -6,8 +6,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from fewstep.config.method import MethodConfig
@@ -84,4 +85,11 @@ class DistillMethod(Method):
             yield trainable, self._loss_of(trainable, batch)
 
     def _loss_of(self, trainable: Trainable, batch: DistillBatch) -> Callable[[], Tensor]:
-        return lambda: trainable.loss(self.collect(batch) if trainable.uses_collected else batch)[0]
+        def loss() -> Tensor:
+            given: Any = batch
+            if trainable.uses_collected:
+                with torch.no_grad():
+                    given = self.collect(batch)
+            return trainable.loss(given)[0]
+
+        return loss

@@ -73,7 +73,10 @@ def count_passes(method_class: type[DistillMethod], setup: MethodSetup, batch: D
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for _ in range(DRAWS):
-            collected = method.collect(batch) if any(part.uses_collected for part in method.trainables) else None
+            collected = None
+            if any(part.uses_collected for part in method.trainables):
+                with torch.no_grad():
+                    collected = method.collect(batch)
             for part in method.trainables:
                 for _ in range(part.updates_per_step):
                     part.loss(collected if part.uses_collected else batch)

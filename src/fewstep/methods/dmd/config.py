@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
-from fewstep.config.base import Fraction, Settings, Updates
+from fewstep.config.base import BatchSize, Fraction, Settings, Updates
 from fewstep.config.method import MethodConfig
 from fewstep.config.schedule import Step, resolve_step
 from fewstep.core.registry import loss_terms
 from fewstep.core.schedules import Schedule
 from fewstep.methods.dmd.cold_start import DynaRSSettings
-from fewstep.methods.dmd.terms.base import LossTerm, TermSettings
+from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, WeightingTerm
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
@@ -67,6 +68,9 @@ class DMDConfig(MethodConfig):
     name: Literal["dmd"]
     terms: TermsSection = Field(description="Loss terms of the student's objective, by name.")
     renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
+    group_size: BatchSize = Field(
+        default=1, description="Samples of one prompt, in a row, in the batches of the student; for terms with groups."
+    )
     fake_score_updates: Updates = Field(default=5, description="Updates of the fake score for each of the student.")
     fake_score_start: Step = Field(
         default=0, description="Step at which the fake score (and a discriminator) start training: before DM does."
@@ -127,7 +131,8 @@ class DMDConfig(MethodConfig):
     def check(self, stage: Stage) -> None:
         steps = stage.train.steps
         active = self.terms.active(steps)
-        if not active:
+        trained = {name: each for name, each in active.items() if not issubclass(loss_terms.get(name), WeightingTerm)}
+        if not trained:
             raise ValueError("method.terms: no term has a weight, the student would not be trained")
         for name, (_, weight) in active.items():
             if weight.breakpoints[-1] > steps:
@@ -147,7 +152,8 @@ class DMDConfig(MethodConfig):
             raise ValueError(
                 "method.fake_score_ema_to_student needs adapters of one rank: leave models.fake_score_rank out"
             )
-        idle = first_gap([weight for _, weight in active.values()], steps)
+        self._check_groups(stage.train.batch_size, trained)
+        idle = first_gap([weight for _, weight in trained.values()], steps)
         if idle is not None:
             raise ValueError(f"method.terms: no term has a weight at step {idle}, after the student's training began")
         for name, (_, weight) in active.items():
@@ -157,6 +163,13 @@ class DMDConfig(MethodConfig):
                     raise ValueError(
                         f"method.fake_score_start: the fake score starts at step {start}, after {name} at step {first}"
                     )
+
+    def _check_groups(self, batch_size: int, trained: Mapping[str, object]) -> None:
+        if batch_size % self.group_size:
+            raise ValueError(f"train.batch_size {batch_size} is not a multiple of method.group_size {self.group_size}")
+        if self.group_size > 1 and self.requires_real:
+            real = next(name for name in trained if loss_terms.get(name).requires_real)
+            raise ValueError(f"method.group_size: {real} needs a real latent of each sample's own; set it to 1")
 
 
 def first_step(weight: Schedule, steps: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.dmd import monitor
 from fewstep.methods.dmd.cold_start import DynaRS
 from fewstep.methods.dmd.config import DMDConfig, dmd_config_model, first_step
-from fewstep.methods.dmd.data import dmd_sources, teacher_latent_stats
+from fewstep.methods.dmd.data import check_whole_groups, dmd_sources, teacher_latent_stats
 from fewstep.methods.dmd.normalize import pseudo_target_loss
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.student_sampler import StudentSampler
@@ -35,7 +35,10 @@ from fewstep.methods.dmd.terms.base import (
     LossTerm,
     RegularizerTerm,
     Renoised,
+    RolloutTerm,
+    StudentSample,
     TermSetup,
+    WeightingTerm,
 )
 
 
@@ -45,6 +48,14 @@ class WeightedTerm:
 
     term: LossTerm
     weight: Schedule
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A batch of the student's, and what each rollout term collected on it."""
+
+    batch: DistillBatch
+    rollouts: Mapping[str, Any]
 
 
 @methods.register("dmd")
@@ -58,6 +69,7 @@ class DMD(DistillMethod):
         terms: by name, in the order in which they are computed.
         total_steps: of the training.
         reference: ``monitor.latent_stats`` of the teacher's samples, for metrics; empty leaves the comparison out.
+        group_size: samples of one prompt, in a row, in the student's batches.
     """
 
     alert_rules = monitor.ALERT_RULES
@@ -71,11 +83,23 @@ class DMD(DistillMethod):
         terms: Mapping[str, WeightedTerm],
         total_steps: int,
         reference: Mapping[str, float] | None = None,
+        group_size: int = 1,
     ) -> None:
         self.teacher, self.sampler, self.null, self.renoise = teacher, sampler, null, renoise
         self.terms, self.reference, self.step = terms, reference, 0
-        start = min(first_step(term.weight, total_steps) for term in terms.values())
-        self.trainables = [Trainable("student", sampler.student, self.compute_student_loss, start_step=start)]
+        self.group_size = group_size
+        trained = [each for each in terms.values() if not isinstance(each.term, WeightingTerm)]
+        start = min(first_step(each.weight, total_steps) for each in trained)
+        rollouts = [each.term for each in terms.values() if isinstance(each.term, RolloutTerm)]
+        self.trainables = [
+            Trainable(
+                *("student", sampler.student),
+                self.compute_collected_loss if rollouts else self.compute_student_loss,
+                updates_per_step=max((term.updates for term in rollouts), default=1),
+                start_step=start,
+                uses_collected=bool(rollouts),
+            )
+        ]
         for each in terms.values():
             self.trainables += each.term.trainables()
 
@@ -91,6 +115,7 @@ class DMD(DistillMethod):
     def build(cls, setup: MethodSetup) -> Self:
         recipe, models, config = setup.recipe, setup.models, setup.recipe.method
         assert isinstance(config, DMDConfig)
+        check_whole_groups(recipe.train.batch_size, config.group_size, setup.dist.world_size)
         teacher, student = models.teacher, recipe.student
         schedule = config.renoise
         levels = {} if schedule.dyna_rs is None else {"dm_levels": schedule.dyna_rs.resolve(recipe.train.steps)}
@@ -120,7 +145,7 @@ class DMD(DistillMethod):
             for name, (settings, weight) in config.terms.active(recipe.train.steps).items()
         }
         reference = teacher_latent_stats(setup) if recipe.train.on_alert != "off" else {}
-        return cls(teacher.denoiser, sampler, null, renoise, terms, recipe.train.steps, reference)
+        return cls(teacher.denoiser, sampler, null, renoise, terms, recipe.train.steps, reference, config.group_size)
 
     def before_step(self, step: int) -> None:
         self.step = step
@@ -129,8 +154,18 @@ class DMD(DistillMethod):
         for each in self.terms.values():
             each.term.before_step(step)
 
+    def collect(self, batch: DistillBatch) -> Collected:
+        grouped, active = batch.grouped(self.group_size), self.active_terms(self.step)
+        rollouts = {name: term.collect(grouped) for name, term in active.items() if isinstance(term, RolloutTerm)}
+        return Collected(grouped, rollouts)
+
     def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`compute_collected_loss`, where no term collects anything."""
+        return self.compute_collected_loss(Collected(batch.grouped(self.group_size), {}))
+
+    def compute_collected_loss(self, collected: Collected) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the terms whose weight is positive at this step, and their metrics."""
+        batch = collected.batch
         weights = {name: each.weight(self.step) for name, each in self.terms.items()}
         active = self.active_terms(self.step)
         sample = self.sampler(batch) if any(term.uses_sample for term in active.values()) else None
@@ -141,19 +176,44 @@ class DMD(DistillMethod):
         if directions:
             assert sample is not None
             found = self.compute_directions(directions, sample.x0.detach(), sample.anchor, batch.prompts)
-            delta = sum((weights[name] * each.delta for name, each in found.items()), torch.zeros_like(sample.x0))
+            factors, metrics = self._sample_weights(active, weights, sample, batch)
+            delta = torch.zeros_like(sample.x0)
+            for name, each in found.items():
+                weighted = weights[name] * each.delta
+                delta = delta + (weighted * flow.append_dims(factors[name], weighted) if name in factors else weighted)
             sample = replace(sample, direction=delta)
             loss = pseudo_target_loss(sample.x0, delta)
             metrics |= self._direction_metrics(found)
         for name, term in active.items():
             if isinstance(term, RegularizerTerm):
                 value = term.loss(sample, batch)
-                loss = loss + weights[name] * value
-                metrics |= {name: value.detach(), **term.metrics()}
+            elif isinstance(term, RolloutTerm):
+                value = term.loss(collected.rollouts[name])
+            else:
+                continue
+            loss = loss + weights[name] * value
+            metrics |= {name: value.detach(), **term.metrics()}
         if sample is not None:
             stats = monitor.latent_stats(sample.x0.detach())
             metrics |= stats | (monitor.relative_to(stats, self.reference) if self.reference else {})
         return loss, metrics
+
+    def _sample_weights(
+        self, active: Mapping[str, LossTerm], weights: Mapping[str, float], sample: StudentSample, batch: DistillBatch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By direction, the product of the weights [B] that the weighting terms give its samples; and their metrics."""
+        factors: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for name, term in active.items():
+            if not isinstance(term, WeightingTerm):
+                continue
+            found = term.sample_weights(weights[name], sample, batch)
+            if found is None:
+                found = torch.ones(len(batch), device=sample.x0.device)
+            metrics |= {name: found.mean(), f"{name}_std": found.std(correction=0), **term.metrics()}
+            for other in term.applies_to or active:
+                factors[other] = factors[other] * found if other in factors else found
+        return factors, metrics
 
     @torch.no_grad()
     def compute_directions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -185,3 +185,40 @@ class RegularizerTerm(LossTerm):
     @abstractmethod
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
         """A scalar with gradient to the student alone; ``sample`` is None where no active term uses samples."""
+
+
+class WeightingTerm(LossTerm):
+    """A term that has no loss of its own, but multiplies the directions of other terms, sample by sample.
+
+    Attributes:
+        applies_to: the terms whose directions it multiplies; empty is all.
+    """
+
+    applies_to: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def sample_weights(self, share: float, sample: StudentSample, batch: DistillBatch) -> Tensor | None:
+        """A weight for each sample [B], without gradient; None is 1 for all.
+
+        Args:
+            share: the term's own weight at this step.
+        """
+
+
+class RolloutTerm(LossTerm):
+    """A term that makes samples of its own, once a step, and takes one or several updates on them.
+
+    Attributes:
+        updates: of the student on what was collected, in each step.
+    """
+
+    uses_sample = False
+    updates: int = 1
+
+    @abstractmethod
+    def collect(self, batch: DistillBatch) -> Any:
+        """Rollouts, scores and log-probabilities, without gradient. Called once a step and batch."""
+
+    @abstractmethod
+    def loss(self, collected: Any) -> Tensor:
+        """A scalar with gradient to the student alone, of what :meth:`collect` returned."""

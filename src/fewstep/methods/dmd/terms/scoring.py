@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
@@ -16,6 +16,9 @@ from fewstep.methods.dmd.terms.base import TermSettings, TermSetup
 from fewstep.rewards.combine import WeightedRewards
 from fewstep.rewards.decode import decode_images
 from fewstep.rewards.open import open_reward
+
+if TYPE_CHECKING:
+    from fewstep.methods.dmd.config import DMDConfig
 
 
 class RewardSettings(Settings):
@@ -36,6 +39,12 @@ class ScoredTermSettings(TermSettings):
     max_failures: Fraction = Field(
         0.1, description="Share of recent images that a reward may fail on before the training stops."
     )
+
+
+def check_groups(term: str, method: DMDConfig) -> None:
+    """Raises: ValueError if there are no groups to compare samples within."""
+    if method.group_size < 2:
+        raise ValueError(f"method.terms.{term} compares samples of one prompt: set method.group_size to 2 or more")
 
 
 def reward_names(rewards: Sequence[RewardSettings]) -> list[str]:
