@@ -61,7 +61,7 @@ def distill(
         prompts = encodable(teacher, source.texts("train"), encoded or run.directory / "encoded-prompts")
         data = DataSetup(recipe, teacher, prompts, cache or run.directory / "cache")
         sources = method_class.batch_sources(data)
-    models = build_models(recipe, teacher, recipe.method.extra_models(), dist)
+    models = build_models(recipe, teacher, recipe.method.extra_models(), dist, recipe.method.student_copies())
     setup = MethodSetup(recipe, models, teacher.encode([""]), sources, prompts, dist)
     method = method_class.build(setup)
     models.student.enable_model_cpu_offload()

@@ -32,6 +32,10 @@ class MethodConfig(Settings):
         """Names of trainable copies of the teacher beside the student, such as the fake score."""
         return []
 
+    def student_copies(self) -> list[str]:
+        """Names of frozen copies of the student, as it is when the training begins."""
+        return []
+
     def metric_names(self, stage: Stage) -> set[str] | None:
         """Every metric that the losses may give, as ``<part>/<name>``; None if they are not known beforehand."""
         return None

@@ -38,7 +38,8 @@ def meta_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> Models:
     plain = recipe.models.model_copy(update={"compile": False, "gradient_checkpointing": False})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         changed = recipe.model_copy(update={"init": None, "models": plain})
-        return build_models(changed, teacher, recipe.method.extra_models())
+        method = recipe.method
+        return build_models(changed, teacher, method.extra_models(), copies=method.student_copies())
 
 
 def bytes_of(module: nn.Module) -> float:

@@ -68,7 +68,9 @@ def count_passes(method_class: type[DistillMethod], setup: MethodSetup, batch: D
     teacher, student = copy.copy(models.teacher), copy.copy(models.student)
     teacher.denoiser, student.denoiser = stand_in(False), stand_in(True)  # type: ignore[assignment]
     extra: dict[str, nn.Module] = {name: stand_in(True) for name in models.extra}
-    method = method_class.build(replace(setup, models=replace(models, teacher=teacher, student=student, extra=extra)))
+    copies: dict[str, nn.Module] = {name: stand_in(False) for name in models.copies}
+    changed = replace(models, teacher=teacher, student=student, extra=extra, copies=copies)
+    method = method_class.build(replace(setup, models=changed))
     method.before_step(setup.recipe.train.steps - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

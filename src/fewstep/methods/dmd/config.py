@@ -102,6 +102,13 @@ class DMDConfig(MethodConfig):
     def extra_models(self) -> list[str]:
         return [name for term in self._terms().values() for name in term.model_names]
 
+    def student_copies(self) -> list[str]:
+        active = self.terms.active(100)
+        found = [
+            name for term, (settings, _) in active.items() for name in loss_terms.get(term).student_copies(settings)
+        ]
+        return list(dict.fromkeys(found))
+
     @property
     def requires_real(self) -> bool:
         """Whether training batches must bring real latents."""

@@ -130,6 +130,7 @@ class DMD(DistillMethod):
             teacher=teacher,
             student=models.student.denoiser,
             extra=models.extra,
+            copies=models.copies,
             null=null,
             renoise=renoise,
             sigmas=sampler.sigmas,

@@ -4,6 +4,7 @@ from fewstep.methods.dmd.terms import advantage_weighting as _advantage_weightin
 from fewstep.methods.dmd.terms import cfg_augmentation as _ca
 from fewstep.methods.dmd.terms import distribution_matching as _dm
 from fewstep.methods.dmd.terms import gan as _gan
+from fewstep.methods.dmd.terms import grpo as _grpo
 from fewstep.methods.dmd.terms import mean_variance as _mean_variance
 from fewstep.methods.dmd.terms import mmd as _mmd
 from fewstep.methods.dmd.terms import reward as _reward
@@ -16,6 +17,7 @@ __all__ = [
     "_ca",
     "_dm",
     "_gan",
+    "_grpo",
     "_mean_variance",
     "_mmd",
     "_reward",

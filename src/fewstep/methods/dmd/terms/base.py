@@ -85,6 +85,7 @@ class TermSetup:
 
     Attributes:
         student: the trained denoiser. extra: further trained copies by name, such as "fake_score".
+        copies: frozen copies of the student as it is when the training begins, by name.
         null: the encoded empty prompt, a batch of one.
         sigmas: the student's noise levels from 1 down, with the terminal 0.
         sources: the method's batch sources. sample: batch -> fresh student samples x0, without gradient.
@@ -95,6 +96,7 @@ class TermSetup:
     teacher: TextToImagePipeline
     student: nn.Module
     extra: Mapping[str, nn.Module]
+    copies: Mapping[str, nn.Module]
     null: EncodedPrompts
     renoise: Renoise
     sigmas: Sequence[float]
@@ -132,6 +134,11 @@ class LossTerm(ABC):
     def metric_names(cls, settings: TermSettings) -> set[str] | None:
         """Every metric that it may give, as ``<part>/<name>``; None if they are not known beforehand."""
         return None
+
+    @classmethod
+    def student_copies(cls, settings: TermSettings) -> tuple[str, ...]:
+        """Names of the frozen copies of the student, as it is when the training begins, that it needs."""
+        return ()
 
     def trainables(self) -> list[Trainable]:
         """Its own trainable parts, with their losses."""
