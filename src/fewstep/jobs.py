@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -18,14 +19,29 @@ from fewstep.inference.generate import generate
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.models_setup import build_models, check_models
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.training.alerts import Rule
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
 PREVIEW_IMAGES = 32
 
-#: Student -> a function that returns metrics of its present weights.
-Validator = Callable[[TextToImagePipeline], Callable[[], Mapping[str, float]]]
+
+class Validator(Protocol):
+    """Measures a student while it trains; see :class:`fewstep.evaluation.validation.Validator`."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether a reward is trained on, so that later values are compared with the start's."""
+        ...
+
+    def alert_rules(self) -> Sequence[Rule]:
+        """Alarms on its metrics."""
+        ...
+
+    def __call__(self, student: TextToImagePipeline, teacher: TextToImagePipeline) -> Callable[[], Mapping[str, float]]:
+        """A function that returns metrics of the student's present weights."""
+        ...
 
 
 def distill(
@@ -66,6 +82,7 @@ def distill(
     method = method_class.build(setup)
     models.student.enable_model_cpu_offload()
     every = recipe.evaluate.validate_every if validator is not None else 0
+    rules: list[Rule] = [*method_class.alert_rules, *(validator.alert_rules() if validator and every else ())]
     trainer = Trainer(
         method,
         sources["train"],
@@ -73,9 +90,10 @@ def distill(
         train=recipe.train,
         optim=recipe.optim,
         preview=make_preview(models.student, (source.texts("validation") or prompts)[:PREVIEW_IMAGES]),
-        validate=validator(models.student) if validator is not None and every else None,
+        validate=validator(models.student, models.teacher) if validator is not None and every else None,
         validate_every=every,
-        alert_rules=method_class.alert_rules,
+        validate_first=validator is not None and validator.watches,
+        alert_rules=rules,
         dist=dist,
     )
     trainer.fit()

@@ -36,6 +36,10 @@ class MethodConfig(Settings):
         """Names of frozen copies of the student, as it is when the training begins."""
         return []
 
+    def trained_rewards(self) -> dict[str, float]:
+        """The rewards that are trained on, as "name" or "name:argument", with their weights."""
+        return {}
+
     def metric_names(self, stage: Stage) -> set[str] | None:
         """Every metric that the losses may give, as ``<part>/<name>``; None if they are not known beforehand."""
         return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from fewstep.config.method import VALIDATION
 from fewstep.config.sections import BestSettings
 
 
@@ -35,9 +36,27 @@ class Best:
         return cls(settings, state["step"], state["value"])
 
 
-def new_best(best: Best | None, settings: BestSettings | None, step: int, metrics: Mapping[str, float]) -> Best | None:
-    """The best one where the metrics of ``step`` improve on ``best``, else None. NaN and infinity never do."""
+def missing_metric(settings: BestSettings | None, metrics: Mapping[str, float]) -> str | None:
+    """A metric of ``settings`` that a line of metrics does not have, though it is not waiting for a validation."""
+    validated = any(name.startswith(VALIDATION) for name in metrics)
+    names = [] if settings is None else [settings.metric, *settings.at_least]
+    return next((n for n in names if n not in metrics and (validated or not n.startswith(VALIDATION))), None)
+
+
+def new_best(
+    best: Best | None,
+    settings: BestSettings | None,
+    step: int,
+    metrics: Mapping[str, float],
+    first: Mapping[str, float] | None = None,
+) -> Best | None:
+    """The best one where the metrics of ``step`` improve on ``best``, else None. NaN and infinity never do, nor does a
+    step at which a metric of ``settings.at_least`` is missing, or below its share of the value in ``first``.
+    """
     value = metrics.get(settings.metric) if settings is not None else None
     if settings is None or value is None or not math.isfinite(value):
         return None
+    for name, share in settings.at_least.items():
+        if name not in metrics or not metrics[name] >= share * (first or metrics)[name]:
+            return None
     return Best(settings, step, value) if best is None or best.improved(value) else None

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.config.method import VALIDATION
 from fewstep.config.sections import OptimSettings, TrainSettings
 from fewstep.core.method import Batch, BatchSource, Method
 from fewstep.errors import StopTraining, UserError
 from fewstep.progress import log_line, training_display
 from fewstep.training import checkpoint
-from fewstep.training.alerts import Alert, AlertMonitor, AlertRule
-from fewstep.training.best import Best, new_best
+from fewstep.training.alerts import Alert, AlertMonitor, Rule
+from fewstep.training.best import Best, missing_metric, new_best
 from fewstep.training.distributed import DistContext
 from fewstep.training.malloc import retain_freed_memory
 from fewstep.training.rng_state import rng_state, set_rng_state
@@ -34,6 +33,7 @@ class Trainer:
     optim: settings of the optimizer by trainable's name.
     preview: step -> image or None, called every `train.sample_every` steps with the averaged weights.
     validate: gives metrics of the averaged weights, called every `validate_every` steps; 0 is never.
+    validate_first: whether it is also called before the first step.
     alert_rules: metrics that mean trouble; `train.on_alert` decides what happens.
     dist: the processes that train together.
 
@@ -51,11 +51,12 @@ class Trainer:
         preview: Callable[[int], Image.Image | None] | None = None,
         validate: Callable[[], Mapping[str, float]] | None = None,
         validate_every: int = 0,
-        alert_rules: Sequence[AlertRule] = (),
+        validate_first: bool = False,
+        alert_rules: Sequence[Rule] = (),
         dist: DistContext | None = None,
     ) -> None:
         self.method, self.source, self.run, self.train, self.preview = method, source, run, train, preview
-        self.validate, self.validate_every = validate, validate_every
+        self.validate, self.validate_every, self.validate_first = validate, validate_every, validate_first
         self.alert_rules = alert_rules
         self.ended = False  # by an alert
         self.dist = dist or DistContext()
@@ -64,6 +65,7 @@ class Trainer:
         self.position = 0  # batches used
         self.seconds = 0.0  # of training, over all sessions
         self.best: Best | None = None  # by `train.keep_best`, so far
+        self.first: dict[str, float] = {}  # the first logged value of each metric
         self._reported: set[str] = set()
         self._means = RunningMeans()
         self._saved = (0, time.monotonic())  # step and time of the last checkpoint
@@ -85,13 +87,17 @@ class Trainer:
             self.run.track(self.step)
         if self.done:
             return
-        self._alerts = AlertMonitor(self.alert_rules, self.step)
+        self._alerts = AlertMonitor(self.alert_rules, self.step, self.first)
         stopping = 0.0
         start = time.monotonic() - self.seconds
         with ExitStack() as stack:
             display = training_display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
             shown = stack.enter_context(display) if self.dist.is_main_process else None
             stop = stack.enter_context(stop_requests())
+            if self.validate is not None and self.validate_first and self.step == 0:
+                with self._evaluating():
+                    at_start = self.validate()
+                self._log(at_start)
             while not self.done:
                 try:
                     losses = self._take_step()
@@ -107,9 +113,8 @@ class Trainer:
                     break
         if stopping:
             self._save()
-            raise KeyboardInterrupt(
-                f"saved step {self.step}/{self.train.steps}; resume with: {self.run.resume_command}"
-            )
+            resume = self.run.resume_command
+            raise KeyboardInterrupt(f"saved step {self.step}/{self.train.steps}; resume with: {resume}")
 
     @property
     def done(self) -> bool:
@@ -192,9 +197,8 @@ class Trainer:
                 validated = self.validate()
         if self.step % train.log_every == 0 or last or validated:
             metrics = {**self._means.take(), **validated}
+            self._log(metrics)
             improved = self._is_best(metrics)
-            if self.dist.is_main_process:
-                self.run.log(self.step, {**metrics, "seconds": self.seconds})
             alert = self._alerts.check(self.step, metrics) if train.on_alert != "off" else None
         if self.preview is not None and train.sample_every and (self.step % train.sample_every == 0 or last):
             with self._evaluating():
@@ -207,23 +211,23 @@ class Trainer:
         if alert is not None:
             self._on_alert(alert)
 
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self.first |= {name: value for name, value in metrics.items() if name not in self.first}
+        if self.dist.is_main_process:
+            self.run.log(self.step, {**metrics, "seconds": self.seconds})
+
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a line of metrics is the best so far by `train.keep_best`; if so, it is remembered."""
+        """Whether a line of metrics is the best so far; if so, it is remembered. Reports a missing metric once."""
         keep_best = self.train.keep_best
-        if keep_best is not None and keep_best.metric not in metrics:
-            self._report_missing(keep_best.metric, metrics)
-        found = new_best(self.best, keep_best, self.step, metrics)
+        missing = missing_metric(keep_best, metrics)
+        if missing is not None and missing not in self._reported:
+            self._reported.add(missing)
+            if self.dist.is_main_process:
+                known = ", ".join(metrics)
+                log_line(f"train.keep_best.metric {missing}: not logged at step {self.step}; there are {known}")
+        found = new_best(self.best, keep_best, self.step, metrics, self.first)
         self.best = found or self.best
         return found is not None
-
-    def _report_missing(self, metric: str, metrics: Mapping[str, float]) -> None:
-        """Says once that the metric of `train.keep_best` is not among those logged: it may be misspelled."""
-        waits = metric.startswith(VALIDATION) and not any(name.startswith(VALIDATION) for name in metrics)
-        if waits or metric in self._reported:
-            return
-        self._reported.add(metric)
-        if self.dist.is_main_process:
-            log_line(f"train.keep_best.metric {metric}: not logged at step {self.step}; there are {', '.join(metrics)}")
 
     def _on_alert(self, alert: Alert) -> None:
         """Reports an alert, and stops or rolls back if `train.on_alert` says so."""
@@ -263,6 +267,7 @@ class Trainer:
             "means": self._means.state(),
             "trainables": {state.name: state.counters for state in self.train_states},
             "best": self.best.state() if self.best is not None else None,
+            "first": self.first,
         }
         protect = [] if self.best is None else [self.best.step]
         keep = self.train.max_checkpoints
@@ -290,5 +295,6 @@ class Trainer:
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
         self._means = RunningMeans(found.state["means"])
         self.best = Best.restored(found.state["best"], self.train.keep_best)
+        self.first = found.state.get("first", {})
         self._saved = (found.step, time.monotonic())
         set_rng_state(found.read("random"), self.dist.device)

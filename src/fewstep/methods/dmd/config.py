@@ -17,6 +17,7 @@ from fewstep.core.registry import loss_terms
 from fewstep.core.schedules import Schedule
 from fewstep.methods.dmd.cold_start import DynaRSSettings
 from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, WeightingTerm
+from fewstep.methods.dmd.terms.scoring import ScoredTermSettings
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
@@ -108,6 +109,10 @@ class DMDConfig(MethodConfig):
             name for term, (settings, _) in active.items() for name in loss_terms.get(term).student_copies(settings)
         ]
         return list(dict.fromkeys(found))
+
+    def trained_rewards(self) -> dict[str, float]:
+        scored = [each for each, _ in self.terms.active(100).values() if isinstance(each, ScoredTermSettings)]
+        return {reward.reward: reward.weight for settings in scored for reward in settings.rewards}
 
     @property
     def requires_real(self) -> bool:
