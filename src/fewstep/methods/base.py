@@ -45,6 +45,7 @@ class MethodSetup:
     Attributes:
         null: the encoded empty prompt, a batch of one.
         sources: what ``batch_sources`` returned.
+        count_passes: for ``plan``, which then counts denoiser passes alone: nothing else need be computed.
     """
 
     recipe: DistillRecipe
@@ -53,6 +54,7 @@ class MethodSetup:
     sources: Mapping[str, BatchSource]
     prompts: Sequence[str]
     dist: DistContext
+    count_passes: bool = False
 
 
 class DistillMethod(Method):
@@ -78,6 +80,10 @@ class DistillMethod(Method):
     @abstractmethod
     def build(cls, setup: MethodSetup) -> Self:
         """The method on its models. No file is read or written here; for ``fewstep plan`` all tensors are meta."""
+
+    def frozen_bytes(self) -> dict[str, float]:
+        """Bytes of frozen weights on the device in a step, besides the models, by component; for ``fewstep plan``."""
+        return {}
 
     def dry_run(self, batch: DistillBatch) -> Iterator[tuple[Trainable, Callable[[], Tensor]]]:
         """Each loss that ``fewstep plan`` runs on the meta device, with the part that it trains."""

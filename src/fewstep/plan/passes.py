@@ -70,7 +70,7 @@ def count_passes(method_class: type[DistillMethod], setup: MethodSetup, batch: D
     extra: dict[str, nn.Module] = {name: stand_in(True) for name in models.extra}
     copies: dict[str, nn.Module] = {name: stand_in(False) for name in models.copies}
     changed = replace(models, teacher=teacher, student=student, extra=extra, copies=copies)
-    method = method_class.build(replace(setup, models=changed))
+    method = method_class.build(replace(setup, models=changed, count_passes=True))
     method.before_step(setup.recipe.train.steps - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from fewstep.methods.dmd.normalize import pseudo_target_loss
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.student_sampler import StudentSampler
 from fewstep.methods.dmd.terms.base import (
+    Collected,
     Direction,
     DirectionTerm,
     Level,
@@ -48,14 +49,6 @@ class WeightedTerm:
 
     term: LossTerm
     weight: Schedule
-
-
-@dataclass(frozen=True)
-class Collected:
-    """A batch of the student's, and what each rollout term collected on it."""
-
-    batch: DistillBatch
-    rollouts: Mapping[str, Any]
 
 
 @methods.register("dmd")
@@ -140,6 +133,7 @@ class DMD(DistillMethod):
             dist=setup.dist,
             sample=sampler.fresh,
             endpoint=sampler.endpoint,
+            count_passes=setup.count_passes,
         )
         terms = {
             name: WeightedTerm(loss_terms.get(name).build(settings, term_setup), weight)
@@ -269,6 +263,10 @@ class DMD(DistillMethod):
         for each in self.terms.values():
             each.term.after_step(step)
         return {}
+
+    def frozen_bytes(self) -> dict[str, float]:
+        rewards = sum(each.term.frozen_bytes() for each in self.terms.values())
+        return {"rewards": rewards} if rewards else {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The terms' states, as ``<term>.<name>``."""

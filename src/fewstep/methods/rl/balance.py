@@ -48,7 +48,7 @@ class Balance:
         Args:
             gradient, reference: [B, C, ..., H, W], of losses that are means over samples.
         """
-        if self.measured >= self.updates:
+        if self.measured >= self.updates or gradient.is_meta:  # a dry run has shapes alone
             return
         norms = torch.stack([gradient_norm(gradient), gradient_norm(reference)]).double()
         scaled, against = self.reduce(norms).tolist()

@@ -26,8 +26,9 @@ def group_advantages(
     scored = ~groups.isnan()
     values = groups.nan_to_num(nan=0.0)
     mean = values.sum(dim=1, keepdim=True) / scored.sum(dim=1, keepdim=True).clamp(min=1)
-    valid = values[scored].double()
-    count, total, squares = reduce(torch.stack([scored.sum().double(), valid.sum(), valid.square().sum()])).tolist()
-    variance = max(0.0, squares / count - (total / count) ** 2) if count else 0.0
-    advantages = torch.where(scored, values - mean, 0.0) / max(variance**0.5, floor)
+    exact = values.double()
+    count, total, squares = reduce(torch.stack([scored.sum().double(), exact.sum(), exact.square().sum()])).unbind()
+    count = count.clamp(min=1)
+    deviation = (squares / count - (total / count).square()).clamp(min=floor**2).sqrt()
+    advantages = torch.where(scored, values - mean, 0.0) / deviation.float()
     return advantages.clamp(-bound, bound).flatten()

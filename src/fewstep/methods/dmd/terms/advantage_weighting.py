@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Self
 
 import torch
@@ -12,7 +11,14 @@ from torch import Tensor
 from fewstep.core.registry import loss_terms
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd.terms.base import StudentSample, TermSettings, TermSetup, WeightingTerm
-from fewstep.methods.dmd.terms.scoring import LatentScorer, ScoredTermSettings, check_groups, open_scorer, score_metrics
+from fewstep.methods.dmd.terms.scoring import (
+    LatentScorer,
+    ScoredTerm,
+    ScoredTermSettings,
+    check_groups,
+    open_scorer,
+    score_metrics,
+)
 from fewstep.methods.rl.groups import group_advantages
 from fewstep.methods.rl.weighting import advantage_weight
 from fewstep.rewards.moments import Reduce
@@ -34,7 +40,7 @@ class AdvantageWeightingSettings(ScoredTermSettings):
 
 
 @loss_terms.register("advantage_weighting")
-class AdvantageWeighting(WeightingTerm):
+class AdvantageWeighting(ScoredTerm, WeightingTerm):
     """
     group_size: samples of one prompt in a row.
     reduce: sums over processes.
@@ -68,12 +74,3 @@ class AdvantageWeighting(WeightingTerm):
         z = self.scorer.combined(sample.x0.detach(), batch.texts)
         advantages = group_advantages(z, self.group_size, floor=self.std_floor, reduce=self.reduce)
         return advantage_weight(advantages, share)
-
-    def metrics(self) -> dict[str, Tensor]:
-        return self.scorer.metrics()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.scorer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.scorer.load_state_dict(state)

@@ -88,6 +88,7 @@ class TermSetup:
         copies: frozen copies of the student as it is when the training begins, by name.
         null: the encoded empty prompt, a batch of one.
         sigmas: the student's noise levels from 1 down, with the terminal 0.
+        count_passes: only denoiser passes are counted, nothing else need be computed.
         sources: the method's batch sources. sample: batch -> fresh student samples x0, without gradient.
         endpoint: batch -> samples x0 at the end of the student's whole rollout, with gradient through its last step.
     """
@@ -106,6 +107,7 @@ class TermSetup:
     dist: DistContext
     sample: Callable[[DistillBatch], Tensor]
     endpoint: Callable[[DistillBatch], Tensor]
+    count_passes: bool = False
 
 
 class LossTerm(ABC):
@@ -143,6 +145,10 @@ class LossTerm(ABC):
     def trainables(self) -> list[Trainable]:
         """Its own trainable parts, with their losses."""
         return []
+
+    def frozen_bytes(self) -> float:
+        """Bytes of frozen weights that it needs on the device beside the models, such as rewards; for ``plan``."""
+        return 0.0
 
     def metrics(self) -> dict[str, Tensor]:
         """Further metrics of its last loss, by name."""
@@ -229,3 +235,11 @@ class RolloutTerm(LossTerm):
     @abstractmethod
     def loss(self, collected: Any) -> Tensor:
         """A scalar with gradient to the student alone, of what :meth:`collect` returned."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A batch of the student's, and what each rollout term collected on it."""
+
+    batch: DistillBatch
+    rollouts: Mapping[str, Any]

@@ -6,7 +6,7 @@ as means over dimensions, the mean of each prompt and one deviation for all, a n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -23,6 +23,7 @@ from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd.terms.base import RolloutTerm, TermSettings, TermSetup
 from fewstep.methods.dmd.terms.scoring import (
     LatentScorer,
+    ScoredTerm,
     ScoredTermSettings,
     check_groups,
     open_scorer,
@@ -85,7 +86,7 @@ class Rollout:
 
 
 @loss_terms.register("grpo")
-class GRPO(RolloutTerm):
+class GRPO(ScoredTerm, RolloutTerm):
     """
     sigmas: the student's noise levels from 1 down, with the terminal 0.
     reference: the student as it was at first, for ``kl_weight``.
@@ -180,10 +181,4 @@ class GRPO(RolloutTerm):
         return sde_mean_std(step.x, step.sigma, step.sigma_next, velocity, self.settings.eta)[0]
 
     def metrics(self) -> dict[str, Tensor]:
-        return self._metrics | self.scorer.metrics()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.scorer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.scorer.load_state_dict(state)
+        return self._metrics | super().metrics()

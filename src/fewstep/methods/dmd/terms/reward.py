@@ -15,6 +15,7 @@ from fewstep.methods.dmd.terms.base import RegularizerTerm, StudentSample, TermS
 from fewstep.methods.dmd.terms.scoring import (
     LatentScorer,
     RewardSettings,
+    ScoredTerm,
     ScoredTermSettings,
     open_scorer,
     reward_names,
@@ -42,7 +43,7 @@ class RewardTermSettings(ScoredTermSettings):
     rewards: Annotated[list[ReflRewardSettings], Field(min_length=1)] = Field(  # type: ignore[assignment]
         description="The rewards, each with its weight and margin. Their scores count as they are."
     )
-    on: Literal["endpoint", "anchor"] = Field(
+    at: Literal["endpoint", "anchor"] = Field(
         "endpoint",
         description="What is scored: the end of the student's whole rollout, with gradient through its last step; or "
         "the data prediction at the anchor, which CA and DM use anyway.",
@@ -70,7 +71,7 @@ class RewardTermSettings(ScoredTermSettings):
 
 
 @loss_terms.register("reward")
-class Reward(RegularizerTerm):
+class Reward(ScoredTerm, RegularizerTerm):
     """
     goals: weight and margin of each of the scorer's rewards.
     endpoint: as in ``TermSetup``; None scores the data prediction at the anchor.
@@ -105,7 +106,7 @@ class Reward(RegularizerTerm):
         balance = None
         if settings.balance is not None:
             balance = Balance(settings.balance, settings.balance_updates, setup.dist.all_reduce_sum)
-        return cls(scorer, goals, setup.endpoint if settings.on == "endpoint" else None, balance)
+        return cls(scorer, goals, setup.endpoint if settings.at == "endpoint" else None, balance)
 
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
         if self.endpoint is not None:
@@ -127,13 +128,13 @@ class Reward(RegularizerTerm):
         return shortfall(self.scorer.scores(x0, batch.texts), self.goals).mean()
 
     def metrics(self) -> dict[str, Tensor]:
-        return self._metrics | self.scorer.metrics()
+        return self._metrics | super().metrics()
 
     def state_dict(self) -> dict[str, Tensor]:
         balance = {} if self.balance is None else {"balance": self.balance.state()}
-        return self.scorer.state_dict() | balance
+        return super().state_dict() | balance
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.scorer.load_state_dict(state)
+        super().load_state_dict(state)
         if self.balance is not None:
             self.balance.load(state["balance"])

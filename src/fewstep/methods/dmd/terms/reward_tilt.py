@@ -22,6 +22,7 @@ from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.base import RegularizerTerm, StudentSample, TermSettings, TermSetup
 from fewstep.methods.dmd.terms.scoring import (
     LatentScorer,
+    ScoredTerm,
     ScoredTermSettings,
     open_scorer,
     reward_names,
@@ -41,7 +42,7 @@ class RewardTiltSettings(ScoredTermSettings):
 
 
 @loss_terms.register("reward_tilt")
-class RewardTilt(RegularizerTerm):
+class RewardTilt(ScoredTerm, RegularizerTerm):
     """
     weights: of each of the scorer's rewards.
     eps: lower bound of the per-sample normalizer, which is that of DM.
@@ -96,10 +97,4 @@ class RewardTilt(RegularizerTerm):
         return shortfall(self.scorer.scores(x0, batch.texts), self.goals).sum()
 
     def metrics(self) -> dict[str, Tensor]:
-        return self._metrics | self.scorer.metrics()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.scorer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.scorer.load_state_dict(state)
+        return self._metrics | super().metrics()

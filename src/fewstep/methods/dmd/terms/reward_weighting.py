@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Self
 
 import torch
@@ -14,7 +13,7 @@ from fewstep.config.schedule import Weight
 from fewstep.core.registry import loss_terms
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd.terms.base import StudentSample, TermSettings, TermSetup, WeightingTerm
-from fewstep.methods.dmd.terms.scoring import LatentScorer, ScoredTermSettings, open_scorer, score_metrics
+from fewstep.methods.dmd.terms.scoring import LatentScorer, ScoredTerm, ScoredTermSettings, open_scorer, score_metrics
 from fewstep.methods.rl.weighting import reward_weight
 
 
@@ -39,7 +38,7 @@ class RewardWeightingSettings(ScoredTermSettings):
 
 
 @loss_terms.register("reward_weighting")
-class RewardWeighting(WeightingTerm):
+class RewardWeighting(ScoredTerm, WeightingTerm):
     """
     beta, low, high: as in :func:`fewstep.methods.rl.weighting.reward_weight`.
     score_every: steps between those whose samples are scored.
@@ -73,12 +72,3 @@ class RewardWeighting(WeightingTerm):
             return None
         z = self.scorer.combined(sample.x0.detach(), batch.texts)
         return reward_weight(z, share, self.beta, self.low, self.high)
-
-    def metrics(self) -> dict[str, Tensor]:
-        return self.scorer.metrics()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.scorer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.scorer.load_state_dict(state)

@@ -12,7 +12,8 @@ from torch import Tensor
 from fewstep.config.base import BatchSize, Fraction, Settings
 from fewstep.core.precision import without_autocast
 from fewstep.errors import UserError
-from fewstep.methods.dmd.terms.base import TermSettings, TermSetup
+from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, TermSetup
+from fewstep.methods.dmd.terms.planned_rewards import AnyReward, PlannedRewards, plan_reward
 from fewstep.rewards.combine import WeightedRewards
 from fewstep.rewards.decode import decode_images
 from fewstep.rewards.open import open_reward
@@ -105,6 +106,24 @@ class LatentScorer:
         self.rewards.load_state_dict(state)
 
 
+class ScoredTerm(LossTerm):
+    """A term with a scorer, whose metrics and state are its own."""
+
+    scorer: LatentScorer
+
+    def metrics(self) -> dict[str, Tensor]:
+        return self.scorer.metrics()
+
+    def frozen_bytes(self) -> float:
+        return float(self.scorer.rewards.info.parameters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.scorer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.scorer.load_state_dict(state)
+
+
 def open_scorer(settings: ScoredTermSettings, setup: TermSetup, key: str, *, differentiable: bool) -> LatentScorer:
     """The scorer of a term's rewards, on the teacher's device.
 
@@ -115,7 +134,9 @@ def open_scorer(settings: ScoredTermSettings, setup: TermSetup, key: str, *, dif
     Raises:
         UserError: there is no such reward, it cannot be opened, or it has no gradient where one is needed.
     """
-    device = setup.teacher.device
+    device = setup.dist.device
+    if device.type == "meta":
+        return _planned(settings, setup)
     opened = {}
     for name, each in zip(reward_names(settings.rewards), settings.rewards, strict=True):
         reward = open_reward(each.reward, device)
@@ -129,3 +150,14 @@ def open_scorer(settings: ScoredTermSettings, setup: TermSetup, key: str, *, dif
         opened, settings.micro_batch, max_failures=settings.max_failures, reduce=setup.dist.all_reduce_sum
     )
     return LatentScorer(lambda latents: decode_images(setup.teacher, latents, settings.micro_batch), weighted)
+
+
+def _planned(settings: ScoredTermSettings, setup: TermSetup) -> LatentScorer:
+    """The scorer of a dry run."""
+    names = reward_names(settings.rewards)
+    planned = {name: (plan_reward(each.reward), 1.0) for name, each in zip(names, settings.rewards, strict=True)}
+    if setup.count_passes:
+        cheap = {name: (AnyReward(name, reward.info), 1.0) for name, (reward, _) in planned.items()}
+        return LatentScorer(lambda latents: latents, PlannedRewards(cheap, settings.micro_batch))
+    rewards = PlannedRewards(planned, settings.micro_batch)
+    return LatentScorer(lambda latents: decode_images(setup.teacher, latents, settings.micro_batch), rewards)
