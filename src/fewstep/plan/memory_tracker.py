@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fewstep.core.precision import emulated_autocast_is_off
+
 DeviceType = Literal["cuda", "cpu"]
 
 #: Any function of tensors.
@@ -98,10 +100,14 @@ class EmulatedDevice(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
-        if self.bf16 and func in _IN_BF16:
+        bf16 = self.bf16 and not emulated_autocast_is_off()
+        if func in _BACKWARD:
+            with self:  # for what a backward pass computes again
+                return func(*args, **named)
+        if bf16 and func in _IN_BF16:
             args = [self._cast(arg) for arg in args]
             named = {name: self._cast(value) for name, value in named.items()}
-        if self.bf16 and func is F.layer_norm:
+        if bf16 and func is F.layer_norm:
             args = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
         if func is F.scaled_dot_product_attention:
             return _ATTENTION[self.device_type](*args[:3] or (named["query"], named["key"], named["value"]))[0]
@@ -120,6 +126,8 @@ class EmulatedDevice(TorchFunctionMode):
 
 
 _IN_BF16 = {F.linear, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__, F.conv2d}
+
+_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 _ATTENTION: dict[str, Callable[..., Any]] = {
     "cuda": torch.ops.aten._scaled_dot_product_flash_attention,

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.core.precision import without_autocast
+
 
 class Goal(NamedTuple):
     """What a reward counts in a loss.
@@ -42,13 +44,13 @@ def shortfall(scores: Mapping[str, Tensor], goals: Mapping[str, Goal]) -> Tensor
 
 
 def output_gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of ``loss`` at ``x`` and its gradient there, both detached.
+    """The value of ``loss`` at ``x`` and its gradient there, both detached and in fp32, without autocast.
 
     What ``loss`` keeps for its backward pass is free again before the student's own backward pass begins: the two are
     never in memory together.
     """
-    with torch.enable_grad():
-        inner = x.detach().requires_grad_(True)
+    with torch.enable_grad(), without_autocast(x.device):
+        inner = x.detach().float().requires_grad_(True)
         value = loss(inner)
         (gradient,) = torch.autograd.grad(value, inner)
     return value.detach(), gradient

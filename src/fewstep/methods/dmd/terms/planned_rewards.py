@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.errors import UserError
-from fewstep.rewards.combine import WeightedRewards
 from fewstep.rewards.open import open_reward
 from fewstep.rewards.protocol import Reward, RewardInfo
 
@@ -78,20 +76,3 @@ def plan_reward(spec: str) -> Reward:
         if "unknown reward" in str(problem):
             raise
         return AnyReward(name, RewardInfo(True, (-1.0, 1.0), "unknown"))
-
-
-class PlannedRewards(WeightedRewards):
-    """Scores on the meta device, in micro-batches as in training; nothing is read from them."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.scores = self.score(images, prompts)
-        return torch.stack(list(self.scores.values())).sum(dim=0)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        parts = images.split(self.micro_batch)
-        texts = list(prompts[: self.micro_batch])
-        found = {}
-        for name, (reward, _) in self.rewards.items():
-            scores = [checkpoint(reward, part, texts[: len(part)], use_reentrant=False) for part in parts]
-            found[name] = torch.cat(scores)
-        return found

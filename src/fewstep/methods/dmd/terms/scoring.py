@@ -13,7 +13,7 @@ from fewstep.config.base import BatchSize, Fraction, Settings
 from fewstep.core.precision import without_autocast
 from fewstep.errors import UserError
 from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, TermSetup
-from fewstep.methods.dmd.terms.planned_rewards import AnyReward, PlannedRewards, plan_reward
+from fewstep.methods.dmd.terms.planned_rewards import AnyReward, plan_reward
 from fewstep.rewards.combine import WeightedRewards
 from fewstep.rewards.decode import decode_images
 from fewstep.rewards.open import open_reward
@@ -158,6 +158,6 @@ def _planned(settings: ScoredTermSettings, setup: TermSetup) -> LatentScorer:
     planned = {name: (plan_reward(each.reward), 1.0) for name, each in zip(names, settings.rewards, strict=True)}
     if setup.count_passes:
         cheap = {name: (AnyReward(name, reward.info), 1.0) for name, (reward, _) in planned.items()}
-        return LatentScorer(lambda latents: latents, PlannedRewards(cheap, settings.micro_batch))
-    rewards = PlannedRewards(planned, settings.micro_batch)
+        return LatentScorer(lambda latents: latents, WeightedRewards(cheap, settings.micro_batch))
+    rewards = WeightedRewards(planned, settings.micro_batch)
     return LatentScorer(lambda latents: decode_images(setup.teacher, latents, settings.micro_batch), rewards)
