@@ -158,3 +158,9 @@ TERMS = "method.terms={cfg_augmentation: {}, distribution_matching: {}, grpo: {r
 def test_recipes_that_cannot_be_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         load_recipe("micro-turbo", [TERMS, "method.fake_score_start=0", "method.group_size=4", *overrides])
+
+
+@pytest.mark.parametrize("name", ["nft", "diffusion-nft", "awm", "rwfm"])
+def test_objectives_that_fail_on_distilled_students_are_refused_with_the_reason(name):
+    with pytest.raises(UserError, match=f"{name} is refused for distilled students: .*; use reward for rewards"):
+        load_recipe("micro-turbo", [f"method.terms={{distribution_matching: {{}}, {name}: {{}}}}"])

@@ -16,6 +16,7 @@ from fewstep.config.schedule import Step, resolve_step
 from fewstep.core.registry import loss_terms
 from fewstep.core.schedules import Schedule
 from fewstep.methods.dmd.cold_start import DynaRSSettings
+from fewstep.methods.dmd.refused import check_refused
 from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, WeightingTerm
 from fewstep.methods.dmd.terms.scoring import ScoredTermSettings
 
@@ -50,6 +51,13 @@ class RenoiseSettings(Settings):
 
 class TermsSection(Settings):
     """The terms by name; one that is left out, null or of constant weight 0 is off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_refused(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping):
+            check_refused(tree)
+        return tree
 
     def active(self, total_steps: int) -> dict[str, tuple[TermSettings, Schedule]]:
         """Settings and weight schedule of each term whose weight is positive at some step, in registry order."""
