@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 _FORWARD = (
     "its loss is on the forward flow matching process, which a few-step student does not follow: SD3.5-M at 4 steps "
-    "fell from an HPSv3 of 11.72 to 9.70 (DMD with NFT) and from 12.52 to -3.28 (CDM with NFT), and NFT's author does not "
-    "support distilled models"
+    "fell from an HPSv3 of 11.72 to 9.70 (DMD with NFT) and from 12.52 to -3.28 (CDM with NFT), and NFT's author does "
+    "not support distilled models"
 )
 _WEIGHTED = (
     "flow matching on the student's own samples weighted by reward made every student worse that it was tried on "
