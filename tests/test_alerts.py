@@ -1,14 +1,21 @@
 """Alerts: when they are raised, their messages, and what the trainer does."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from tiny import fit, tiny_trainer
 
+from fewstep.config.load import BUNDLED_RECIPES, load_recipe
+from fewstep.config.recipe import Stage, StagesRecipe
+from fewstep.core.method import UPDATE_METRICS
+from fewstep.core.registry import load_plugins, methods
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 from fewstep.training.alerts import AlertMonitor, AlertRule
+
+load_plugins()  # registers the methods
 
 HIGH = AlertRule("loss", "above", 1.0, 20, "too hot")
 
@@ -83,3 +90,30 @@ def test_off_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "counts too far" not in capsys.readouterr().err
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 20
+
+
+def test_a_rolled_back_run_stays_ended_when_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(with_alert(tmp_path, "rollback"))
+    capsys.readouterr()
+    assert fit(with_alert(tmp_path, "rollback")).step == 6
+    assert "an alert ended it at step 6; -s train.on_alert=warn continues" in capsys.readouterr().err
+    assert fit(with_alert(tmp_path, "warn")).step == 20
+
+
+def metric_names_of(method: str) -> set[str]:
+    """The metrics of all bundled recipes of a method, their fake scores and discriminators included."""
+    found: set[str] = set()
+    for file in sorted(BUNDLED_RECIPES.glob("*.yaml")):
+        recipe = load_recipe(file)
+        stages = recipe.stages if isinstance(recipe, StagesRecipe) else [recipe]
+        for stage in stages:
+            if isinstance(stage, Stage) and stage.method.name == method:
+                found |= stage.method.metric_names(stage) or set()
+                found |= {f"{part}/{name}" for part in stage.method.trainable_parts() for name in UPDATE_METRICS}
+    return found
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_alert_rules_of_every_method_watch_metrics_that_exist(name: str) -> None:
+    rules: Sequence[AlertRule] = methods.get(name).alert_rules
+    assert {rule.metric for rule in rules} <= metric_names_of(name)

@@ -209,10 +209,37 @@ def test_overwrite_deletes_only_what_a_run_makes(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "student").mkdir()
     trainer = tiny_trainer(tmp_path, overwrite=True, steps=6, seed=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "recipe.yaml"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["notes.txt", "recipe.yaml"]
     fit(trainer)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "student").exists()
     assert trainer.position == 18
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 6]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(directory.rglob("*"))}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_refused_run_leaves_the_directory_as_it_was(tmp_path: Path, overwrite: bool) -> None:
+    earlier = tmp_path / "earlier"
+    if overwrite:
+        fit(tiny_trainer(earlier, steps=5)).run.close()
+    before = contents(tmp_path)
+    run = RunDir(earlier, tiny_recipe(seed=4), overwrite=overwrite, fingerprints={"teacher": "x"})
+    with pytest.raises(UserError, match="no such teacher"), run:
+        raise UserError("no such teacher")
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_has_begun_is_kept_after_an_error(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, tiny_recipe())
+    run.track(0)
+    with pytest.raises(UserError, match="a full disk"), run:
+        raise UserError("a full disk")
+    assert (tmp_path / "recipe.yaml").exists()
 
 
 def test_directory_that_is_not_a_run_keeps_its_files(tmp_path: Path) -> None:

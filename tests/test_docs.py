@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAX_PROSE = 140
 COMMANDS = {"distill", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert", "emoji"}
-EMOJI_COMMANDS = {"build", "gallery", "sheet", "train", "publish"}
+EMOJI_COMMANDS = {"build", "gallery", "sheet", "train", "publish", "publish-student"}
 
 #: Words that describe models as persons.
 PERSONIFYING = re.compile(r"\b(speaks?|said|goes on|asked|looks|rests?)\b")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fewstep import api
@@ -13,8 +15,9 @@ from fewstep.config.load import load_recipe
 from fewstep.errors import UserError
 from fewstep.evaluation import runner
 from fewstep.evaluation.cost import affordable_prompts, evaluation_cost, nfe
+from fewstep.evaluation.kept_images import model_fingerprint
 from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
-from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.models.pipeline import TextToImagePipeline, load
 
 FEW = {"diversity_prompts": 1, "diversity_seeds": 2, "many_steps": 2}
 
@@ -107,3 +110,34 @@ def test_a_planned_evaluation_is_the_counted_one() -> None:
     assert "200 test prompts of emoji, 248 images in each of 4 settings, 28,768 forward passes" in planned
     assert "no limit" in planned
     assert load_recipe("micro-turbo", []).evaluate.max_minutes == 10
+
+
+def test_an_interrupted_evaluation_measures_as_many_prompts_as_before(
+    tiny: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [f"a fox and {i} dogs" for i in range(6)]
+    monkeypatch.setattr(runner, "report_writer", lambda: None)  # nothing is finished, as if it were interrupted
+    for minutes in (3.5, 9.0):
+        monkeypatch.setattr(runner, "expected_minutes", lambda *_, minutes=minutes: minutes)
+        found = api.evaluate(tiny, prompts, max_minutes=2.0, out=tmp_path, **FEW)
+        assert found.run["prompts"] == 3
+    assert "continues an interrupted one, of the first 3 of 6 prompts" in capsys.readouterr().err
+
+
+def test_a_models_fingerprint_is_that_of_all_its_weights_and_settings(tiny_folder: Path) -> None:
+    def changed(change: Callable[[TextToImagePipeline], object]) -> str:
+        model = load(tiny_folder, "cpu")
+        change(model)
+        return model_fingerprint(model)
+
+    def add(model: TextToImagePipeline, part: str) -> None:
+        with torch.no_grad():
+            next(model.components[part].parameters()).add_(1e-6)
+
+    def other_steps(model: TextToImagePipeline) -> None:
+        model.generation_config = model.generation_config.model_copy(update={"sampler": "sde"})
+
+    same = changed(lambda _: None)
+    assert changed(lambda _: None) == same
+    others = {changed(lambda model, part=part: add(model, part)) for part in ("transformer", "text_encoder", "vae")}
+    assert len({same, changed(other_steps), *others}) == 5

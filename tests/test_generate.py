@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
+from fewstep.core.batching import max_batch_size, max_decode_batch_size
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.samplers import sample_euler
-from fewstep.inference.batching import max_batch_size, max_decode_batch_size
 from fewstep.inference.generate import GenerationCancelled, generate
 from fewstep.inference.params import SamplingParams
 from fewstep.models.adapters import adapter_parameters, add_adapter
@@ -118,8 +118,8 @@ def test_large_images_are_sampled_and_decoded_in_small_batches(tiny, monkeypatch
     assert [max_batch_size(side, side) for side in (64, 128, 512, 1024, 4096)] == [64, 64, 8, 2, 1]
     assert [max_decode_batch_size(side, side) for side in (512, 1024, 4096)] == [4, 1, 1]
     expected, sampled, decoded = images_of(tiny, steps=2), [], []
-    monkeypatch.setattr("fewstep.inference.batching.MAX_PIXELS_PER_BATCH", 2 * 64 * 64)
-    monkeypatch.setattr("fewstep.inference.batching.MAX_DECODE_PIXELS", 64 * 64)
+    monkeypatch.setattr("fewstep.core.batching.MAX_PIXELS_PER_BATCH", 2 * 64 * 64)
+    monkeypatch.setattr("fewstep.core.batching.MAX_DECODE_PIXELS", 64 * 64)
     handles = [
         tiny.transformer.all_final_layer["2-1"].register_forward_pre_hook(
             lambda _, inputs: sampled.append(len(inputs[0]))

@@ -24,6 +24,15 @@ def test_adamw8bit_without_torchao_names_the_package(monkeypatch: pytest.MonkeyP
         TrainState(trainable, OptimSettings(lr=0.1, optimizer="adamw8bit"), TrainSettings(steps=1, batch_size=1))
 
 
+def test_a_warm_up_that_does_not_end_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    trainable = Trainable("student", nn.Linear(2, 2), lambda batch: (batch.sum(), {}))
+    train = TrainSettings(steps=5, batch_size=1)
+    TrainState(trainable, OptimSettings(lr=0.1, warmup_steps=5), train)
+    assert "warm" not in capsys.readouterr().err
+    TrainState(trainable, OptimSettings(lr=0.1, warmup_steps=10), train)
+    assert "optim.student.warmup_steps 10: longer than the training, whose last step has 50%" in capsys.readouterr().err
+
+
 class Blocks(nn.Module):
     """A network with two matrices in numbered blocks; its other weights are AdamW's under muon."""
 

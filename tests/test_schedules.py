@@ -63,5 +63,5 @@ def test_mistakes_are_refused(value, message):
 
 
 def test_a_ramp_that_ends_before_it_begins_is_refused():
-    with pytest.raises(ValueError, match="ends after it begins"):
+    with pytest.raises(ValueError, match="last_step 10 is not after first_step 50"):
         weight({"kind": "linear", "first_step": 50, "last_step": "10%"})

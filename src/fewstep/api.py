@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fewstep.data.prompts import PromptSource, check_held_out, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
+from fewstep.evaluation.kept_images import PUBLISHED
 from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
 from fewstep.evaluation.runner import evaluate as _evaluate
@@ -28,7 +30,9 @@ from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
 from fewstep.inference.params import parse_params
 from fewstep.jobs import distill as _distill
+from fewstep.models.components import resolve_model
 from fewstep.models.fingerprint import recipe_fingerprints
+from fewstep.models.generation_config import load_generation_config
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import log_line
 from fewstep.rewards.scorers import open_scorers
@@ -122,6 +126,7 @@ def distill(
                 max_minutes=settings.max_minutes,
                 out=report,
                 curves=curves if curves.exists() else None,
+                published=resolve_model(resolved.teacher) / PUBLISHED,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -180,16 +185,38 @@ def evaluate(
     """
     if prompts is None or isinstance(prompts, str | Path):
         prompts = read_test_prompts(prompts, num_prompts, model=model)
+    teacher = find_teacher(model, teacher)
     texts, measured = list(prompts), _loaded(model, device)
-    own = measured.generation_config.teacher
-    if teacher is None and own is not None:
-        try:
-            teacher = load(own, measured.device, measured.transformer.dtype)
-        except UserError as error:
-            raise UserError(f"the model's teacher, as in its fewstep.json, cannot be opened: {error}") from None
-    elif teacher is not None and not isinstance(teacher, TextToImagePipeline):
+    if teacher is not None and not isinstance(teacher, TextToImagePipeline):
+        options = {"published": teacher / PUBLISHED} | options
         teacher = load(teacher, measured.device, measured.transformer.dtype)
     return _evaluate(measured, prompts=texts, teacher=teacher, out=out, **options)
+
+
+def find_teacher(
+    model: str | Path | TextToImagePipeline, teacher: str | Path | TextToImagePipeline | None
+) -> Path | TextToImagePipeline | None:
+    """The teacher that a model is measured beside: the given one, else the one in its generation config.
+
+    Raises:
+        UserError: there is no such model or teacher. Nothing is loaded to find that out.
+    """
+    if isinstance(teacher, TextToImagePipeline):
+        return teacher
+    if teacher is not None:
+        return resolve_model(teacher)
+    if isinstance(model, TextToImagePipeline):
+        config = model.generation_config
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # loading the model gives them again
+            config = load_generation_config(resolve_model(model))
+    if config.teacher is None:
+        return None
+    try:
+        return resolve_model(config.teacher)
+    except UserError as error:
+        raise UserError(f"the model's teacher, as in its fewstep.json, cannot be opened: {error}") from None
 
 
 def _loaded(model: str | Path | TextToImagePipeline, device: str | torch.device) -> TextToImagePipeline:

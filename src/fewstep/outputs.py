@@ -98,23 +98,23 @@ def write_image(image: Image.Image, file: str | Path) -> None:
 
 @contextmanager
 def claimed_folder(folder: str | Path) -> Iterator[None]:
-    """Inside, the folder exists and this process alone writes into it. A new folder that stays empty is removed.
+    """Inside, the folder exists and this process alone writes into it. New folders that stay empty are removed.
 
     Raises:
         UserError: it cannot be written, or another process is using it.
     """
     folder = Path(folder)
     check_folder(folder)
-    new = not folder.exists()
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with exclusive(folder):
             yield
     finally:
-        if new:
+        for each in new:
             with suppress(OSError):  # it is not empty
-                folder.rmdir()
+                each.rmdir()
 
 
 def _probe(folder: Path, name: str = "") -> None:

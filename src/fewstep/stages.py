@@ -80,6 +80,7 @@ def run_stages(
         encoded = run.directory / "encoded-prompts"
         with open_run(dist, folder, resolved, fingerprints=known, resume_command=run.resume_command) as inner:
             student = distill(resolved, inner, validator, dist, cache, encoded)
+        run.begin()
         free_memory()
         before = lines[-1]["step"] if lines else 0
         lines += [{**line, "step": before + line["step"]} for line in read_metrics(folder / "metrics.jsonl")]

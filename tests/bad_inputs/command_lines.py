@@ -26,6 +26,7 @@ SECTION = Section(
             Case("evaluate", "'MODEL'"),
             Case("encode-prompts --out shards --model tiny", "'sources'"),
             Case("emoji publish --out model", "'runs'"),
+            Case("emoji publish-student --out model", "'run'"),
             Case("convert --out model", "'model'"),
         ),
         Message(
@@ -37,6 +38,7 @@ SECTION = Section(
             Case("emoji build", "'--out'"),
             Case("emoji gallery", "'--out'"),
             Case("emoji publish runs/a", "'--out'"),
+            Case("emoji publish-student runs/a", "'--out'"),
         ),
         Message(
             "No such option: {option}",
@@ -91,6 +93,7 @@ SECTION = Section(
             Case("emoji train classifier --out ''", "--out"),
             Case("emoji train classifier --set ''", "--set"),
             Case("emoji publish runs/a --out ''", "--out"),
+            Case("emoji publish-student runs/a --out ''", "--out"),
         ),
         Message(
             "Invalid value for '{option}': Input should be a valid integer, unable to parse string as an integer",

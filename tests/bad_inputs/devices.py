@@ -26,6 +26,12 @@ SECTION = Section(
             Case("evaluate tiny --prompts prompts.txt --device cuda:99", "cuda:99", {"prompts.txt": PROMPTS}),
         ),
         Message(
+            "attention {name}: no such backend; usual: {names}; all: {address}",
+            "`--attention-backend` takes the names of diffusers' backends.",
+            Case("generate tiny 'a fox' --attention-backend wrong", "wrong: no such backend; usual: native, flash"),
+            Case("generate nowhere 'a fox' --attention-backend FLASH", "FLASH"),
+        ),
+        Message(
             "fp16: activations of this model family overflow in it; take bf16",
             "Images would be black. bf16 takes the same memory.",
             Case("generate tiny 'a fox' --dtype fp16", "take bf16"),

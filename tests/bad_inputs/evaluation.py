@@ -71,6 +71,14 @@ SECTION = Section(
             Case(f"{EVALUATE} --scorers aesthetic:x/clip+head.safetensors", "head.safetensors: no such file", _PROMPTS),
         ),
         Message(
+            "{name}: no such folder; give one, or a hub id, OWNER/NAME",
+            "Check the path. A hub id has an owner, a slash and a name.",
+            Case(f"{EVALUATE} --scorer clip_score:nowhere", "nowhere: no such folder", _PROMPTS),
+            Case(f"{EVALUATE} --scorer clip_score:./nowhere/clip", "./nowhere/clip: no such folder", _PROMPTS),
+            Case(f"{EVALUATE} --features clip:nowhere", "nowhere: no such folder", _PROMPTS),
+            Case("distill mine.yaml -s evaluate.features=dinov2:nowhere", "nowhere: no such folder", _RECIPE),
+        ),
+        Message(
             "{file} is missing: train a classifier with `fewstep emoji train classifier`",
             "The scorer `emoji:FOLDER` takes the folder of a classifier.",
             Case(f"{EVALUATE} --scorer emoji:x", "x/classifier.safetensors", _PROMPTS),

@@ -1,15 +1,11 @@
 """Models that are missing, incomplete or damaged."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from shutil import rmtree
-
-import torch
-from safetensors.torch import load_file, save_file
 
 from bad_inputs.files import CACHE, DISTILL, PROMPTS, TRANSFORMER, deleted, folder, json_with, link_loop, truncated
 from bad_inputs.table import Case, Content, Message, Section
+from bad_inputs.weights import lora, not_finite, renamed, with_a_tensor, without_a_tensor
 
 _PROMPTS = {"prompts.txt": PROMPTS}
 _SCHEDULER = "tiny/scheduler/scheduler_config.json"
@@ -21,23 +17,7 @@ def _generate(expected: str, files: Mapping[str, Content], model: str = "tiny") 
     return Case(f"generate {model} 'a fox'", expected, files)
 
 
-def _renamed(path: Path) -> None:
-    os.rename(path, path.with_name("diffusion_pytorch_model.fp16.safetensors"))
-
-
-def _without_a_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    del tensors["x_pad_token"]
-    save_file(tensors, path)
-
-
-def _with_a_tensor(path: Path) -> None:
-    save_file(load_file(path) | {"extra": torch.zeros(2)}, path)
-
-
-def _lora(path: Path) -> None:
-    save_file({"transformer.layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 2)}, path)
-
+_VAE, _TEXT = "tiny/vae/diffusion_pytorch_model.safetensors", "tiny/text_encoder/model.safetensors"
 
 SECTION = Section(
     "Models",
@@ -77,6 +57,7 @@ SECTION = Section(
             "{model}: no such folder, and the download from the Hugging Face hub failed: {reason}",
             "A name with one slash is a hub id, unless there is a folder of this name.",
             _generate("some/model: no such folder", {}, "some/model"),
+            Case("evaluate tiny --prompts prompts.txt --scorer clip_score:some/model", "some/model: no", _PROMPTS),
         ),
         Message(
             "{folder}: a folder of models; name one of them: {names}",
@@ -110,8 +91,39 @@ SECTION = Section(
             _generate("tiny/vae", {"tiny/vae": rmtree}),
             _generate("tiny/tokenizer", {"tiny/tokenizer": rmtree}),
             _generate("tiny/scheduler", {"tiny/scheduler": rmtree}),
-            Case("emoji train micro-vae -s init=nowhere", "nowhere/vae"),
-            Case("emoji train micro-text-encoder -s vae=nowhere", "nowhere/vae"),
+            Case("emoji train micro-text-encoder -s vae=old", "old/vae", {"old": folder}),
+        ),
+        Message(
+            "{folder}: no such folder; give that of a model, or one of: {names}",
+            "Check the path. An autoencoder's or text encoder's is that of the model or run that has it.",
+            Case("emoji train micro-vae -s init=nowhere", "nowhere: no such folder"),
+            Case("emoji train micro-text-encoder -s vae=nowhere", "nowhere: no such folder"),
+            Case("emoji train micro-teacher -s vae=nowhere", "nowhere: no such folder"),
+            Case("emoji train micro-teacher -s vae=micro -s text_encoder=nowhere", "nowhere: no such folder"),
+        ),
+        Message(
+            "{file}: {tensor}: {count} of its {total} numbers are infinite or NaN; the weights are damaged",
+            "A training that diverged, or a conversion to fp16, can leave such weights. Images would be noise.",
+            Case("convert tiny --out model", "x_pad_token: 1 of its 48", {TRANSFORMER: not_finite}),
+            Case("convert tiny --out model --dtype bf16", f"{_VAE}: ", {_VAE: not_finite}),
+            Case("convert tiny --out model", f"{_TEXT}: ", {_TEXT: not_finite}),
+            Case("convert tiny --out a.safetensors --to original", TRANSFORMER, {TRANSFORMER: not_finite}),
+            Case(
+                "convert a.safetensors --out b --components-from tiny",
+                "a.safetensors: ",
+                {"a.safetensors": not_finite},
+            ),
+            Case(
+                f"convert {TRANSFORMER} --out b --components-from tiny",
+                f"{_TEXT}: ",
+                {_TEXT: not_finite},
+            ),
+        ),
+        Message(
+            "{folder}: cannot be loaded: {reason}",
+            "A file of the component is damaged, or of another model.",
+            _generate("tiny/tokenizer: cannot be loaded: its files have no ", {"tiny/tokenizer/tokenizer.json": "{}"}),
+            _generate("tiny/vae: cannot be loaded: ", {"tiny/vae/config.json": json_with(latent_channels=4)}),
         ),
         Message(
             "{file}: no such file; give the folder of a whole model",
@@ -121,7 +133,7 @@ SECTION = Section(
         Message(
             "{file}: no such file; {reason}",
             "The weights of a component are missing, or have another name than diffusers opens.",
-            _generate("only the variant diffusion_pytorch_model.fp16.safetensors", {TRANSFORMER: _renamed}),
+            _generate("only the variant diffusion_pytorch_model.fp16.safetensors", {TRANSFORMER: renamed}),
             _generate(
                 "diffusion_pytorch_model.bin is pickled",
                 {TRANSFORMER: deleted, TRANSFORMER.replace("safetensors", "bin"): b"x"},
@@ -158,17 +170,17 @@ SECTION = Section(
         Message(
             "{folder}: one missing tensor: {name}",
             "The weights do not belong to this `config.json`.",
-            _generate("x_pad_token", {TRANSFORMER: _without_a_tensor}),
+            _generate("x_pad_token", {TRANSFORMER: without_a_tensor}),
         ),
         Message(
             "{file}: one unexpected tensor: {name}",
             "The weights do not belong to this `config.json`.",
-            _generate("extra", {TRANSFORMER: _with_a_tensor}),
+            _generate("extra", {TRANSFORMER: with_a_tensor}),
         ),
         Message(
             "{file}: seems to be a LoRA adapter, which is no whole model; {advice}",
             "A model's folder needs all weights.",
-            _generate(TRANSFORMER, {TRANSFORMER: _lora}),
+            _generate(TRANSFORMER, {TRANSFORMER: lora}),
         ),
         Message(
             "{file}: {name} is {shape}, expected {other} and {count} more",
@@ -184,7 +196,7 @@ SECTION = Section(
             _generate("is x", {"tiny/vae/config.json": json_with(shift_factor="x")}),
         ),
         Message(
-            "{folder}: scaling_factor in its config.json is {value}; the transformer's latents need {what}",
+            "{folder}: scaling_factor in its config.json is {value}; the transformer's latents need a positive number",
             "The autoencoder's configuration is damaged, or of another model.",
             _generate("is 0", {"tiny/vae/config.json": json_with(scaling_factor=0)}),
             _generate("is None", {"tiny/vae/config.json": json_with(scaling_factor=None)}),
@@ -272,9 +284,6 @@ SECTION = Section(
             "The autoencoder and the transformer's patches divide the sides.",
             Case("generate tiny 'a fox' --height 65", "height 65 is not a multiple of 16"),
             Case("generate tiny 'a fox' --width 100", "width 100"),
-            Case("distill mine.yaml -s resolution=65", "height 65", _PROMPTS | {"mine.yaml": DISTILL}),
-            Case("plan mine.yaml -s resolution=65", "height 65", _PROMPTS | {"mine.yaml": DISTILL}),
-            Case("cache-trajectories cache.yaml -s resolution=65", "height 65", _PROMPTS | {"cache.yaml": CACHE}),
         ),
     ),
 )

@@ -17,6 +17,7 @@ SECTION = Section(
             Case("generate tiny 'a fox' --out prompts.txt/fox.png", "prompts.txt: cannot", _PROMPTS),
             Case("generate tiny 'a fox' --out prompts.txt/", "prompts.txt: cannot", _PROMPTS),
             Case("evaluate tiny --prompts prompts.txt --out prompts.txt", "prompts.txt: cannot", _PROMPTS),
+            Case("evaluate tiny --prompts prompts.txt --out old", "old/.images", _PROMPTS | {"old/.images": "mine"}),
             Case("convert tiny --out prompts.txt/model", "prompts.txt: cannot", _PROMPTS),
             Case("convert tiny --out prompts.txt/a.safetensors --to comfyui", "prompts.txt: cannot", _PROMPTS),
             Case("encode-prompts prompts.txt --out prompts.txt --model tiny", "prompts.txt: cannot", _PROMPTS),
@@ -65,6 +66,12 @@ SECTION = Section(
                 "grid.webp",
                 {"many.txt": "a fox\n" * 300},
             ),
+        ),
+        Message(
+            "--columns: no effect on the folder {folder}, which gets one file an image; leave it out",
+            "Only an image file is a grid with columns.",
+            Case("generate tiny 'a fox' --columns 2 --out images/", "images/"),
+            Case("generate tiny 'a fox' --columns 1 --out old", "old", {"old": folder}),
         ),
         Message(
             "--dtype fp8: fp8 files can be read but not written; use bf16",

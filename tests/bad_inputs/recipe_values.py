@@ -75,6 +75,7 @@ SECTION = Section(
             _set("train.batch_size=1000000000", "train.batch_size"),
             _set("resolution=2147483648", "resolution"),
             _set("models.rank=1000000000", "models.rank"),
+            _set("models.lora_alpha=1e39", "models.lora_alpha"),
             _set("train.num_threads=1000000", "train.num_threads"),
             _cache("first_seed=18446744073709551616", "first_seed"),
             _cache("shard_size=99999999999999999999", "shard_size"),
@@ -202,7 +203,29 @@ CONTRADICTIONS = Section(
             _set("models.rank=4", "rank: no effect on full copies; set models.train: lora"),
             _set("models.target_modules=[to_q]", "target_modules: no effect on full copies"),
             _set("student.eta=0.5", "eta: no effect on the euler sampler; set student.sampler: sde"),
-            _set("optim.fake_score.min_lr_ratio=0.5", "min_lr_ratio: no effect on a constant rate"),
+        ),
+        Message(
+            "{recipe}: {key}.min_lr_ratio: no effect on a constant rate; set {key}.min_lr_ratio=0 too, or leave it out",
+            "With `-s KEY.lr_schedule=constant`, also give `-s KEY.min_lr_ratio=0` if the recipe sets another.",
+            _set("optim.fake_score.min_lr_ratio=0.5", "set optim.fake_score.min_lr_ratio=0 too"),
+            Case("distill micro-turbo -s optim.student.lr_schedule=constant", "set optim.student.min_lr_ratio=0 too"),
+            Case("emoji train micro-vae -s optim.lr_schedule=constant", "set optim.min_lr_ratio=0 too"),
+        ),
+        Message(
+            "{recipe}: method.terms.{term}.weight: last_step {last} is not after first_step {first}, of {steps} steps",
+            "A ramp needs at least one step; shares such as 85% are of `train.steps`.",
+            _set("method.terms.cfg_augmentation.weight={kind: linear, first_step: 5}", "cfg_augmentation.weight: last"),
+            _set(
+                "method.terms.distribution_matching.weight={kind: cosine, first_step: 60%, last_step: 20%}",
+                "distribution_matching.weight: last_step 0 is not after first_step 1",
+            ),
+        ),
+        Message(
+            "resolution {pixels}: not a multiple of {number}",
+            "The autoencoder and the patches of the transformer divide a side by so much.",
+            _set("resolution=65", "resolution 65: not a multiple of 16"),
+            _cache("resolution=65", "resolution 65"),
+            Case("plan mine.yaml -s resolution=65", "resolution 65", _FILES),
         ),
         Message(
             "{recipe}: {key}: no term {uses}; leave it out",

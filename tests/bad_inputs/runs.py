@@ -34,6 +34,11 @@ SECTION = Section(
             ),
         ),
         Message(
+            "{file}: no such file; give the directory of a finished run that was evaluated",
+            "A card quotes the report of a run: run `fewstep distill` without `-s evaluate.enabled=false`.",
+            Case("emoji publish-student nothing --out model", "nothing/report/metrics.json"),
+        ),
+        Message(
             "{file}: a recipe is a mapping of keys to values",
             "The file is empty, or holds something else: the earlier run is damaged.",
             Case(

@@ -12,7 +12,7 @@ from pathlib import Path
 Content = str | bytes | Callable[[Path], object]
 
 _VARYING = re.compile(r"\{(\w+|\.\.\.)\}")
-_COMMAND = re.compile(r"emoji \w+|[\w-]+")
+_COMMAND = re.compile(r"emoji [\w-]+|[\w-]+")
 
 
 @dataclass(frozen=True)

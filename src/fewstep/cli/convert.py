@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,11 +87,24 @@ def _convert(
         config = read_config(folder, "transformer")
         transformer = read_transformer(model, family, config, weights_dtype or stored_dtype(model))
         if to is ExportFormat.diffusers:
+            _check_weights(folder, [name for name in family.modules if name != "transformer"])
             return with_components_from(transformer, folder).save(out)
     elif to is ExportFormat.diffusers:
-        return load(model, "cpu", weights_dtype).save(out)
+        folder = resolve_model(model)
+        converted = load(folder, "cpu", weights_dtype)
+        _check_weights(folder, resolve_family(folder).modules)
+        return converted.save(out)
     else:
         folder = resolve_model(model)
         family = resolve_family(folder)
         transformer = load_component(folder, "transformer", weights_dtype)
+        _check_weights(folder, ["transformer"])
     return write_transformer(transformer, out, family, to.value)
+
+
+def _check_weights(folder: Path, names: Iterable[str]) -> None:
+    """Raises: UserError if weights of these components are not finite: such a model makes nothing but noise."""
+    from fewstep.models.weight_files import check_finite
+
+    for name in names:
+        check_finite(folder / name)

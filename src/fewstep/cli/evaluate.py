@@ -50,7 +50,8 @@ def evaluate(
     device: Device = "auto",
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. [default: as stored]")] = None,
 ) -> None:
-    """Measure a model on fixed prompts and seeds; writes metrics.json and index.html."""
+    """Measure a model on fixed prompts and seeds; writes metrics.json and index.html. The same command continues an
+    interrupted one."""
     from fewstep import api
     from fewstep.evaluation.feature_networks import open_features
     from fewstep.evaluation.prompts import read_test_prompts
@@ -69,18 +70,24 @@ def evaluate(
     chosen = [*(scorer or []), *(each.strip() for each in (scorers or "").split(",") if each.strip())] or None
     open_scorers(chosen)
     open_features(features)
+    chosen_teacher = api.find_teacher(model, teacher)
     with claimed_folder(folder):
         if (folder / "metrics.json").exists():
             warnings.warn(f"{folder}: the report in it will be replaced", stacklevel=1)
-        measured = api.evaluate(
-            api.load(model, device, dtype.torch_dtype if dtype else None),
-            texts,
-            teacher=teacher,
-            scorers=chosen,
-            features=features,
-            max_minutes=max_minutes,
-            out=folder,
-            seed=seed,
-        )
+        try:
+            measured = api.evaluate(
+                api.load(model, device, dtype.torch_dtype if dtype else None),
+                texts,
+                teacher=chosen_teacher,
+                scorers=chosen,
+                features=features,
+                max_minutes=max_minutes,
+                out=folder,
+                seed=seed,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; finished sets of images are kept in {folder}, and the same command continues"
+            ) from None
     print_summary(measured)
     typer.echo(folder / "index.html")

@@ -58,7 +58,9 @@ def generate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images sampled together. [default: two million pixels]")
     ] = None,
-    columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid. [default: a square]")] = None,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Columns of the grid, for an image file. [default: a square]")
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of the weights: fp32, bf16 or fp8. [default: as stored]")
     ] = None,
@@ -85,8 +87,11 @@ def generate(
     from fewstep.errors import UserError
     from fewstep.inference.generate import generate_batches
     from fewstep.inference.params import parse_params
+    from fewstep.models.attention_backends import check_attention_backend
     from fewstep.models.pipeline import load
 
+    if attention_backend is not None:
+        check_attention_backend(attention_backend)
     typed = [clean_prompt(argument_text(prompt)) for prompt in prompts or []]
     texts = [*typed, *(read_prompts(prompts_file, column) if prompts_file else [])]
     if not texts:

@@ -33,7 +33,8 @@ class Target:
         columns: of the grid; None is a square.
 
     Raises:
-        UserError: a file or folder that cannot be written, or a picture that its format cannot hold.
+        UserError: a file or folder that cannot be written, columns for a folder, or a picture that its format cannot
+            hold.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Target:
     ) -> None:
         self.path, self.is_grid = Path(out), not names_folder(out)
         self.prompts, self.params, self.overwrite = list(prompts), params, overwrite
+        if columns is not None and not self.is_grid:
+            raise UserError(f"--columns: no effect on the folder {out}, which gets one file an image; leave it out")
         self.columns = columns or math.ceil(math.sqrt(len(prompts)))
         if self.is_grid:
             check_image(self.path)  # a wrong ending is reported before a model is looked for

@@ -53,7 +53,9 @@ def _distillations(recipe: str, overrides: Sequence[str]) -> list[tuple[str, Dis
 
     found = load_recipe(recipe, list(overrides))
     if isinstance(found, StagesRecipe):
-        return [(f"stages.{number}.", stage_recipe(found, stage)) for number, stage in enumerate(found.stages)]
+        stages = [(f"stages.{number}.", stage_recipe(found, stage)) for number, stage in enumerate(found.stages)]
+        stages[-1][1].evaluate.enabled = found.evaluate.enabled  # the last student is evaluated
+        return stages
     if not isinstance(found, DistillRecipe):
         raise UserError(f"{recipe}: its kind is {found.kind}; fewstep plan takes recipes of kind distill or stages")
     return [("", found)]

@@ -40,6 +40,11 @@ class MethodConfig(Settings):
         """The rewards that are trained on, as "name" or "name:argument", with their weights."""
         return {}
 
+    @property
+    def samples_teacher(self) -> bool:
+        """Whether it trains on the teacher's trajectories, which are sampled before the training."""
+        return False
+
     def metric_names(self, stage: Stage) -> set[str] | None:
         """Every metric that the losses may give, as ``<part>/<name>``; None if they are not known beforehand."""
         return None

@@ -17,6 +17,7 @@ from fewstep.config.sections import (
     StudentSettings,
     TrainSettings,
     TrajectorySettings,
+    check_optimizers,
 )
 from fewstep.core.registry import recipe_kinds
 
@@ -37,6 +38,12 @@ class TrainingRecipe(Recipe):
     """Base of recipes that are one training."""
 
     train: TrainSettings = Field(description="Length, batches, cadence.")
+
+    @model_validator(mode="after")
+    def _check_optimizers(self) -> Self:
+        optimizers = {key: value for key, value in self if isinstance(value, OptimSettings)}
+        check_optimizers(optimizers)
+        return self
 
 
 class Stage(Settings):
@@ -75,6 +82,7 @@ class Stage(Settings):
                 f"optim.{unknown[0]}: method {self.method.name} has no such trainable part here (it trains "
                 f"{', '.join(parts)})"
             )
+        check_optimizers({f"optim.{part}": settings for part, settings in self.optim.items()})
         self.method.check(self)
         if self.train.keep_best is not None:
             for metric in (self.train.keep_best.metric, *self.train.keep_best.at_least):
@@ -147,7 +155,9 @@ class CacheRecipe(Recipe):
     num_trajectories: int = Field(ge=1, le=10**9, description="How many trajectories.")
     shard_size: int = Field(default=256, ge=1, le=1_000_000, description="Trajectories in a file.")
     first_seed: Seed = Field(default=1_000_000, description="Sample i starts from seed first_seed + i.")
-    batch_size: BatchSize = Field(default=64, description="Trajectories that are sampled together.")
+    batch_size: BatchSize | None = Field(
+        None, description="Trajectories that are sampled together; null fits two million pixels, at most 64."
+    )
     precision: Literal["fp32", "bf16", "auto"] = Field(
         default="auto", description="bf16: the teacher runs under autocast; auto: where the device is faster with it."
     )

@@ -38,6 +38,11 @@ class ConstantSettings(Settings):
     kind: Literal["constant"] = "constant"
     value: Value
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it is positive at any step."""
+        return self.value > 0
+
     @model_serializer
     def _as_number(self) -> float:
         return self.value
@@ -55,10 +60,15 @@ class RampSettings(Settings):
     first_step: Step = Field(0, description="Step at which the ramp begins.")
     last_step: Step = Field("100%", description="Step at which the ramp ends.")
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it is positive at any step."""
+        return max(self.start, self.end) > 0
+
     def resolve(self, total: int) -> schedules.Schedule:
         first, last = resolve_step(self.first_step, total), resolve_step(self.last_step, total)
         if last <= first:
-            raise ValueError(f"a {self.kind} schedule ends after it begins, not at step {last} from step {first}")
+            raise ValueError(f"last_step {last} is not after first_step {first}, of {total} steps")
         return schedules.Ramp(self.start, self.end, first, last, cosine=self.kind == "cosine")
 
 
@@ -73,6 +83,11 @@ class PiecewiseSettings(Settings):
         if 0 not in self.values:
             raise ValueError("a piecewise schedule needs a value for step 0")
         return self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is positive at any step."""
+        return any(value > 0 for value in self.values.values())
 
     def resolve(self, total: int) -> schedules.Schedule:
         return schedules.Piecewise({resolve_step(step, total): value for step, value in self.values.items()})

@@ -6,6 +6,7 @@ its pre-shift value `u`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -101,13 +102,14 @@ class OptimSettings(Settings):
         description="Decay of the weights' moving average for previews and export; null keeps none.",
     )
 
-    @model_validator(mode="after")
-    def _check_decay(self) -> OptimSettings:
-        if self.lr_schedule == "constant" and self.min_lr_ratio:
+
+def check_optimizers(optim: Mapping[str, OptimSettings]) -> None:
+    """Check optimizers by their keys. Raises: ValueError for a value without effect."""
+    for key, settings in optim.items():
+        if settings.lr_schedule == "constant" and settings.min_lr_ratio:
             raise ValueError(
-                "min_lr_ratio: no effect on a constant rate; set lr_schedule or min_lr_ratio=0, or leave it out"
+                f"{key}.min_lr_ratio: no effect on a constant rate; set {key}.min_lr_ratio=0 too, or leave it out"
             )
-        return self
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ class ModelsSettings(Settings):
         None, ge=1, le=65_536, description="Rank of the other adapters; null is the student's."
     )
     lora_alpha: float | None = Field(
-        None, gt=0, description="Adapters add (lora_alpha / rank) B A; null is the rank: a scale of 1."
+        None, gt=0, le=1_000_000, description="Adapters add (lora_alpha / rank) B A; null is the rank: a scale of 1."
     )
     target_modules: list[str] | None = Field(
         None, min_length=1, description="Name endings of the linear layers with adapters; null is the family's default."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.config.recipe import CacheRecipe, DistillRecipe
 from fewstep.core import flow
+from fewstep.core.batching import batched, max_batch_size
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.device import AUTO
@@ -135,19 +136,18 @@ def _fill(
     if guidance > 0:
         denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance)
     height, width = teacher.generation_config.height, teacher.generation_config.width
+    together = recipe.batch_size or max_batch_size(height, width)
     missing = [n for n in range(index.shards) if not shard_file(out, n).exists()]
     for shard in track(missing, "the teacher's trajectories"):
         samples = index.sample_range(shard)
         seeds = index.seeds(samples)
         chosen = [_draw_prompt(seed, len(texts)) for seed in seeds]
         encoded, states = texts.encoded(chosen), []
-        for start in range(0, len(samples), recipe.batch_size):
-            part = slice(start, start + recipe.batch_size)
-            noise = initial_noise(teacher, seeds[part], height, width)
+        for part in batched(len(samples), together):
+            noise, prompts = initial_noise(teacher, seeds[part], height, width), encoded[part].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
-                states.append(
-                    teacher_trajectory(denoiser, noise, anchors, substeps, teacher.shift, encoded[part].to(device))
-                )
+                found = teacher_trajectory(denoiser, noise, anchors, substeps, teacher.shift, prompts)
+            states.append(found.half().cpu())  # as they are stored
         kept = EncodedPrompts(encoded.features.to(teacher.text_encoder.dtype), encoded.lengths)
         write_shard(shard_file(out, shard), torch.cat(states), kept, [texts[i] for i in chosen])
 
@@ -180,7 +180,7 @@ def open_trajectory_cache(
         teacher_steps_per_student_step=substeps,
         guidance_scale=guidance,
         num_trajectories=settings.num_trajectories,
-        shard_size=64,  # one batch per file: an interruption loses seconds
+        shard_size=64,  # an interruption loses few of them
         precision=recipe.train.precision,
     )
     return TrajectoryCache(make_cache(cache, folder, teacher=teacher, prompts=prompts), made_by)

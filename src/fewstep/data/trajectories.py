@@ -82,12 +82,14 @@ def fingerprint(teacher: TextToImagePipeline, sigmas: Sequence[float], **setting
 
 def text_fingerprint(encoder: PromptEncoder) -> dict[str, object]:
     """What encoded prompts depend on: the text encoder's weights, the tokenizer, the prompt template."""
+    return {"text_encoder": weights_hash(encoder.text_encoder), "template": template_hash(encoder)}
+
+
+def template_hash(encoder: PromptEncoder) -> str:
+    """A hash of the tokenizer's vocabulary and the prompt template."""
     vocabulary = json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
     template = encoder.template("prompt") + vocabulary
-    return {
-        "text_encoder": weights_hash(encoder.text_encoder),
-        "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),
-    }
+    return hashlib.blake2b(template.encode(), digest_size=16).hexdigest()
 
 
 def shard_file(folder: Path, shard: int) -> Path:

@@ -9,14 +9,24 @@ from safetensors.torch import load_file
 
 from fewstep.atomic import write_tensors, write_text
 from fewstep.config.load import read_yaml
+from fewstep.config.sections import PromptSettings
+from fewstep.data.prompts import open_prompts
 from fewstep.emoji.model_card import sample_grid, write_card, write_loss_curve
 from fewstep.emoji.scorer import EmojiScorer
 from fewstep.emoji.teacher_quality import beside_real_images, best_guidance, by_split_and_language
 from fewstep.errors import UserError
+from fewstep.evaluation.feature_networks import open_features
+from fewstep.evaluation.image_sets import ImageSets
+from fewstep.evaluation.kept_images import PUBLISHED, KeptImages
+from fewstep.evaluation.runner import DIVERSITY_PROMPTS, DIVERSITY_SEEDS
+from fewstep.evaluation.settings import default_settings
 from fewstep.models.pipeline import load
 from fewstep.models.replaceable import check_replaceable
 from fewstep.outputs import write_image
+from fewstep.progress import ProgressBars
 from fewstep.training.tracking import read_metrics
+
+PUBLISHED_PROMPTS = 100
 
 
 def convert_to_fp16(folder: Path) -> None:
@@ -60,4 +70,22 @@ def publish(runs: list[Path], out: Path, prompts: int, model: Path | None = None
     write_image(sample_grid(pipeline, guidance), out / "samples.png")
     section = write_card(out, pipeline, guidance, prompts, quality, tried, EmojiScorer().accuracy, stages)
     write_text(out / "quality.json", json.dumps({"guidance": tried, **quality}, indent=2) + "\n")
+    publish_images(out)
     return section
+
+
+def publish_images(model: Path) -> None:
+    """Add to a teacher's folder its images of the first test prompts, for the evaluations of its students.
+
+    Raises:
+        UserError: there is no such model, or the folder cannot be written.
+    """
+    pipeline = load(model, "cpu")
+    prompts = open_prompts(PromptSettings()).texts("test")[:PUBLISHED_PROMPTS]
+    many = default_settings(pipeline)[0]
+    with ProgressBars() as bars:
+        ImageSets(
+            *(prompts, 0, DIVERSITY_PROMPTS, DIVERSITY_SEEDS, open_features(), [], bars),
+            kept=KeptImages(model / PUBLISHED),
+            published=KeptImages(None),
+        ).generated(many)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,15 @@ from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.applicability import mean_scores
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
 from fewstep.evaluation.images import as_float, as_uint8
+from fewstep.evaluation.kept_images import KeptImages
 from fewstep.evaluation.metrics_file import Figures, ImageColumn
 from fewstep.evaluation.settings import Setting
-from fewstep.inference.generate import generate
+from fewstep.inference.generate import GenerationResult, generate
 from fewstep.inference.params import SamplingParams
-from fewstep.progress import ProgressBars
+from fewstep.progress import ProgressBars, log_line
 from fewstep.rewards.protocol import Classifier, Grouped, Scorer
+
+CHECKED_IMAGES, MAX_DIFFERENCE = 8, 1.0  # of published images are made again; the mean difference, of 255
 
 _BLANK = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
 
@@ -50,6 +53,8 @@ class ImageSets:
     Args:
         diversity_prompts, diversity_seeds: how many prompts have several seeds, and how many.
         bars: shows the progress.
+        kept: images of an earlier call that was interrupted; new ones are added.
+        published: images that come with a model.
 
     Raises:
         UserError: two scorers have a score of the same name.
@@ -64,7 +69,10 @@ class ImageSets:
         network: FeatureNetwork,
         scorers: Sequence[Scorer],
         bars: ProgressBars,
+        kept: KeptImages,
+        published: KeptImages,
     ) -> None:
+        self.kept, self.published = kept, published
         self.prompts, self.seed, self.network, self.scorers, self.bars = list(prompts), seed, network, scorers, bars
         self.some, self.num_seeds = min(diversity_prompts, len(prompts)), diversity_seeds
         #: the names of each scorer's scores
@@ -84,12 +92,18 @@ class ImageSets:
         """A setting's images, and how they were made."""
         count = len(self.prompts)
         progress = self.bars.add(setting.title, count + self.some * (self.num_seeds - 1))
-        params = SamplingParams(steps=setting.steps, guidance_scale=setting.guidance_scale, seed=self.seed)
-        callback = lambda step: progress(step.finished)  # noqa: E731
-        main = generate(setting.model, self.prompts, params, callback)
         # The first of a prompt's seeds is its main image; the others are beyond all main seeds.
         some = [prompt for prompt in self.prompts[: self.some] for _ in range(self.num_seeds - 1)]
-        more = generate(setting.model, some, params.model_copy(update={"seed": image_seed(self.seed, count)}), callback)
+        params = setting.params(self.seed)
+        other_params = setting.params(image_seed(self.seed, count))
+        main = self._published(setting, self.prompts, params, progress)
+        more = None
+        if main is not None:
+            more = self.published.load(*self._kept_as(self.published, setting, some, other_params, "-seeds"))
+        if main is None:
+            main = self._generated(setting, self.prompts, params, progress)
+        if more is None:
+            more = self._generated(setting, some, other_params, progress, "-seeds")
         others = more.images.unflatten(0, (self.some, self.num_seeds - 1))
         seeds = torch.cat([main.images[: self.some, None], others], dim=1)
         figures = {
@@ -99,6 +113,48 @@ class ImageSets:
             "guidance_scale": setting.guidance_scale,
         }
         return self._measured(main.images, seeds, list(range(count)), setting.title), figures
+
+    def _kept_as(
+        self, where: KeptImages, setting: Setting, prompts: list[str], params: SamplingParams, part: str = ""
+    ) -> tuple[str, dict[str, Any]]:
+        """The name of a setting's images, and what they depend on."""
+        made_by = where.made_by(setting.model, params=params.model_dump(mode="json"), prompts=prompts)
+        return f"{setting.name}{part}", made_by
+
+    def _generated(
+        self,
+        setting: Setting,
+        prompts: list[str],
+        params: SamplingParams,
+        progress: Callable[[int], object],
+        part: str = "",
+    ) -> GenerationResult:
+        """Images of a setting, those that were kept if there are any."""
+        name, made_by = self._kept_as(self.kept, setting, prompts, params, part)
+        found = self.kept.load(name, made_by)
+        if found is not None:
+            progress(len(prompts))
+            return found
+        made = generate(setting.model, prompts, params, lambda step: progress(step.finished))
+        self.kept.save(name, made_by, made)
+        return made
+
+    def _published(
+        self, setting: Setting, prompts: list[str], params: SamplingParams, progress: Callable[[int], object]
+    ) -> GenerationResult | None:
+        """Images that come with the setting's model, with the time that they take here; None where there are none, or
+        the model makes others here."""
+        found = self.published.load(*self._kept_as(self.published, setting, prompts, params))
+        if found is None:
+            return None
+        count = min(CHECKED_IMAGES, len(prompts))
+        here = generate(setting.model, prompts[:count], params)
+        difference = (here.images.float() - found.images[:count].float()).abs().mean()
+        if difference > MAX_DIFFERENCE:
+            log_line(f"{setting.title}: the images that come with the model differ from those made here; making all")
+            return None
+        progress(len(prompts))
+        return GenerationResult(found.images, found.nfe, here.seconds / count * len(prompts))
 
     def real(self, size: int, seed: int) -> ImageSet:
         """Real images of the prompts that have some."""

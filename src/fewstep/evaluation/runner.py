@@ -12,11 +12,12 @@ from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.cost import MIN_PROMPTS, affordable_prompts, evaluation_cost, expected_minutes, nfe
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
+from fewstep.evaluation.kept_images import KEPT, KeptImages
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.inference.params import parse_params
 from fewstep.models.pipeline import TextToImagePipeline
-from fewstep.outputs import check_file
+from fewstep.outputs import check_file, check_folder
 from fewstep.progress import ProgressBars, log_line
 from fewstep.rewards.protocol import Classifier, Scorer
 from fewstep.rewards.scorers import open_scorers
@@ -40,6 +41,7 @@ def evaluate(
     diversity_seeds: int = DIVERSITY_SEEDS,
     curves: str | Path | None = None,
     max_minutes: float | None = None,
+    published: Path | None = None,
 ) -> Metrics:
     """Every setting on the same prompts and seeds: image i starts from seed ``seed + i`` in all of them.
 
@@ -50,12 +52,15 @@ def evaluate(
         scorers: by name, as "clip_score:PATH_OR_HUB_ID" where they need a checkpoint, or as objects; None is every
             registered scorer that needs none. A score that applies to none of the prompts is left out.
         features: the feature network of distances and diversity; its name is part of their keys.
-        out: a folder for metrics.json, index.html and grid.png.
+        out: a folder for metrics.json, index.html and grid.png; finished images are kept there until these are written,
+            and the same evaluation continues from them after an interruption.
         many_steps: the teacher's own number of steps.
         diversity_prompts, diversity_seeds: diversity is measured on so many of the prompts, with so many seeds each.
         curves: a run's metrics.jsonl, plotted in the report.
         max_minutes: where sampling would take longer, only the first prompts are measured, at least 2; None measures
             all. What is measured, and its cost, is printed before the work.
+        published: a folder of images that come with a model; they are taken where they were made from the same weights,
+            prompts and settings, and a few that are made here agree.
 
     Raises:
         UserError: too few prompts or seeds, models on several devices, an unknown scorer or network, a folder that
@@ -81,12 +86,16 @@ def evaluate(
     if scorers is not None:
         check_applicable(opened, prompts)
     network = open_features(features, device)
-    prompts = _within(max_minutes, prompts, chosen, diversity_prompts, diversity_seeds)
+    kept, given = KeptImages(None if folder is None else folder / KEPT), KeptImages(published)
+    made = [setting for setting in chosen if not _is_published(given, setting, prompts, seed)]
+    prompts = _within(max_minutes, prompts, made, diversity_prompts, diversity_seeds, kept)
     images: dict[str, ImageSet] = {}
     figures: dict[str, Figures] = {}
     real: list[ImageSet] = []
     with ProgressBars() as bars:
-        sets = ImageSets(prompts, seed, diversity_prompts, diversity_seeds, network, list(opened.values()), bars)
+        sets = ImageSets(
+            prompts, seed, diversity_prompts, diversity_seeds, network, list(opened.values()), bars, kept, given
+        )
         for setting in chosen:
             images[setting.name], figures[setting.name] = sets.generated(setting)
         if len(sets.real_sources) > 1:
@@ -129,7 +138,14 @@ def evaluate(
         columns = {name: sets.column(each, titles.get(name, "real images")) for name, each in shown.items()}
         result.save(folder / "metrics.json")
         write_report(folder, result, Samples(list(prompts), columns), Path(curves) if curves else None)
+        kept.delete()
     return result
+
+
+def _is_published(images: KeptImages, setting: Setting, prompts: Sequence[str], seed: int) -> bool:
+    """Whether a setting's images of all prompts come with its model."""
+    params = setting.params(seed).model_dump(mode="json")
+    return images.load(setting.name, images.made_by(setting.model, params=params, prompts=list(prompts))) is not None
 
 
 def _within(
@@ -138,18 +154,29 @@ def _within(
     settings: Sequence[Setting],
     diversity_prompts: int,
     diversity_seeds: int,
+    kept: KeptImages,
 ) -> Sequence[str]:
-    """The first prompts, as many as are measured in this time; states their cost."""
+    """The first prompts, as many as are measured in this time; states their cost. An interrupted evaluation continues
+    with as many as before."""
     passes = [nfe(setting.steps, setting.guidance_scale > 0) for setting in settings]
     cost = evaluation_cost(len(prompts), passes, diversity_prompts, diversity_seeds)
     if max_minutes is None:
         log_line(f"evaluation: {len(prompts)} prompts, {cost.text}")
         return prompts
+    made_by = kept.made_by(
+        settings[0].model, prompts=list(prompts), passes=passes, diversity=[diversity_prompts, diversity_seeds],
+        max_minutes=max_minutes,
+    )  # fmt: skip
+    earlier = kept.load_count(made_by)
+    if earlier is not None:
+        log_line(f"evaluation: continues an interrupted one, of the first {earlier} of {len(prompts)} prompts")
+        return prompts[:earlier]
     minutes = expected_minutes(cost, settings, prompts)
     if minutes <= max_minutes or len(prompts) <= MIN_PROMPTS:
         log_line(f"evaluation: {len(prompts)} prompts, {cost.text}, about {minutes:.1f} min")
         return prompts
     count = affordable_prompts(len(prompts), max_minutes / minutes, diversity_prompts, diversity_seeds)
+    kept.save_count(made_by, count)
     less = evaluation_cost(count, passes, diversity_prompts, diversity_seeds)
     log_line(
         f"evaluation: the first {count} of {len(prompts)} prompts, {less.text}, about "
@@ -176,3 +203,4 @@ def check_report_folder(folder: Path) -> None:
     """Check that a report can be written. Raises: UserError."""
     for name in REPORT_FILES:
         check_file(folder / name)
+    check_folder(folder / KEPT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
 
 TEACHER_STEPS = 50
@@ -17,6 +18,10 @@ class Setting:
     model: TextToImagePipeline
     steps: int
     guidance_scale: float
+
+    def params(self, seed: int) -> SamplingParams:
+        """How an image is sampled; image i of a call starts from seed ``seed + i``."""
+        return SamplingParams(steps=self.steps, guidance_scale=self.guidance_scale, seed=seed)
 
     @property
     def title(self) -> str:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.core.batching import batched, max_decode_batch_size
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.samplers import SamplerStep, iterate
 from fewstep.core.seeds import generator
 from fewstep.data.images import to_uint8
 from fewstep.errors import UserError
-from fewstep.inference.batching import batched, max_decode_batch_size
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.inference.prompt_parts import PromptParts
 from fewstep.models.adapters import active_adapters

@@ -10,10 +10,10 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from fewstep.config.base import BatchSize, GuidanceScale, Pixels, PlainValues, SamplingSteps, Seed
 from fewstep.config.explain import explain
+from fewstep.core.batching import max_batch_size
 from fewstep.core.samplers import Sampler
 from fewstep.core.seeds import MAX_SEED, image_seed
 from fewstep.errors import UserError
-from fewstep.inference.batching import max_batch_size
 from fewstep.models.generation_config import GenerationConfig
 
 

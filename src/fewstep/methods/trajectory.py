@@ -33,6 +33,10 @@ class TrajectoryConfig(MethodConfig):
 
     name: Literal["trajectory"]
 
+    @property
+    def samples_teacher(self) -> bool:
+        return True
+
     def metric_names(self, stage: Stage) -> set[str]:
         return {f"student/trajectory_mse_{k}" for k in range(1, stage.student.steps + 1)}
 

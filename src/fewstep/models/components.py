@@ -30,7 +30,7 @@ BUNDLED_MODELS = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
 
 NO_FP16 = "fp16: activations of this model family overflow in it; take bf16"
 
-_HUB_ID = re.compile(r"(hf:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"(hf:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: What the libraries read; a repository may hold variants and single files besides, of tens of gigabytes.
 _DOWNLOADED = [
     *("*.json", "*/*.json", "*/*.txt", "*/*.jinja"),
@@ -58,8 +58,8 @@ def resolve_model(path_or_name: str | Path) -> Path:
     kind = describe_path(folder, MODEL_INDEX)
     if kind is not None:
         raise UserError(f"{folder}: {kind}")
-    if _HUB_ID.fullmatch(name) and not (folder.parent.exists() or folder.exists()):
-        return _download(name.removeprefix("hf:"))
+    if HUB_ID.fullmatch(name) and not (folder.parent.exists() or folder.exists()):
+        return download(name.removeprefix("hf:"), _DOWNLOADED)
     if not folder.exists() and (near := difflib.get_close_matches(name.lower(), BUNDLED_MODELS, n=1)):
         raise UserError(f"{folder}: no such folder; did you mean the bundled model {near[0]}?")
     raise UserError(f"{folder}: no model found ({MODEL_INDEX} is missing); give a folder, a hub id, or one of: {names}")
@@ -70,9 +70,10 @@ def component_folder(path_or_name: str) -> Path:
     return BUNDLED_MODELS.get(path_or_name, Path(path_or_name).expanduser())
 
 
-def _download(repository: str) -> Path:
+def download(repository: str, patterns: Sequence[str]) -> Path:
+    """The files of a hub repository that match patterns, in the hub's cache. Raises: UserError."""
     try:
-        return Path(snapshot_download(repository, allow_patterns=_DOWNLOADED))
+        return Path(snapshot_download(repository, allow_patterns=[*patterns]))
     except LocalEntryNotFoundError:
         reason = "it is not in the cache, and the hub cannot be reached"
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -104,6 +105,8 @@ def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, fa
     if dtype == torch.float16 and not family.fp16:
         raise UserError(NO_FP16)
     path = folder / name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give that of a model, or one of: {', '.join(BUNDLED_MODELS)}")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; the model is incomplete, download or save it again")
     try:
@@ -115,7 +118,9 @@ def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, fa
     except UserError:
         raise
     except Exception as error:  # libraries raise many types for a bad file; the message must name it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix("Cannot load  because ")
+        if isinstance(error, KeyError):
+            reason = f"its files have no {reason}"
         names = tensor_names(path) if name in family.modules else set()
         if (kind := describe_tensors(names, names)) is not None:  # a LoRA adapter, or quantized
             raise UserError(f"{path}: seems to be {kind}") from None

@@ -62,7 +62,8 @@ def vae_mismatches(vae: Any, channels: int) -> Iterator[Mismatch]:
     for name in ("scaling_factor", "shift_factor"):
         value = config[name]
         if not _is_finite(value) or (name == "scaling_factor" and value <= 0):
-            yield "vae", f"{name} in its config.json is {value}; the transformer's latents need a finite number"
+            needed = "a positive number" if name == "scaling_factor" else "a finite number"
+            yield "vae", f"{name} in its config.json is {value}; the transformer's latents need {needed}"
 
 
 def _is_finite(value: object) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from fewstep.atomic import atomic_folder
@@ -17,6 +17,7 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.device import AUTO, log_device, resolve_device
 from fewstep.core.precision import warn_if_weights_are_emulated
 from fewstep.errors import UserError
+from fewstep.models.attention_backends import check_attention_backend
 from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
 from fewstep.models.family import Components, ModelFamily, resolve_family
@@ -89,8 +90,11 @@ class TextToImagePipeline:
         return TextToImagePipeline(self.family, {**self.components, "transformer": transformer}, generation_config)
 
     def set_resolution(self, side: int | None) -> None:
-        """Make square images of ``side`` pixels the default; None changes nothing."""
+        """Make square images of ``side`` pixels the default, as a recipe's ``resolution`` does; None changes nothing.
+        Raises: UserError if a side must be a multiple of another number."""
         if side is not None:
+            if side % self.latent_multiple:
+                raise UserError(f"resolution {side}: not a multiple of {self.latent_multiple}")
             self.generation_config = self.generation_config.model_copy(update={"height": side, "width": side})
 
     def enable_model_cpu_offload(self) -> None:
@@ -119,12 +123,13 @@ class TextToImagePipeline:
         Raises:
             UserError: there is no such backend, or it does not run here.
         """
+        name = check_attention_backend(backend)
         with silence_loggers():
             try:
                 self.transformer.set_attention_backend(backend)
                 dtype = torch.bfloat16 if is_fp8(self.transformer) else self.transformer.dtype
                 tokens = torch.ones(1, 32, 1, 64, device=self.device, dtype=dtype)
-                dispatch_attention_fn(tokens, tokens, tokens, backend=AttentionBackendName(backend))  # some fail in use
+                dispatch_attention_fn(tokens, tokens, tokens, backend=name)  # some fail in use
             except (ImportError, RuntimeError, ValueError) as error:
                 self.transformer.set_attention_backend("native")
                 raise UserError(f"attention {backend}: {str(error).splitlines()[0]}") from error

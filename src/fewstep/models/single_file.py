@@ -24,6 +24,7 @@ from fewstep.models.components import format_tensor_names
 from fewstep.models.family import ModelFamily
 from fewstep.models.file_kinds import describe_file, describe_tensors
 from fewstep.models.key_layout import KeyLayout
+from fewstep.models.weight_files import refuse_non_finite
 
 SCALES = (".scale_weight", ".weight_scale")  # of an fp8 matrix, beside it
 STORAGE = ".comfy_quant"  # beside it too: its storage type, as JSON
@@ -69,6 +70,7 @@ def read_transformer(
                 weight = weight.reshape(shape)
             if tuple(weight.shape) != shape:
                 raise UserError(f"{file}: {name} is {tuple(weight.shape)}, expected {shape}")
+            refuse_non_finite(file, name, weight)
             _set_weight(model, name, weight)
     return model.eval()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.models.file_kinds import describe_file
@@ -73,6 +74,26 @@ def file_of_tensor(folder: Path, key: str) -> Path:
 def tensor_names(folder: Path) -> set[str]:
     """The names of all tensors of a component's files. Raises: UserError."""
     return {name for file in weight_files(folder) for name, _ in _storage_types(file)}
+
+
+def check_finite(folder: Path) -> None:
+    """Check all numbers of a component's files, one tensor at a time. Raises: UserError that names the first tensor
+    with an infinity or NaN."""
+    for file in weight_files(folder):
+        names = [name for name, storage in _storage_types(file) if storage in _FLOATS]
+        with safe_open(file, "pt") as tensors:
+            for name in names:
+                refuse_non_finite(file, name, tensors.get_tensor(name))
+
+
+def refuse_non_finite(file: str | Path, name: str, tensor: Tensor) -> None:
+    """Raises: UserError if a tensor of a file has an infinity or NaN."""
+    # aminmax keeps NaN, and needs no memory beside the tensor
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        count = int(tensor.isfinite().logical_not().sum())
+        raise UserError(
+            f"{file}: {name}: {count:,} of its {tensor.numel():,} numbers are infinite or NaN; the weights are damaged"
+        )
 
 
 def _storage_types(file: Path) -> Iterator[tuple[str, str]]:

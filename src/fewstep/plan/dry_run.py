@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config.recipe import DistillRecipe
+from fewstep.core.batching import max_batch_size, max_decode_batch_size
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import Denoiser
 from fewstep.core.method import Shard
 from fewstep.core.registry import methods
 from fewstep.data.batch import DistillBatch
-from fewstep.inference.batching import max_batch_size, max_decode_batch_size
 from fewstep.methods.base import DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models
 from fewstep.models.denoiser import TransformerDenoiser
@@ -118,22 +119,41 @@ class DryRun:
             "temporaries": float(peak - saved),
         }
 
-    @torch.no_grad()
     def preview(self) -> dict[str, float]:
         """Bytes for sampling a batch of previews, or for decoding it, whichever is more."""
+        sampling = self._sampling(self.models.student.denoiser, self.device)
+        return max(sampling, self._decoding(), key=lambda rows: sum(rows.values()))
+
+    def trajectories(self) -> dict[str, float]:
+        """Bytes for sampling a batch of the guided teacher, as in the training's precision."""
+        return self._sampling(self.models.teacher.denoiser, self.device, copies=2)
+
+    def evaluation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Bytes for sampling a batch of the guided teacher in ``dtype``, or for decoding it, whichever is more."""
+        teacher = self.models.teacher
+        larger = dtype.itemsize / teacher.transformer.dtype.itemsize
+        found = self._sampling(teacher.denoiser, self.decoding, copies=2)
+        sampling = {name: larger * size for name, size in found.items()}
+        return max(sampling, self._decoding(), key=lambda rows: sum(rows.values()))
+
+    @torch.no_grad()
+    def _decoding(self) -> dict[str, float]:
+        """Bytes for decoding a batch of images."""
         teacher = self.models.teacher
         config = teacher.generation_config
-        count = max_batch_size(config.height, config.width)
-        decoded = min(count, max_decode_batch_size(config.height, config.width))
-        with MemoryTracker() as sampling, self.device.autocast_region():
-            self.models.student.denoiser(self.noise(count), torch.empty(count, device="meta"), self.prompts(count))
+        count = min(max_batch_size(config.height, config.width), max_decode_batch_size(config.height, config.width))
         with MemoryTracker() as decoding, self.decoding.autocast_region():
-            teacher.family.decode_latents(teacher.vae, self.noise(decoded))
-        rows = [
-            {"sampling activations": float(sampling.peak)},
-            {"VAE": bytes_of(teacher.vae), "decoding activations": float(decoding.peak)},
-        ]
-        return max(rows, key=lambda one: sum(one.values()))
+            teacher.family.decode_latents(teacher.vae, self.noise(count))
+        return {"VAE": bytes_of(teacher.vae), "decoding activations": float(decoding.peak)}
+
+    @torch.no_grad()
+    def _sampling(self, denoiser: Denoiser, device: EmulatedDevice, copies: int = 1) -> dict[str, float]:
+        """Bytes of a forward on a batch; with guidance a forward takes two copies of it."""
+        config = self.models.teacher.generation_config
+        count = copies * max_batch_size(config.height, config.width)
+        with MemoryTracker() as sampling, device.autocast_region():
+            denoiser(self.noise(count), torch.empty(count, device="meta"), self.prompts(count))
+        return {"sampling activations": float(sampling.peak)}
 
     @torch.no_grad()
     def flops(self) -> float:

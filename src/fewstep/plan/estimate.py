@@ -30,7 +30,8 @@ BUNDLED_CONFIGS = {
 
 #: Titles of the peaks.
 LOADING, COPYING, ENCODING = "loading the teacher", "copying the models", "encoding prompts"
-STEP, PREVIEW = "training step", "sampling previews"
+TRAJECTORIES = "sampling the teacher's trajectories"
+STEP, PREVIEW, EVALUATION = "training step", "sampling previews", "evaluation at the end"
 
 #: Settings that save memory, in the order in which they are suggested.
 MEMORY_OPTIONS = (
@@ -113,6 +114,13 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
             STEP: held | dry_run.step(),
             PREVIEW: held | dry_run.preview(),
         }
+        if recipe.method.samples_teacher and recipe.trajectory.cache is None:
+            found.peaks[TRAJECTORIES] = {"teacher": teacher_bytes} | dry_run.trajectories()
+        if recipe.evaluate.enabled:  # the student is loaded as it is stored, the teacher in its dtype
+            merged = models.shares_base and recipe.models.frozen_dtype != "fp32"
+            dtype = torch.bfloat16 if merged else torch.float32
+            whole = {name: float(counts.parameters * dtype.itemsize) for name in ("teacher", "student")}
+            found.peaks[EVALUATION] = whole | dry_run.evaluation(dtype)
         flops = dry_run.flops()
     if not models.shares_base:  # one whole copy, before it is sharded
         found.peaks[COPYING] = {

@@ -36,11 +36,21 @@ class Best:
         return cls(settings, state["step"], state["value"])
 
 
-def missing_metric(settings: BestSettings | None, metrics: Mapping[str, float]) -> str | None:
-    """A metric of ``settings`` that a line of metrics does not have, though it is not waiting for a validation."""
+def missing_metric(
+    settings: BestSettings | None, metrics: Mapping[str, float], step: int, reported: set[str]
+) -> str | None:
+    """A message, once, on a metric of ``settings`` that a line of metrics lacks, though it waits for no validation.
+
+    Args:
+        reported: names that were reported before; the new one is added.
+    """
     validated = any(name.startswith(VALIDATION) for name in metrics)
     names = [] if settings is None else [settings.metric, *settings.at_least]
-    return next((n for n in names if n not in metrics and (validated or not n.startswith(VALIDATION))), None)
+    for name in names:
+        if name not in metrics and name not in reported and (validated or not name.startswith(VALIDATION)):
+            reported.add(name)
+            return f"train.keep_best.metric {name}: not logged at step {step}; there are {', '.join(metrics)}"
+    return None
 
 
 def new_best(

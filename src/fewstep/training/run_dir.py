@@ -29,7 +29,10 @@ from fewstep.errors import UserError
 from fewstep.locks import lock
 from fewstep.machine import reason
 from fewstep.outputs import check_folder
+from fewstep.training.claim import Claim
 from fewstep.training.tracking import Tracker
+
+RECIPE, FINGERPRINTS = "recipe.yaml", "fingerprints.json"
 
 # What a run writes into its directory besides recipe.yaml: all that `overwrite` may delete.
 RUN_FILES = (
@@ -51,7 +54,7 @@ class RunDir:
 
     recipe: saved as recipe.yaml. A directory that holds a run of another recipe is refused; more steps, another
         cadence of logs and checkpoints, and another evaluation do not make it another recipe.
-    overwrite: deletes the files of an earlier run in the directory, and nothing else there.
+    overwrite: deletes the files of an earlier run in the directory, and nothing else there, when this one begins.
     fingerprints: of the models and files that the recipe names, by its dotted keys. A path that changed while its
         fingerprint did not is the same model, moved; a fingerprint that changed is another one.
     resume_command: the command that resumes the run after an interruption; by default that of this process.
@@ -77,15 +80,17 @@ class RunDir:
         self.resume_command = resume_command or current_command()
         self._tracker: Tracker | None = None
         self._unlock: Callable[[], object] = lambda: None
+        self.claim: Claim | None = None
         if read_only:
             return
         check_folder(self.directory)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.claim = Claim(self.directory, (RECIPE, FINGERPRINTS))
             self._unlock = weakref.finalize(self, lock(self.directory))
             try:
-                self._claim(overwrite)
+                self._write_recipe(self.claim, overwrite)
             except BaseException:
+                self.claim.take_back()
                 self._unlock()
                 raise
         except OSError as error:
@@ -95,8 +100,15 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
+    def begin(self) -> None:
+        """The run's checks are done: an earlier run that it overwrites is deleted. Until then, an error leaves the
+        directory as it was."""
+        if self.claim is not None:
+            self.claim.keep()
+
     def track(self, step: int) -> None:
         """Opens the logs, after `step` finished steps."""
+        self.begin()
         if self._tracker is not None:
             self._tracker.close()
         self._tracker = Tracker(self.directory, step)
@@ -128,13 +140,17 @@ class RunDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and self.claim is not None:
+            self.claim.take_back()
+        else:
+            self.begin()
         self.close()
         if isinstance(error, KeyboardInterrupt) and not error.args:
             # Before or after the training: the trainer saves a checkpoint and raises with a message.
             raise KeyboardInterrupt(f"interrupted; resume with: {self.resume_command}") from None
 
-    def _claim(self, overwrite: bool) -> None:
-        path = self.directory / "recipe.yaml"
+    def _write_recipe(self, claim: Claim, overwrite: bool) -> None:
+        path = self.directory / RECIPE
         own = [found for pattern in RUN_FILES for found in sorted(self.directory.glob(pattern))]
         if own and not path.exists():
             raise UserError(
@@ -144,8 +160,7 @@ class RunDir:
             if found.is_dir():  # another user may have started the run
                 check_folder(found)
         if overwrite:
-            for found in own:
-                shutil.rmtree(found) if found.is_dir() else found.unlink()
+            claim.set_aside(own)
         elif own:  # without files of a run, another recipe is fine
             changes = diff_recipes(_resolved(path), self.recipe.model_dump(mode="json"))
             changes = self._without_moved(changes)
@@ -160,7 +175,7 @@ class RunDir:
 
     @property
     def _fingerprint_file(self) -> Path:
-        return self.directory / "fingerprints.json"
+        return self.directory / FINGERPRINTS
 
     def _without_moved(self, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
         """Changes without the paths of what was only moved, and with those whose content is another one."""

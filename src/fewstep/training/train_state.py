@@ -12,6 +12,7 @@ from fewstep.core.dtensor import full_tensor
 from fewstep.core.method import Batch, Trainable
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
+from fewstep.progress import log_line
 from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.distributed import DistContext
 from fewstep.training.ema import EMA
@@ -39,6 +40,11 @@ class TrainState:
         # the trained parameters by name, in the optimizer's order
         self.weights = {name: p for name, p in trainable.module.named_parameters() if p.requires_grad}
         check_optimizer(trainable.name, optim, self.dist.world_size)
+        if optim.warmup_steps > train.steps and self.dist.is_main_process:
+            log_line(
+                f"optim.{trainable.name}.warmup_steps {optim.warmup_steps}: longer than the training, whose last step "
+                f"has {train.steps / optim.warmup_steps:.0%} of the learning rate"
+            )
         self.optimizer = make_optimizer(self.weights, optim)
         self.ema = EMA(trainable.module, optim.ema_decay) if optim.ema_decay is not None else None
         self.device = next(trainable.module.parameters()).device

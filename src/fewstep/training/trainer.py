@@ -1,5 +1,6 @@
 """The training loop: updates a method's trainables in turn, validates, logs, saves and resumes."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,6 @@ class Trainer:
     optim: settings of the optimizer by trainable's name.
     preview: step -> image or None, called every `train.sample_every` steps with the averaged weights.
     validate: gives metrics of the averaged weights, called every `validate_every` steps; 0 is never.
-    validate_first: whether it is also called before the first step.
     alert_rules: metrics that mean trouble; `train.on_alert` decides what happens.
     dist: the processes that train together.
 
@@ -96,8 +96,7 @@ class Trainer:
             stop = stack.enter_context(stop_requests())
             if self.validate is not None and self.validate_first and self.step == 0:
                 with self._evaluating():
-                    at_start = self.validate()
-                self._log(at_start)
+                    self._log(self.validate())
             while not self.done:
                 try:
                     losses = self._take_step()
@@ -113,15 +112,13 @@ class Trainer:
                     break
         if stopping:
             self._save()
-            resume = self.run.resume_command
-            raise KeyboardInterrupt(f"saved step {self.step}/{self.train.steps}; resume with: {resume}")
+            at = f"{self.step}/{self.train.steps}"
+            raise KeyboardInterrupt(f"saved step {at}; resume with: {self.run.resume_command}")
 
     @property
     def done(self) -> bool:
         """Whether the last step was taken, the time is up, or an alert ended the training."""
-        minutes = self.train.max_minutes
-        time_is_up = minutes is not None and self.seconds >= 60 * minutes
-        return self.step >= self.train.steps or time_is_up or self.ended
+        return self.ended or self.step >= self.train.steps or self.seconds >= 60 * (self.train.max_minutes or math.inf)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -218,14 +215,10 @@ class Trainer:
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether a line of metrics is the best so far; if so, it is remembered. Reports a missing metric once."""
-        keep_best = self.train.keep_best
-        missing = missing_metric(keep_best, metrics)
-        if missing is not None and missing not in self._reported:
-            self._reported.add(missing)
-            if self.dist.is_main_process:
-                known = ", ".join(metrics)
-                log_line(f"train.keep_best.metric {missing}: not logged at step {self.step}; there are {known}")
-        found = new_best(self.best, keep_best, self.step, metrics, self.first)
+        missing = missing_metric(self.train.keep_best, metrics, self.step, self._reported)
+        if missing and self.dist.is_main_process:
+            log_line(missing)
+        found = new_best(self.best, self.train.keep_best, self.step, metrics, self.first)
         self.best = found or self.best
         return found is not None
 
@@ -242,6 +235,7 @@ class Trainer:
                 raise UserError(f"{self.run.directory}: no checkpoint is left from before the alert: {alert}")
             self._load_state(good)
             self.ended = True
+            self._write_checkpoint()  # for a resumed run, which would otherwise take the same steps again
             if self.dist.is_main_process:
                 log_line(f"rolled back to step {self.step}; the training ends here")
 
@@ -253,8 +247,11 @@ class Trainer:
             yield
 
     def _save(self) -> None:
-        if self.step == self._saved[0]:
-            return
+        """Writes a checkpoint, unless the last one is of this step."""
+        if self.step != self._saved[0]:
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         groups: dict[str, Mapping[str, Tensor]] = {
             "random": rng_state(self.dist.device),
             "method": self.method.state_dict(),
@@ -268,6 +265,7 @@ class Trainer:
             "trainables": {state.name: state.counters for state in self.train_states},
             "best": self.best.state() if self.best is not None else None,
             "first": self.first,
+            "ended": self.ended,
         }
         protect = [] if self.best is None else [self.best.step]
         keep = self.train.max_checkpoints
@@ -279,7 +277,8 @@ class Trainer:
         found = checkpoint.latest(self.run.checkpoints, notice, self.dist)
         if found is not None:
             self._load_state(found)
-            notice(f"{self.run.directory}: resuming from step {self.step}")
+            ended = f"an alert ended it at step {self.step}; -s train.on_alert=warn continues"
+            notice(f"{self.run.directory}: {ended if self.ended else f'resuming from step {self.step}'}")
 
     def _load_state(self, found: checkpoint.Checkpoint) -> None:
         """Restores everything to the state of a checkpoint."""
@@ -296,5 +295,6 @@ class Trainer:
         self._means = RunningMeans(found.state["means"])
         self.best = Best.restored(found.state["best"], self.train.keep_best)
         self.first = found.state.get("first", {})
+        self.ended = found.state.get("ended", False) and self.train.on_alert == "rollback"  # others resume it
         self._saved = (found.step, time.monotonic())
         set_rng_state(found.read("random"), self.dist.device)

@@ -59,15 +59,20 @@ class TermsSection(Settings):
             check_refused(tree)
         return tree
 
+    @property
+    def on(self) -> dict[str, TermSettings]:
+        """Settings of each term whose weight is positive at some step, in registry order."""
+        found: dict[str, TermSettings | None] = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: each for name, each in found.items() if each is not None and each.weight.is_on}
+
     def active(self, total_steps: int) -> dict[str, tuple[TermSettings, Schedule]]:
-        """Settings and weight schedule of each term whose weight is positive at some step, in registry order."""
+        """Settings and weight schedule of the terms that are on. Raises: ValueError that names a wrong schedule."""
         found = {}
-        for name in type(self).model_fields:
-            settings: TermSettings | None = getattr(self, name)
-            if settings is not None:
-                weight = settings.weight.resolve(total_steps)
-                if any(weight(step) > 0 for step in weight.breakpoints):
-                    found[name] = settings, weight
+        for name, settings in self.on.items():
+            try:
+                found[name] = settings, settings.weight.resolve(total_steps)
+            except ValueError as error:
+                raise ValueError(f"method.terms.{name}.weight: {error}") from None
         return found
 
 
@@ -102,8 +107,8 @@ class DMDConfig(MethodConfig):
     )
 
     def _terms(self) -> dict[str, type[LossTerm]]:
-        """Classes of the terms that are on at some step; 100 stands for the number of steps, which does not matter."""
-        return {name: loss_terms.get(name) for name in self.terms.active(100)}
+        """Classes of the terms that are on."""
+        return {name: loss_terms.get(name) for name in self.terms.on}
 
     def trainable_parts(self) -> list[str]:
         return ["student", *(part for term in self._terms().values() for part in term.trainable_names)]
@@ -112,14 +117,13 @@ class DMDConfig(MethodConfig):
         return [name for term in self._terms().values() for name in term.model_names]
 
     def student_copies(self) -> list[str]:
-        active = self.terms.active(100)
-        found = [
-            name for term, (settings, _) in active.items() for name in loss_terms.get(term).student_copies(settings)
-        ]
-        return list(dict.fromkeys(found))
+        found: dict[str, None] = {}
+        for term, settings in self.terms.on.items():
+            found |= dict.fromkeys(loss_terms.get(term).student_copies(settings))
+        return list(found)
 
     def trained_rewards(self) -> dict[str, float]:
-        scored = [each for each, _ in self.terms.active(100).values() if isinstance(each, ScoredTermSettings)]
+        scored = [each for each in self.terms.on.values() if isinstance(each, ScoredTermSettings)]
         return {reward.reward: reward.weight for settings in scored for reward in settings.rewards}
 
     @property
@@ -131,6 +135,10 @@ class DMDConfig(MethodConfig):
     def measures_real(self) -> bool:
         """Whether real latents are needed at all."""
         return any(term.requires_real or term.measures_real for term in self._terms().values())
+
+    @property
+    def samples_teacher(self) -> bool:
+        return self.measures_real and self.real_source == "teacher"
 
     def fake_score_start_step(self, total_steps: int) -> int:
         return resolve_step(self.fake_score_start, total_steps)
@@ -161,7 +169,7 @@ class DMDConfig(MethodConfig):
                 )
         if self.real_source != "teacher" and not self.measures_real:
             raise ValueError(f"method.real_source {self.real_source}: no term needs real latents; leave it out")
-        if stage.trajectory.cache is not None and not (self.measures_real and self.real_source == "teacher"):
+        if stage.trajectory.cache is not None and not self.samples_teacher:
             raise ValueError("trajectory.cache: no term uses the teacher's trajectories; leave it out")
         if self.renoise.dyna_rs is not None:
             self.renoise.dyna_rs.resolve(steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fewstep.core import flow
+from fewstep.core.batching import batched, max_batch_size
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.samplers import sample_euler
@@ -13,7 +14,6 @@ from fewstep.data.prompt_batches import prompt_batches
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
 from fewstep.data.text_prompts import encodable
 from fewstep.errors import UserError
-from fewstep.inference.batching import batched, max_batch_size
 from fewstep.methods.base import DataSetup, MethodSetup
 from fewstep.methods.dmd import monitor
 from fewstep.methods.dmd.config import DMDConfig
@@ -30,7 +30,7 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     sources: dict[str, BatchSource] = {}
     if not config.requires_real:  # first, because it encodes all prompts, and the other sources need some of them
         sources["train"] = prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed)
-    if config.measures_real and config.real_source == "teacher":
+    if config.samples_teacher:
         cache = open_trajectory_cache(recipe, setup.teacher, setup.cache, setup.prompts)
         sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)
     elif config.measures_real:
