@@ -33,7 +33,7 @@ class Trainer:
     source: called as `source(position, dist.shard)`, gives this process's rows of a batch.
     optim: settings of the optimizer by trainable's name.
     preview: step -> image or None, called every `train.sample_every` steps with the averaged weights.
-    validate: gives metrics of the averaged weights, called every `validate_every` steps; 0 is never.
+    validate: metrics of the averaged weights, every `validate_every` steps, 0 is never; validate_first: and before all.
     alert_rules: metrics that mean trouble; `train.on_alert` decides what happens.
     dist: the processes that train together.
 
