@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -101,9 +102,10 @@ class EmulatedDevice(TorchFunctionMode):
     ) -> Any:
         named = dict(kwargs or {})
         bf16 = self.bf16 and not emulated_autocast_is_off()
-        if func in _BACKWARD:
-            with self:  # for what a backward pass computes again
-                return func(*args, **named)
+        if func is torch.autograd.grad:
+            with self:  # for what the backward pass computes again; the function itself would be dispatched here again
+                ones = (torch.ones_like(args[0]),)
+                return _engine_run_backward((args[0],), ones, False, False, (args[1],), False, accumulate_grad=False)
         if bf16 and func in _IN_BF16:
             args = [self._cast(arg) for arg in args]
             named = {name: self._cast(value) for name, value in named.items()}
@@ -126,8 +128,6 @@ class EmulatedDevice(TorchFunctionMode):
 
 
 _IN_BF16 = {F.linear, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__, F.conv2d}
-
-_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 _ATTENTION: dict[str, Callable[..., Any]] = {
     "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
