@@ -104,8 +104,9 @@ class EmulatedDevice(TorchFunctionMode):
         bf16 = self.bf16 and not emulated_autocast_is_off()
         if func is torch.autograd.grad:
             with self:  # for what the backward pass computes again; the function itself would be dispatched here again
-                ones = (torch.ones_like(args[0]),)
-                return _engine_run_backward((args[0],), ones, False, False, (args[1],), False, accumulate_grad=False)
+                outputs, inputs = args[:2]  # tuples here
+                ones = tuple(torch.ones_like(each) for each in outputs)
+                return _engine_run_backward(outputs, ones, False, False, inputs, False, accumulate_grad=False)
         if bf16 and func in _IN_BF16:
             args = [self._cast(arg) for arg in args]
             named = {name: self._cast(value) for name, value in named.items()}
