@@ -29,29 +29,39 @@ def dmd(
     fake=None,
     null_mean=0.0,
     more=None,
+    terms=(),
+    levels=LEVELS,
+    group_size=1,
     total_steps=10,
+    eps=EPS,
     **dm_options,
 ):
-    """DMD on Gaussians, with CA and DM by weight (a number or a schedule; 0 leaves the term out)."""
+    """DMD on Gaussians, with CA and DM by weight (a number or a schedule; 0 leaves the term out).
+
+    terms: functions of the sampler, each giving a further term's name, the term and its weight.
+    """
     renoise = renoise or Renoise("hybrid", SHIFT)
     teacher = teacher or Gaussian().requires_grad_(False)
     student, fake = student or Gaussian(), fake or Gaussian()
-    sampler = StudentSampler(student, LEVELS, SHIFT)
-    terms = {}
+    sampler = StudentSampler(student, levels, SHIFT)
+    found = {}
     if ca:
-        terms["cfg_augmentation"] = CFGAugmentation(alpha, EPS), ca
+        found["cfg_augmentation"] = CFGAugmentation(alpha, eps), ca
     if dm:
         matching = DistributionMatching(
-            teacher, student, fake, renoise, sampler.fresh, eps=EPS, **{"updates": 3, **dm_options}
+            teacher, student, fake, renoise, sampler.fresh, eps=eps, **{"updates": 3, **dm_options}
         )
-        terms["distribution_matching"] = matching, dm
+        found["distribution_matching"] = matching, dm
     if more:
-        terms["trajectory_mse"] = TrajectoryMSE(student, sampler.sigmas), more
+        found["trajectory_mse"] = TrajectoryMSE(student, sampler.sigmas), more
+    for make in terms:
+        name, term, weight = make(sampler)
+        found[name] = term, weight
     weighted = {
         name: WeightedTerm(term, Constant(weight) if isinstance(weight, float) else weight)
-        for name, (term, weight) in terms.items()
+        for name, (term, weight) in found.items()
     }
-    return DMD(teacher, sampler, prompts_of([null_mean]), renoise, weighted, total_steps)
+    return DMD(teacher, sampler, prompts_of([null_mean]), renoise, weighted, total_steps, group_size=group_size)
 
 
 def fake_score(method):
@@ -67,4 +77,4 @@ def directions(method, x, anchor, prompts):
 
 
 def batch_of(mean=1.0, count=COUNT):
-    return DistillBatch(torch.randn(count, *SHAPE), prompts_of([mean] * count))
+    return DistillBatch(torch.randn(count, *SHAPE), prompts_of([mean] * count), texts=[f"{mean:g}"] * count)

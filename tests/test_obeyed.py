@@ -18,7 +18,7 @@ from fewstep.core.method import UPDATE_METRICS
 from fewstep.emoji.dataset import EmojiDataset
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import applicable_scores
-from fewstep.evaluation.validation import make_validator, validation_metrics
+from fewstep.evaluation.validation import Validator, validation_metrics
 from fewstep.jobs import distill
 from fewstep.methods.models_setup import check_models
 from fewstep.models.adapters import add_adapter
@@ -196,7 +196,7 @@ def test_best_checkpoint_by_a_score_that_validation_lacks_is_refused(tmp_path: P
 def test_validation_metrics_are_those_of_the_validator(tiny: TextToImagePipeline) -> None:
     for prompts in (["a noto emoji of a red apple on a blue background"], ["a photograph of a house"]):
         names = validation_metrics(prompts, ["emoji"])
-        assert set(names) == set(make_validator(prompts, ["emoji"])(tiny)())
+        assert set(names) == set(Validator(prompts, ["emoji"])(tiny, tiny)())
     assert len(names) == 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
 from fewstep.evaluation.runner import evaluate as _evaluate
 from fewstep.evaluation.runner import report_writer
-from fewstep.evaluation.validation import make_validator, validation_metrics
+from fewstep.evaluation.validation import Validator, validation_metrics
 from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
 from fewstep.inference.params import parse_params
@@ -95,9 +95,11 @@ def distill(
     validation = list(source.texts("validation")[: settings.validation_prompts])
     test = list(source.texts("test")[: settings.num_prompts])
     _check_evaluation(settings, stage.prompts.source, validation, test)
-    for each in [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages:
-        _check_best_metric(each, validation, settings.scorers)
-    validator = make_validator(validation, settings.scorers)
+    stages: Sequence[Stage] = [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages
+    rewards = {name: weight for each in stages for name, weight in each.method.trained_rewards().items()}
+    for each in stages:
+        _check_best_metric(each, validation, settings.scorers, rewards)
+    validator = Validator.of(validation, settings, rewards)
     with ExitStack() as stack:
         dist = stack.enter_context(init_distributed(device))
         if settings.enabled and dist.is_main_process:
@@ -259,14 +261,16 @@ def _check_evaluation(settings: EvaluateSettings, source: str, validation: Seque
         report_writer()
 
 
-def _check_best_metric(stage: Stage, validation: Sequence[str], scorers: Sequence[str] | None) -> None:
+def _check_best_metric(
+    stage: Stage, validation: Sequence[str], scorers: Sequence[str] | None, rewards: Mapping[str, float]
+) -> None:
     """Raises: UserError if the best checkpoint is chosen by a score that validation does not have."""
     best = stage.train.keep_best
-    if best is None or not best.metric.startswith(VALIDATION):
-        return
-    known = validation_metrics(validation, scorers)
-    if best.metric not in known:
-        raise UserError(
-            f"train.keep_best.metric: there is no {best.metric!r} with these scorers and validation prompts; there are "
-            + ", ".join(known)
-        )
+    wanted = [] if best is None else [name for name in (best.metric, *best.at_least) if name.startswith(VALIDATION)]
+    known = validation_metrics(validation, scorers, rewards) if wanted else []
+    for name in wanted:
+        if name not in known:
+            raise UserError(
+                f"train.keep_best.metric: there is no {name!r} with these scorers and validation prompts; there are "
+                + ", ".join(known)
+            )

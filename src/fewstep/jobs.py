@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -20,14 +21,29 @@ from fewstep.inference.generate import generate
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models, check_models
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.training.alerts import Rule
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 
 PREVIEW_IMAGES = 32
 
-#: Student -> a function that returns metrics of its present weights.
-Validator = Callable[[TextToImagePipeline], Callable[[], Mapping[str, float]]]
+
+class Validator(Protocol):
+    """Measures a student while it trains; see :class:`fewstep.evaluation.validation.Validator`."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether a reward is trained on, so that later values are compared with the start's."""
+        ...
+
+    def alert_rules(self) -> Sequence[Rule]:
+        """Alarms on its metrics."""
+        ...
+
+    def __call__(self, student: TextToImagePipeline, teacher: TextToImagePipeline) -> Callable[[], Mapping[str, float]]:
+        """A function that returns metrics of the student's present weights."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -82,11 +98,12 @@ def make_trainer(
     with dist.main_process_first():
         data = DataSetup(recipe, inputs.teacher, inputs.prompts, cache or run.directory / "cache")
         sources = method_class.batch_sources(data)
-    models = build_models(recipe, inputs.teacher, recipe.method.extra_models(), dist)
+    models = build_models(recipe, inputs.teacher, recipe.method.extra_models(), dist, recipe.method.student_copies())
     setup = MethodSetup(recipe, models, inputs.teacher.encode([""]), sources, inputs.prompts, dist)
     method = method_class.build(setup)
     models.student.enable_model_cpu_offload()
     every = recipe.evaluate.validate_every if validator is not None else 0
+    rules: list[Rule] = [*method_class.alert_rules, *(validator.alert_rules() if validator and every else ())]
     trainer = Trainer(
         method,
         sources["train"],
@@ -94,9 +111,10 @@ def make_trainer(
         train=recipe.train,
         optim=recipe.optim,
         preview=make_preview(models.student, (inputs.validation or inputs.prompts)[:PREVIEW_IMAGES]),
-        validate=validator(models.student) if validator is not None and every else None,
+        validate=validator(models.student, models.teacher) if validator is not None and every else None,
         validate_every=every,
-        alert_rules=method_class.alert_rules,
+        validate_first=validator is not None and validator.watches,
+        alert_rules=rules,
         dist=dist,
     )
     return trainer, models

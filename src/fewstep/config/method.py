@@ -32,6 +32,14 @@ class MethodConfig(Settings):
         """Names of trainable copies of the teacher beside the student, such as the fake score."""
         return []
 
+    def student_copies(self) -> list[str]:
+        """Names of frozen copies of the student, as it is when the training begins."""
+        return []
+
+    def trained_rewards(self) -> dict[str, float]:
+        """The rewards that are trained on, as "name" or "name:argument", with their weights."""
+        return {}
+
     @property
     def samples_teacher(self) -> bool:
         """Whether it trains on the teacher's trajectories, which are sampled before the training."""

@@ -85,15 +85,17 @@ class Stage(Settings):
         check_optimizers({f"optim.{part}": settings for part, settings in self.optim.items()})
         self.method.check(self)
         if self.train.keep_best is not None:
-            self.method.check_metric(self.train.keep_best.metric, self)
+            for metric in (self.train.keep_best.metric, *self.train.keep_best.at_least):
+                self.method.check_metric(metric, self)
         return self
 
 
 def check_validated(stage: Stage, evaluate: EvaluateSettings) -> None:
     """Raises: ValueError if the best checkpoint is chosen by a metric of validation, and there is none."""
     best = stage.train.keep_best
-    if best is not None and best.metric.startswith(VALIDATION) and not evaluate.validate_every:
-        raise ValueError(f"train.keep_best.metric {best.metric}: never measured; set evaluate.validate_every")
+    for metric in () if best is None or evaluate.validate_every else (best.metric, *best.at_least):
+        if metric.startswith(VALIDATION):
+            raise ValueError(f"train.keep_best.metric {metric}: never measured; set evaluate.validate_every")
 
 
 class DistillRecipe(Stage, Recipe):

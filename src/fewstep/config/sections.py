@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fewstep.config.base import BatchSize, Fraction, GuidanceScale, Seed, Settings, Updates
+from fewstep.config.base import BatchSize, Fraction, GuidanceScale, SamplingSteps, Seed, Settings, Updates
 from fewstep.core import flow
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -23,6 +23,11 @@ class BestSettings(Settings):
 
     metric: str = Field(description="Its name in metrics.jsonl, such as val/object_acc.")
     mode: Literal["max", "min"] = Field(default="max", description="Whether larger or smaller values are better.")
+    at_least: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="Further metrics that must not have fallen below this share of their first values, as "
+        "{val/object_acc: 0.98}; a checkpoint at which one has is not the best one.",
+    )
 
 
 class TrainSettings(Settings):
@@ -224,6 +229,20 @@ class TrajectorySettings(Settings):
     )
 
 
+class WatchSettings(Settings):
+    """What validation measures besides scorers where a reward is trained on, and when it raises an alarm."""
+
+    diversity_prompts: int = Field(default=8, ge=1, description="Prompts of which several seeds are made.")
+    diversity_seeds: int = Field(default=4, ge=2, description="Seeds of each.")
+    teacher_steps: SamplingSteps = Field(
+        default=25, description="Steps of the teacher's images that the Frechet distance is measured to."
+    )
+    steps: int = Field(
+        default=100, ge=1, description="Steps that the reward is above and another measure below its start: the alarm."
+    )
+    share: Fraction = Field(default=0.95, description="Share of its first value below which a measure has fallen.")
+
+
 class EvaluateSettings(Settings):
     """Validation while a student trains, and the evaluation at the end."""
 
@@ -241,4 +260,7 @@ class EvaluateSettings(Settings):
         default="open-nsfw",
         description="Feature network of the Frechet distances: open-nsfw, or inception:, clip: or dinov2: with a path "
         "or hub id.",
+    )
+    watch: WatchSettings = Field(
+        default_factory=WatchSettings, description="Watch for reward hacking, where a reward is trained on."
     )

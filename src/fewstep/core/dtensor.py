@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -14,3 +14,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A sharded module's weights, gathered on every process."""
     return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
+
+
+def copy_full(target: Tensor, source: Tensor) -> None:
+    """Copy a full tensor into one that may be sharded."""
+    if isinstance(target, DTensor):
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -84,8 +86,27 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+_emulated_off = ContextVar("emulated_autocast_is_off", default=False)
+
+
+def emulated_autocast_is_off() -> bool:
+    """Whether :func:`without_autocast` holds on the meta device, where ``fewstep plan`` emulates autocast."""
+    return _emulated_off.get()
+
+
+@contextmanager
+def _without_emulated_autocast() -> Iterator[None]:
+    token = _emulated_off.set(True)
+    try:
+        yield
+    finally:
+        _emulated_off.reset(token)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Inside, operations compute in the dtype of their inputs."""
+    if device.type == "meta":
+        return _without_emulated_autocast()
     if not autocasts(device):
         return nullcontext()
     disabled: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)

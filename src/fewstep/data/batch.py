@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,11 +17,13 @@ class DistillBatch:
     prompts: B of them.
     states: [B, K, C, ..., H, W]: the teacher's states from this noise at the student's levels after the first, the last
         at sigma 0; or K = 1 real latents of these prompts. None for methods that use neither.
+    texts: the prompts as text, B of them, for rewards.
     """
 
     noise: Tensor
     prompts: EncodedPrompts
     states: Tensor | None = None
+    texts: Sequence[str] = ()
 
     @property
     def real(self) -> Tensor:
@@ -30,3 +33,13 @@ class DistillBatch:
 
     def __len__(self) -> int:
         return len(self.noise)
+
+    def grouped(self, size: int) -> DistillBatch:
+        """Groups of ``size`` samples of one prompt, each with its own noise: the first prompt of every ``size`` rows in
+        a row, without states. Of rows that are divided among processes at multiples of ``size``, each gets the groups
+        that one process would have there.
+        """
+        if size == 1:
+            return self
+        rows = [row - row % size for row in range(len(self))]
+        return replace(self, prompts=self.prompts[rows], states=None, texts=[self.texts[row] for row in rows])

@@ -41,7 +41,10 @@ def rendered_image_batches(
         own = torch.randint(count, (size,), generator=generator("images", seed, position))[rows]
         noise = noise_rows(rows, latents.shape[1:], "noise", seed, position)
         return DistillBatch(
-            noise.to(model.device), texts.encoded(own.tolist()).to(model.device), latents[own, None].to(model.device)
+            noise.to(model.device),
+            texts.encoded(own.tolist()).to(model.device),
+            latents[own, None].to(model.device),
+            [chosen[row] for row in own.tolist()],
         )
 
     return source

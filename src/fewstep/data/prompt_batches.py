@@ -24,8 +24,10 @@ def prompt_batches(model: TextToImagePipeline, prompts: Sequence[str], size: int
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
         rows = shard.rows(size)
-        chosen = torch.randint(len(texts), (size,), generator=generator("prompts", seed, position))[rows]
+        chosen = torch.randint(len(texts), (size,), generator=generator("prompts", seed, position))[rows].tolist()
         noise = noise_rows(rows, shape, "noise", seed, position)
-        return DistillBatch(noise.to(model.device), texts.encoded(chosen.tolist()).to(model.device))
+        return DistillBatch(
+            noise.to(model.device), texts.encoded(chosen).to(model.device), texts=[texts[row] for row in chosen]
+        )
 
     return source

@@ -195,7 +195,7 @@ def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: 
         chosen = drawn[shard.rows(size)].tolist()
         states, prompts = cache.read(chosen)
         noise = initial_noise(teacher, cache.seeds(chosen), height, width)
-        return DistillBatch(noise, prompts.to(teacher.device), states.to(teacher.device))
+        return DistillBatch(noise, prompts.to(teacher.device), states.to(teacher.device), cache.texts_of(chosen))
 
     return source
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -200,6 +201,7 @@ class TrajectoryCache:
                 "cache-trajectories"
             )
         self._shards = [self._open(n) for n in range(self.index.shards)]
+        self._texts = lru_cache(maxsize=256)(self._read_texts)
 
     def __len__(self) -> int:
         return self.index.samples
@@ -211,8 +213,17 @@ class TrajectoryCache:
 
     def texts(self) -> Iterator[str]:
         """The prompts of all samples, in order."""
-        for shard in self._shards:
-            yield from json.loads(shard.metadata()["prompts"])
+        for shard in range(len(self._shards)):
+            yield from self._read_texts(shard)
+
+    def texts_of(self, samples: Sequence[int]) -> list[str]:
+        """The prompts of these samples."""
+        places = [divmod(sample, self.index.shard_size) for sample in samples]
+        return [self._texts(shard)[row] for shard, row in places]
+
+    def _read_texts(self, shard: int) -> list[str]:
+        found: list[str] = json.loads(self._shards[shard].metadata()["prompts"])
+        return found
 
     def seeds(self, samples: Sequence[int]) -> list[int]:
         return self.index.seeds(samples)

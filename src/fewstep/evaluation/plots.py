@@ -70,6 +70,40 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
         return svg(figure)
 
 
+def relative_curves(lines: Sequence[Mapping[str, Any]], highlighted: str) -> str | None:
+    """All validation metrics of a run on one axis, each over its first value, ``highlighted`` in the accent's color;
+    None unless it was logged twice. What rises while others fall is bought from them.
+    """
+    series = {
+        name: [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+        for name in dict.fromkeys(key for line in lines for key in line if key.startswith("val/"))
+    }
+    # a first value near 0 gives no ratio, and one of another sign turns it around
+    shown = {name: points for name, points in series.items() if len(points) > 1 and points[0][1] > 1e-9}
+    if highlighted not in shown:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+        axes: Axes = figure.add_subplot()
+        axes.axhline(1, color=FAINT, linewidth=0.8)
+        styles = [(0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))]
+        for index, (name, points) in enumerate(shown.items()):
+            steps, values = zip(*points, strict=True)
+            own = name == highlighted
+            axes.plot(
+                steps,
+                [value / values[0] for value in values],
+                color=ACCENT if own else INK,
+                linewidth=2.2 if own else 1.0,
+                linestyle=styles[0] if own else styles[index % len(styles)],
+                label=name.removeprefix("val/"),
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel("over the first value")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        return svg(figure)
+
+
 def accuracy_by_nfe(points: Mapping[str, tuple[int, float]], ceiling: float | None) -> str:
     """Object accuracy (0 to 1) against NFE, by setting's title; `ceiling`: that of real images."""
     with matplotlib.rc_context(STYLE):

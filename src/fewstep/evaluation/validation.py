@@ -6,45 +6,87 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from fewstep.config.sections import EvaluateSettings, WatchSettings
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.applicability import applicable_scores, mean_scores
+from fewstep.evaluation.feature_networks import DEFAULT
 from fewstep.evaluation.images import as_float
+from fewstep.evaluation.watch import RewardWatch, check_untrained, hacking_rules, watch_metrics
 from fewstep.inference.generate import generate
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.rewards.scorers import open_scorers
+from fewstep.training.alerts import DivergenceRule
 
 
-def validation_metrics(prompts: Sequence[str], scorers: Sequence[str] | None = None) -> list[str]:
-    """The names of the metrics that :func:`make_validator` gives for these prompts. Arguments as there."""
+def validation_metrics(
+    prompts: Sequence[str], scorers: Sequence[str] | None = None, rewards: Mapping[str, float] | None = None
+) -> list[str]:
+    """The names of the metrics that a :class:`Validator` gives for these prompts. Arguments as there."""
     scores = [key for scorer in open_scorers(scorers).values() for key in applicable_scores(scorer, prompts)]
-    return [f"val/{key}" for key in [*scores, "saturation", "hf_energy"]]
+    return [*(f"val/{key}" for key in [*scores, "saturation", "hf_energy"]), *watch_metrics(rewards or {})]
 
 
-def make_validator(
-    prompts: Sequence[str],
-    scorers: Sequence[str] | None = None,
-    further: Callable[[Tensor], Mapping[str, float]] | None = None,
-) -> Callable[[TextToImagePipeline], Callable[[], dict[str, float]]]:
-    """A function of a model that returns a function without arguments. This one samples the prompts with the model's
-    present weights and returns ``val/*``: the mean scores, saturation and high-frequency energy.
+class Validator:
+    """Called with a student and its teacher it returns a function without arguments, which samples the prompts with the
+    student's present weights and returns ``val/*``: the mean scores, saturation and high-frequency energy; where
+    rewards are trained on, also what :class:`fewstep.evaluation.watch.RewardWatch` measures.
 
     Args:
         prompts: at least one.
-        scorers: by name; None is every scorer that needs no checkpoint. They are opened on the model's device.
+        scorers: by name; None is every scorer that needs no checkpoint. They are opened on the student's device.
+        rewards: what is trained on, "name" or "name:argument" -> weight.
+        features: the watch's feature network.
         further: gives further metrics of the images, uint8 [N, H, W, 3], one of each prompt.
+
+    Raises:
+        UserError: a scorer is a reward that is trained on.
     """
 
-    def validator(model: TextToImagePipeline) -> Callable[[], dict[str, float]]:
-        opened = open_scorers(scorers, model.device).values()
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        scorers: Sequence[str] | None = None,
+        rewards: Mapping[str, float] | None = None,
+        features: str = DEFAULT,
+        watch: WatchSettings | None = None,
+        further: Callable[[Tensor], Mapping[str, float]] | None = None,
+    ) -> None:
+        check_untrained(rewards or {}, scorers)
+        self.prompts, self.scorers, self.rewards = list(prompts), scorers, dict(rewards or {})
+        self.features, self.watch, self.further = features, watch or WatchSettings(), further
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], settings: EvaluateSettings, rewards: Mapping[str, float]) -> Validator:
+        """The validator of a recipe's settings."""
+        return cls(prompts, settings.scorers, rewards, settings.features, settings.watch)
+
+    @property
+    def watches(self) -> bool:
+        """Whether rewards are trained on."""
+        return bool(self.rewards)
+
+    def alert_rules(self) -> list[DivergenceRule]:
+        """The alarms of the watch."""
+        if not self.watches:
+            return []
+        scores = [key for one in open_scorers(self.scorers).values() for key in applicable_scores(one, self.prompts)]
+        return hacking_rules([f"val/{key}" for key in scores], self.watch)
+
+    def __call__(self, student: TextToImagePipeline, teacher: TextToImagePipeline) -> Callable[[], dict[str, float]]:
+        opened = open_scorers(self.scorers, student.device).values()
+        watch = None
+        if self.watches:
+            watch = RewardWatch(student, teacher, self.prompts, self.rewards, self.features, self.watch)
 
         def validate() -> dict[str, float]:
-            images = generate(model, prompts).images
+            images = generate(student, self.prompts).images
             pixels = as_float(images)
-            found = {key: mean for scorer in opened for key, mean in mean_scores(scorer.score(images, prompts)).items()}
-            found |= {"saturation": measure.saturation(pixels), "hf_energy": measure.hf_energy(pixels)}
-            found |= further(images) if further is not None else {}
-            return {f"val/{key}": value for key, value in found.items()}
+            scores: dict[str, float] = {}
+            for scorer in opened:
+                scores |= mean_scores(scorer.score(images, self.prompts))
+            scores |= {"saturation": measure.saturation(pixels), "hf_energy": measure.hf_energy(pixels)}
+            scores |= self.further(images) if self.further is not None else {}
+            found = {f"val/{key}": value for key, value in scores.items()}
+            return found | (watch(images) if watch is not None else {})
 
         return validate
-
-    return validator

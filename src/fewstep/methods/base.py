@@ -6,8 +6,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from fewstep.config.method import MethodConfig
@@ -44,6 +45,7 @@ class MethodSetup:
     Attributes:
         null: the encoded empty prompt, a batch of one.
         sources: what ``batch_sources`` returned.
+        count_passes: for ``plan``, which then counts denoiser passes alone: nothing else need be computed.
     """
 
     recipe: DistillRecipe
@@ -52,6 +54,7 @@ class MethodSetup:
     sources: Mapping[str, BatchSource]
     prompts: Sequence[str]
     dist: DistContext
+    count_passes: bool = False
 
 
 class DistillMethod(Method):
@@ -78,10 +81,21 @@ class DistillMethod(Method):
     def build(cls, setup: MethodSetup) -> Self:
         """The method on its models. No file is read or written here; for ``fewstep plan`` all tensors are meta."""
 
+    def frozen_bytes(self) -> dict[str, float]:
+        """Bytes of frozen weights on the device in a step, besides the models, by component; for ``fewstep plan``."""
+        return {}
+
     def dry_run(self, batch: DistillBatch) -> Iterator[tuple[Trainable, Callable[[], Tensor]]]:
         """Each loss that ``fewstep plan`` runs on the meta device, with the part that it trains."""
         for trainable in self.trainables:
             yield trainable, self._loss_of(trainable, batch)
 
     def _loss_of(self, trainable: Trainable, batch: DistillBatch) -> Callable[[], Tensor]:
-        return lambda: trainable.loss(self.collect(batch) if trainable.uses_collected else batch)[0]
+        def loss() -> Tensor:
+            given: Any = batch
+            if trainable.uses_collected:
+                with torch.no_grad():
+                    given = self.collect(batch)
+            return trainable.loss(given)[0]
+
+        return loss

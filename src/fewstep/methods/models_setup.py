@@ -22,7 +22,7 @@ from fewstep.core.method import Shard
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
-from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter
+from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter, copy_adapter
 from fewstep.models.components import load_component, read_config, resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.family import resolve_family
@@ -58,9 +58,10 @@ class Models:
         teacher: frozen.
         student: generates with the student's present weights; its denoiser is trained.
         extra: further trained copies of the teacher by name, such as "fake_score".
+        copies: frozen copies of the student as it is when the training begins, by name.
         shares_base: whether they are adapters on one base.
         teacher_path: where the teacher was loaded from.
-        adapters: of student and extra models, by name.
+        adapters: of student, extra models and copies, by name.
     """
 
     teacher: TextToImagePipeline
@@ -69,6 +70,7 @@ class Models:
     shares_base: bool
     teacher_path: str
     adapters: dict[str, AdapterSpec] = field(default_factory=dict)
+    copies: dict[str, nn.Module] = field(default_factory=dict)
 
     def save(self, folder: Path, dist: DistContext) -> Path:
         """The student as an ordinary diffusers folder; a LoRA student is merged, with its adapter beside it as
@@ -114,12 +116,17 @@ def check_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> None:
 
 
 def build_models(
-    recipe: DistillRecipe, teacher: TextToImagePipeline, extra: Sequence[str] = (), dist: DistContext | None = None
+    recipe: DistillRecipe,
+    teacher: TextToImagePipeline,
+    extra: Sequence[str] = (),
+    dist: DistContext | None = None,
+    copies: Sequence[str] = (),
 ) -> Models:
     """The models of a recipe; all start as the teacher, or the student as ``init``. Several processes shard them.
 
     Args:
         extra: names of further trained copies of the teacher.
+        copies: names of frozen copies of the student.
 
     Raises:
         UserError: ``init`` does not fit, or several processes cannot train the recipe.
@@ -128,8 +135,8 @@ def build_models(
     check_processes(recipe, dist.world_size)
     mesh = dist.mesh(recipe.train.fsdp_shard_size) if dist.world_size > 1 else None
     if settings.train == "full":
-        return _full_copies(recipe, teacher, extra, mesh)
-    return _adapters(recipe, teacher, extra, mesh, dist)
+        return _full_copies(recipe, teacher, extra, copies, mesh)
+    return _adapters(recipe, teacher, extra, copies, mesh)
 
 
 def check_processes(recipe: DistillRecipe, count: int) -> None:
@@ -153,31 +160,39 @@ def check_processes(recipe: DistillRecipe, count: int) -> None:
 
 
 def _full_copies(
-    recipe: DistillRecipe, teacher: TextToImagePipeline, extra: Sequence[str], mesh: DeviceMesh | None
+    recipe: DistillRecipe,
+    teacher: TextToImagePipeline,
+    extra: Sequence[str],
+    copies: Sequence[str],
+    mesh: DeviceMesh | None,
 ) -> Models:
     # each is sharded before the next is made: all of them need not fit unsharded
     transformer = copy.deepcopy(teacher.transformer).float()
     student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher))
     if recipe.init is not None:
         load_init(student, recipe.init)
+    kept: dict[str, nn.Module] = {}
+    for name in copies:
+        kept[name] = frozen = teacher.family.denoiser(copy.deepcopy(transformer)).requires_grad_(False)
+        _prepare(frozen, recipe, mesh, trained=False)
     _prepare(student.denoiser.requires_grad_(True), recipe, mesh)
-    copies: dict[str, nn.Module] = {}
+    trained: dict[str, nn.Module] = {}
     for name in extra:
         denoiser = teacher.family.denoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
         _prepare(denoiser, recipe, mesh)
-        copies[name] = denoiser
+        trained[name] = denoiser
     if recipe.models.frozen_dtype == "fp8":
         quantize_fp8_(teacher.transformer, teacher.family.quantizable_modules)
     _prepare(teacher.denoiser, recipe, mesh, trained=False)
-    return Models(teacher, student, copies, shares_base=False, teacher_path=recipe.teacher)
+    return Models(teacher, student, trained, shares_base=False, teacher_path=recipe.teacher, copies=kept)
 
 
 def _adapters(
     recipe: DistillRecipe,
     teacher: TextToImagePipeline,
     extra: Sequence[str],
+    copies: Sequence[str],
     mesh: DeviceMesh | None,
-    dist: DistContext,
 ) -> Models:
     settings, transformer = recipe.models, teacher.transformer
     alpha = settings.lora_alpha or settings.rank
@@ -187,10 +202,13 @@ def _adapters(
     specs = {"student": student_spec} | {
         name: AdapterSpec(extra_rank, student_spec.scale * extra_rank, targets) for name in extra
     }
+    specs |= dict.fromkeys(copies, student_spec)
     for name, spec in specs.items():
         add_adapter(transformer, name, spec.rank, spec.alpha, target_modules=spec.target_modules)
     if recipe.init is not None:
         load_adapter(transformer, student_spec.scale, recipe.init)
+    for name in copies:
+        copy_adapter(transformer, "student", name)
     if settings.frozen_dtype == "fp8":
         quantize_fp8_(transformer, teacher.family.quantizable_modules)
     if compiles(settings.compile, teacher.device):
@@ -198,11 +216,12 @@ def _adapters(
     if settings.gradient_checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
     if mesh is not None:
-        shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, dist.device))
+        shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, teacher.device))
     student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher))
     student.denoiser = AdapterDenoiser(teacher.denoiser, {"student": 1.0})  # type: ignore[assignment]
-    copies: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in extra}
-    return Models(teacher, student, copies, shares_base=True, teacher_path=recipe.teacher, adapters=specs)
+    trained: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in extra}
+    kept: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in copies}
+    return Models(teacher, student, trained, True, recipe.teacher, specs, kept)
 
 
 def _prepare(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -61,6 +62,15 @@ def add_adapter(
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters by their names in the transformer."""
     return {key: p for key, p in transformer.named_parameters() if f".{name}." in key and ".lora_" in key}
+
+
+@torch.no_grad()
+def copy_adapter(transformer: nn.Module, source: str, target: str) -> None:
+    """Give an adapter the weights of another one of its rank and layers, and freeze it."""
+    weights = adapter_parameters(transformer, source)
+    for key, parameter in adapter_parameters(transformer, target).items():
+        parameter.copy_(weights[key.replace(f".{target}.", f".{source}.")])
+        parameter.requires_grad_(False)
 
 
 def lora_layers(module: nn.Module) -> list[LoraLayer]:

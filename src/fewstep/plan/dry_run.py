@@ -39,7 +39,8 @@ def meta_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> Models:
     plain = recipe.models.model_copy(update={"compile": False, "gradient_checkpointing": False})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         changed = recipe.model_copy(update={"init": None, "models": plain})
-        return build_models(changed, teacher, recipe.method.extra_models())
+        method = recipe.method
+        return build_models(changed, teacher, method.extra_models(), copies=method.student_copies())
 
 
 def bytes_of(module: nn.Module) -> float:
@@ -71,7 +72,7 @@ class DryRun:
         self.latent = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
         noise = self.noise(batch_size)
         states = noise[:, None].expand(-1, recipe.student.steps, *noise.shape[1:])
-        self.batch = DistillBatch(noise, self.prompts(batch_size), states)
+        self.batch = DistillBatch(noise, self.prompts(batch_size), states, [""] * batch_size)
 
         def source(position: int, shard: Shard) -> DistillBatch:
             return self.batch

@@ -95,7 +95,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
 
     weights = _weights(models)
     if gpus > 1 and bf16:  # all-gathered weights are in bf16 already, autocast makes no copies
-        for module in (models.student.denoiser, *models.extra.values()):
+        for module in (models.student.denoiser, *models.extra.values(), *models.copies.values()):
             nn.Module.to(module, torch.bfloat16)
     with torch.random.fork_rng(devices=[]):  # the losses draw noise
         dry_run = DryRun(recipe, models, -(-recipe.train.batch_size // gpus), device_type, bf16)
@@ -105,6 +105,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
         # a term's own parts, such as a discriminator, are whole on each GPU
         own = trained.keys() - {"student", *models.extra}
         held |= {f"{_label(name)} weights": 4.0 * trained[name] for name in sorted(own)}
+        held |= dry_run.method.frozen_bytes()
         if gpus > 1:
             held["all-gather buffers"] = (2.0 if bf16 else 4.0) * (2 * counts.block + counts.root)
         found.peaks = {
@@ -124,7 +125,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
     if not models.shares_base:  # one whole copy, before it is sharded
         found.peaks[COPYING] = {
             "teacher": teacher_bytes,
-            "copies": 4.0 * counts.parameters * (1 + len(models.extra) / gpus),
+            "copies": 4.0 * counts.parameters * (1 + (len(models.extra) + len(models.copies)) / gpus),
         }
     passes = dry_run.passes
     found.forwards, found.backwards = passes.forwards, passes.backwards
@@ -136,7 +137,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
 
 def _weights(models: Models) -> dict[str, float]:
     """Bytes of all weights: adapters and trainable copies are fp32."""
-    trained = {"student": models.student.denoiser, **models.extra}
+    trained = {"student": models.student.denoiser, **models.extra, **models.copies}
     sizes = {name: 4.0 * _count(module) for name, module in trained.items()}
     transformer = bytes_of(models.teacher.transformer)
     if models.shares_base:

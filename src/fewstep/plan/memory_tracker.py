@@ -14,9 +14,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from fewstep.core.precision import emulated_autocast_is_off
 
 DeviceType = Literal["cuda", "cpu"]
 
@@ -98,10 +101,16 @@ class EmulatedDevice(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
-        if self.bf16 and func in _IN_BF16:
+        bf16 = self.bf16 and not emulated_autocast_is_off()
+        if func is torch.autograd.grad:
+            with self:  # for what the backward pass computes again; the function itself would be dispatched here again
+                outputs, inputs = args[:2]  # tuples here
+                ones = tuple(torch.ones_like(each) for each in outputs)
+                return _engine_run_backward(outputs, ones, False, False, inputs, False, accumulate_grad=False)
+        if bf16 and func in _IN_BF16:
             args = [self._cast(arg) for arg in args]
             named = {name: self._cast(value) for name, value in named.items()}
-        if self.bf16 and func is F.layer_norm:
+        if bf16 and func is F.layer_norm:
             args = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
         if func is F.scaled_dot_product_attention:
             return _ATTENTION[self.device_type](*args[:3] or (named["query"], named["key"], named["value"]))[0]

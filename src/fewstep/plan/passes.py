@@ -68,12 +68,17 @@ def count_passes(method_class: type[DistillMethod], setup: MethodSetup, batch: D
     teacher, student = copy.copy(models.teacher), copy.copy(models.student)
     teacher.denoiser, student.denoiser = stand_in(False), stand_in(True)  # type: ignore[assignment]
     extra: dict[str, nn.Module] = {name: stand_in(True) for name in models.extra}
-    method = method_class.build(replace(setup, models=replace(models, teacher=teacher, student=student, extra=extra)))
+    copies: dict[str, nn.Module] = {name: stand_in(False) for name in models.copies}
+    changed = replace(models, teacher=teacher, student=student, extra=extra, copies=copies)
+    method = method_class.build(replace(setup, models=changed, count_passes=True))
     method.before_step(setup.recipe.train.steps - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for _ in range(DRAWS):
-            collected = method.collect(batch) if any(part.uses_collected for part in method.trainables) else None
+            collected = None
+            if any(part.uses_collected for part in method.trainables):
+                with torch.no_grad():
+                    collected = method.collect(batch)
             for part in method.trainables:
                 for _ in range(part.updates_per_step):
                     part.loss(collected if part.uses_collected else batch)

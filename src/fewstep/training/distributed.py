@@ -59,6 +59,14 @@ class DistContext:
         dist.all_reduce(values)
         return dict(zip(metrics, (values / self.world_size).tolist(), strict=True))
 
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
     def all_reduce_max(self, *values: float) -> list[float]:
         """The largest of each value over the processes."""
         if self.world_size == 1:

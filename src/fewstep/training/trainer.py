@@ -1,5 +1,6 @@
 """The training loop: updates a method's trainables in turn, validates, logs, saves and resumes."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,14 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.config.method import VALIDATION
 from fewstep.config.sections import OptimSettings, TrainSettings
 from fewstep.core.method import Batch, BatchSource, Method
 from fewstep.errors import StopTraining, UserError
 from fewstep.progress import log_line, training_display
 from fewstep.training import checkpoint
-from fewstep.training.alerts import Alert, AlertMonitor, AlertRule
-from fewstep.training.best import Best, new_best
+from fewstep.training.alerts import Alert, AlertMonitor, Rule
+from fewstep.training.best import Best, missing_metric, new_best
 from fewstep.training.distributed import DistContext
 from fewstep.training.malloc import retain_freed_memory
 from fewstep.training.rng_state import rng_state, set_rng_state
@@ -33,7 +33,7 @@ class Trainer:
     source: called as `source(position, dist.shard)`, gives this process's rows of a batch.
     optim: settings of the optimizer by trainable's name.
     preview: step -> image or None, called every `train.sample_every` steps with the averaged weights.
-    validate: gives metrics of the averaged weights, called every `validate_every` steps; 0 is never.
+    validate: metrics of the averaged weights, every `validate_every` steps, 0 is never; validate_first: and before all.
     alert_rules: metrics that mean trouble; `train.on_alert` decides what happens.
     dist: the processes that train together.
 
@@ -51,11 +51,12 @@ class Trainer:
         preview: Callable[[int], Image.Image | None] | None = None,
         validate: Callable[[], Mapping[str, float]] | None = None,
         validate_every: int = 0,
-        alert_rules: Sequence[AlertRule] = (),
+        validate_first: bool = False,
+        alert_rules: Sequence[Rule] = (),
         dist: DistContext | None = None,
     ) -> None:
         self.method, self.source, self.run, self.train, self.preview = method, source, run, train, preview
-        self.validate, self.validate_every = validate, validate_every
+        self.validate, self.validate_every, self.validate_first = validate, validate_every, validate_first
         self.alert_rules = alert_rules
         self.ended = False  # by an alert
         self._until = train.steps  # of the present `fit`
@@ -65,6 +66,7 @@ class Trainer:
         self.position = 0  # batches used
         self.seconds = 0.0  # of training, over all sessions
         self.best: Best | None = None  # by `train.keep_best`, so far
+        self.first: dict[str, float] = {}  # the first logged value of each metric
         self._reported: set[str] = set()
         self._means = RunningMeans()
         self._saved = (0, time.monotonic())  # step and time of the last checkpoint
@@ -87,12 +89,15 @@ class Trainer:
             self.run.track(self.step)
         if self.done:
             return
-        self._alerts = AlertMonitor(self.alert_rules, self.step)
+        self._alerts = AlertMonitor(self.alert_rules, self.step, self.first)
         stopping, start = 0.0, time.monotonic() - self.seconds
         with ExitStack() as stack:
             display = training_display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
             shown = stack.enter_context(display) if self.dist.is_main_process else None
             stop = stack.enter_context(stop_requests())
+            if self.validate is not None and self.validate_first and self.step == 0:
+                with self._evaluating():
+                    self._log(self.validate())
             while not self.done:
                 try:
                     losses = self.take_step()
@@ -108,16 +113,13 @@ class Trainer:
                     break
         if stopping:
             self._save()
-            raise KeyboardInterrupt(
-                f"saved step {self.step}/{self.train.steps}; resume with: {self.run.resume_command}"
-            )
+            at = f"{self.step}/{self.train.steps}"
+            raise KeyboardInterrupt(f"saved step {at}; resume with: {self.run.resume_command}")
 
     @property
     def done(self) -> bool:
         """Whether the last step of `fit` was taken, the time is up, or an alert ended the training."""
-        minutes = self.train.max_minutes
-        time_is_up = minutes is not None and self.seconds >= 60 * minutes
-        return self.step >= self._until or time_is_up or self.ended
+        return self.ended or self.step >= self._until or self.seconds >= 60 * (self.train.max_minutes or math.inf)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -193,9 +195,8 @@ class Trainer:
                 validated = self.validate()
         if self.step % train.log_every == 0 or last or validated:
             metrics = {**self._means.take(), **validated}
+            self._log(metrics)
             improved = self._is_best(metrics)
-            if self.dist.is_main_process:
-                self.run.log(self.step, {**metrics, "seconds": self.seconds})
             alert = self._alerts.check(self.step, metrics) if train.on_alert != "off" else None
         if self.preview is not None and train.sample_every and (self.step % train.sample_every == 0 or last):
             with self._evaluating():
@@ -208,22 +209,19 @@ class Trainer:
         if alert is not None:
             self._on_alert(alert)
 
-    def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a line of metrics is the best so far by `train.keep_best`; if so, it is remembered."""
-        keep_best = self.train.keep_best
-        if keep_best is not None and keep_best.metric not in metrics:
-            self._report_missing(keep_best.metric, metrics)
-        self.best = (found := new_best(self.best, keep_best, self.step, metrics)) or self.best
-        return found is not None
-
-    def _report_missing(self, metric: str, metrics: Mapping[str, float]) -> None:
-        """Says once that the metric of `train.keep_best` is not among those logged: it may be misspelled."""
-        waits = metric.startswith(VALIDATION) and not any(name.startswith(VALIDATION) for name in metrics)
-        if waits or metric in self._reported:
-            return
-        self._reported.add(metric)
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self.first |= {name: value for name, value in metrics.items() if name not in self.first}
         if self.dist.is_main_process:
-            log_line(f"train.keep_best.metric {metric}: not logged at step {self.step}; there are {', '.join(metrics)}")
+            self.run.log(self.step, {**metrics, "seconds": self.seconds})
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a line of metrics is the best so far; if so, it is remembered. Reports a missing metric once."""
+        missing = missing_metric(self.train.keep_best, metrics, self.step, self._reported)
+        if missing and self.dist.is_main_process:
+            log_line(missing)
+        found = new_best(self.best, self.train.keep_best, self.step, metrics, self.first)
+        self.best = found or self.best
+        return found is not None
 
     def _on_alert(self, alert: Alert) -> None:
         """Reports an alert, and stops or rolls back if `train.on_alert` says so."""
@@ -266,6 +264,7 @@ class Trainer:
             "means": self._means.state(),
             "trainables": {state.name: state.counters for state in self.train_states},
             "best": self.best.state() if self.best is not None else None,
+            "first": self.first,
             "ended": self.ended,
         }
         protect = [] if self.best is None else [self.best.step]
@@ -294,7 +293,7 @@ class Trainer:
         self.step, self.position, self.seconds = found.step, found.state["position"], found.state["seconds"]
         self._means = RunningMeans(found.state["means"])
         self.best = Best.restored(found.state["best"], self.train.keep_best)
-        # another `train.on_alert` resumes it
-        self.ended = found.state.get("ended", False) and self.train.on_alert == "rollback"
+        self.first = found.state.get("first", {})
+        self.ended = found.state.get("ended", False) and self.train.on_alert == "rollback"  # others resume it
         self._saved = (found.step, time.monotonic())
         set_rng_state(found.read("random"), self.dist.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.evaluation.feature_networks import FeatureNetwork
-from fewstep.evaluation.validation import make_validator
+from fewstep.evaluation.validation import Validator
 from fewstep.jobs import Inputs, make_trainer, open_inputs
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.stages import free_memory
@@ -60,7 +60,7 @@ class Workbench:
 
     def _trainer(self, recipe: DistillRecipe, run: RunDir) -> Trainer:
         inputs = self._inputs_of(recipe)
-        validator = make_validator(self.validation, recipe.evaluate.scorers, self._further(recipe, inputs))
+        validator = Validator(self.validation, recipe.evaluate.scorers, further=self._further(recipe, inputs))
         own = replace(inputs, teacher=sharing_weights(inputs.teacher))
         trainer, _ = make_trainer(recipe, run, own, validator, self.dist, self._cache(recipe))
         return trainer

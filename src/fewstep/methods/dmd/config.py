@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
-from fewstep.config.base import Fraction, Settings, Updates
+from fewstep.config.base import BatchSize, Fraction, Settings, Updates
 from fewstep.config.method import MethodConfig
 from fewstep.config.schedule import Step, resolve_step
 from fewstep.core.registry import loss_terms
 from fewstep.core.schedules import Schedule
-from fewstep.methods.dmd.terms.base import LossTerm, TermSettings
+from fewstep.methods.dmd.cold_start import DynaRSSettings
+from fewstep.methods.dmd.refused import check_refused
+from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, WeightingTerm
+from fewstep.methods.dmd.terms.scoring import ScoredTermSettings
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
@@ -34,6 +38,9 @@ class RenoiseSettings(Settings):
     )
     sigma_min: Fraction = Field(default=0.02, description="Lowest sigma drawn.")
     sigma_max: Fraction = Field(default=0.98, description="Highest sigma drawn.")
+    dyna_rs: DynaRSSettings | None = Field(
+        None, description="DynaRS: DM and the fake score's loss begin at high noise levels (DMDR); null is off."
+    )
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -44,6 +51,13 @@ class RenoiseSettings(Settings):
 
 class TermsSection(Settings):
     """The terms by name; one that is left out, null or of constant weight 0 is off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_refused(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping):
+            check_refused(tree)
+        return tree
 
     @property
     def on(self) -> dict[str, TermSettings]:
@@ -68,6 +82,9 @@ class DMDConfig(MethodConfig):
     name: Literal["dmd"]
     terms: TermsSection = Field(description="Loss terms of the student's objective, by name.")
     renoise: RenoiseSettings = Field(default_factory=RenoiseSettings, description="The renoise schedule.")
+    group_size: BatchSize = Field(
+        default=1, description="Samples of one prompt, in a row, in the batches of the student; for terms with groups."
+    )
     fake_score_updates: Updates = Field(default=5, description="Updates of the fake score for each of the student.")
     fake_score_start: Step = Field(
         default=0, description="Step at which the fake score (and a discriminator) start training: before DM does."
@@ -98,6 +115,16 @@ class DMDConfig(MethodConfig):
 
     def extra_models(self) -> list[str]:
         return [name for term in self._terms().values() for name in term.model_names]
+
+    def student_copies(self) -> list[str]:
+        found: dict[str, None] = {}
+        for term, settings in self.terms.on.items():
+            found |= dict.fromkeys(loss_terms.get(term).student_copies(settings))
+        return list(found)
+
+    def trained_rewards(self) -> dict[str, float]:
+        scored = [each for each in self.terms.on.values() if isinstance(each, ScoredTermSettings)]
+        return {reward.reward: reward.weight for settings in scored for reward in settings.rewards}
 
     @property
     def requires_real(self) -> bool:
@@ -132,7 +159,8 @@ class DMDConfig(MethodConfig):
     def check(self, stage: Stage) -> None:
         steps = stage.train.steps
         active = self.terms.active(steps)
-        if not active:
+        trained = {name: each for name, each in active.items() if not issubclass(loss_terms.get(name), WeightingTerm)}
+        if not trained:
             raise ValueError("method.terms: no term has a weight, the student would not be trained")
         for name, (_, weight) in active.items():
             if weight.breakpoints[-1] > steps:
@@ -143,6 +171,8 @@ class DMDConfig(MethodConfig):
             raise ValueError(f"method.real_source {self.real_source}: no term needs real latents; leave it out")
         if stage.trajectory.cache is not None and not self.samples_teacher:
             raise ValueError("trajectory.cache: no term uses the teacher's trajectories; leave it out")
+        if self.renoise.dyna_rs is not None:
+            self.renoise.dyna_rs.resolve(steps)
         for settings, _ in active.values():
             settings.check(stage, self)
         rank = stage.models.fake_score_rank
@@ -150,7 +180,8 @@ class DMDConfig(MethodConfig):
             raise ValueError(
                 "method.fake_score_ema_to_student needs adapters of one rank: leave models.fake_score_rank out"
             )
-        idle = first_gap([weight for _, weight in active.values()], steps)
+        self._check_groups(stage.train.batch_size, trained)
+        idle = first_gap([weight for _, weight in trained.values()], steps)
         if idle is not None:
             raise ValueError(f"method.terms: no term has a weight at step {idle}, after the student's training began")
         for name, (_, weight) in active.items():
@@ -160,6 +191,13 @@ class DMDConfig(MethodConfig):
                     raise ValueError(
                         f"method.fake_score_start: the fake score starts at step {start}, after {name} at step {first}"
                     )
+
+    def _check_groups(self, batch_size: int, trained: Mapping[str, object]) -> None:
+        if batch_size % self.group_size:
+            raise ValueError(f"train.batch_size {batch_size} is not a multiple of method.group_size {self.group_size}")
+        if self.group_size > 1 and self.requires_real:
+            real = next(name for name in trained if loss_terms.get(name).requires_real)
+            raise ValueError(f"method.group_size: {real} needs a real latent of each sample's own; set it to 1")
 
 
 def first_step(weight: Schedule, steps: int) -> int:

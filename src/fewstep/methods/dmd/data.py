@@ -13,6 +13,7 @@ from fewstep.data.image_batches import rendered_image_batches
 from fewstep.data.prompt_batches import prompt_batches
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
 from fewstep.data.text_prompts import encodable
+from fewstep.errors import UserError
 from fewstep.methods.base import DataSetup, MethodSetup
 from fewstep.methods.dmd import monitor
 from fewstep.methods.dmd.config import DMDConfig
@@ -38,6 +39,19 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
             *(config.num_real_images, train.batch_size, train.seed),
         )
     return {"train": sources["real"]} | sources if config.requires_real else sources
+
+
+def check_whole_groups(batch_size: int, group_size: int, processes: int) -> None:
+    """Check that each process has whole groups of its rows of a batch.
+
+    Raises:
+        UserError: a group would be divided.
+    """
+    if batch_size // processes % group_size:
+        raise UserError(
+            f"method.group_size {group_size}: {processes} processes have {batch_size // processes} samples of each "
+            f"batch, which are no whole groups; set train.batch_size to a multiple of {processes * group_size}"
+        )
 
 
 def teacher_latent_stats(setup: MethodSetup) -> dict[str, float]:

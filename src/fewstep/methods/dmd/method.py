@@ -7,7 +7,7 @@ matching) share one pseudo-target loss ``1/2 ||x0 - sg(x0 + sum_i w_i delta_i)||
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -22,19 +22,24 @@ from fewstep.core.schedules import Schedule
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.dmd import monitor
+from fewstep.methods.dmd.cold_start import DynaRS
 from fewstep.methods.dmd.config import DMDConfig, dmd_config_model, first_step
-from fewstep.methods.dmd.data import dmd_sources, teacher_latent_stats
+from fewstep.methods.dmd.data import check_whole_groups, dmd_sources, teacher_latent_stats
 from fewstep.methods.dmd.normalize import pseudo_target_loss
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.student_sampler import StudentSampler
 from fewstep.methods.dmd.terms.base import (
+    Collected,
     Direction,
     DirectionTerm,
     Level,
     LossTerm,
     RegularizerTerm,
     Renoised,
+    RolloutTerm,
+    StudentSample,
     TermSetup,
+    WeightingTerm,
 )
 
 
@@ -57,6 +62,7 @@ class DMD(DistillMethod):
         terms: by name, in the order in which they are computed.
         total_steps: of the training.
         reference: ``monitor.latent_stats`` of the teacher's samples, for metrics; empty leaves the comparison out.
+        group_size: samples of one prompt, in a row, in the student's batches.
     """
 
     alert_rules = monitor.ALERT_RULES
@@ -70,11 +76,23 @@ class DMD(DistillMethod):
         terms: Mapping[str, WeightedTerm],
         total_steps: int,
         reference: Mapping[str, float] | None = None,
+        group_size: int = 1,
     ) -> None:
         self.teacher, self.sampler, self.null, self.renoise = teacher, sampler, null, renoise
         self.terms, self.reference, self.step = terms, reference, 0
-        start = min(first_step(term.weight, total_steps) for term in terms.values())
-        self.trainables = [Trainable("student", sampler.student, self.compute_student_loss, start_step=start)]
+        self.group_size = group_size
+        trained = [each for each in terms.values() if not isinstance(each.term, WeightingTerm)]
+        start = min(first_step(each.weight, total_steps) for each in trained)
+        rollouts = [each.term for each in terms.values() if isinstance(each.term, RolloutTerm)]
+        self.trainables = [
+            Trainable(
+                *("student", sampler.student),
+                self.compute_collected_loss if rollouts else self.compute_student_loss,
+                updates_per_step=max((term.updates for term in rollouts), default=1),
+                start_step=start,
+                uses_collected=bool(rollouts),
+            )
+        ]
         for each in terms.values():
             self.trainables += each.term.trainables()
 
@@ -90,9 +108,11 @@ class DMD(DistillMethod):
     def build(cls, setup: MethodSetup) -> Self:
         recipe, models, config = setup.recipe, setup.models, setup.recipe.method
         assert isinstance(config, DMDConfig)
+        check_whole_groups(recipe.train.batch_size, config.group_size, setup.dist.world_size)
         teacher, student = models.teacher, recipe.student
         schedule = config.renoise
-        renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max)
+        levels = {} if schedule.dyna_rs is None else {"dm_levels": schedule.dyna_rs.resolve(recipe.train.steps)}
+        renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max, **levels)
         sampler = StudentSampler(
             *(models.student.denoiser, student.levels, teacher.shift),
             *(student.timestep_sampling, student.sampler, student.eta),
@@ -103,6 +123,7 @@ class DMD(DistillMethod):
             teacher=teacher,
             student=models.student.denoiser,
             extra=models.extra,
+            copies=models.copies,
             null=null,
             renoise=renoise,
             sigmas=sampler.sigmas,
@@ -111,19 +132,35 @@ class DMD(DistillMethod):
             sources=setup.sources,
             dist=setup.dist,
             sample=sampler.fresh,
+            endpoint=sampler.endpoint,
+            count_passes=setup.count_passes,
         )
         terms = {
             name: WeightedTerm(loss_terms.get(name).build(settings, term_setup), weight)
             for name, (settings, weight) in config.terms.active(recipe.train.steps).items()
         }
         reference = teacher_latent_stats(setup) if recipe.train.on_alert != "off" else {}
-        return cls(teacher.denoiser, sampler, null, renoise, terms, recipe.train.steps, reference)
+        return cls(teacher.denoiser, sampler, null, renoise, terms, recipe.train.steps, reference, config.group_size)
 
     def before_step(self, step: int) -> None:
         self.step = step
+        if isinstance(self.renoise.dm_levels, DynaRS):
+            self.renoise.dm_levels.step = step
+        for each in self.terms.values():
+            each.term.before_step(step)
+
+    def collect(self, batch: DistillBatch) -> Collected:
+        grouped, active = batch.grouped(self.group_size), self.active_terms(self.step)
+        rollouts = {name: term.collect(grouped) for name, term in active.items() if isinstance(term, RolloutTerm)}
+        return Collected(grouped, rollouts)
 
     def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`compute_collected_loss`, where no term collects anything."""
+        return self.compute_collected_loss(Collected(batch.grouped(self.group_size), {}))
+
+    def compute_collected_loss(self, collected: Collected) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the terms whose weight is positive at this step, and their metrics."""
+        batch = collected.batch
         weights = {name: each.weight(self.step) for name, each in self.terms.items()}
         active = self.active_terms(self.step)
         sample = self.sampler(batch) if any(term.uses_sample for term in active.values()) else None
@@ -134,18 +171,44 @@ class DMD(DistillMethod):
         if directions:
             assert sample is not None
             found = self.compute_directions(directions, sample.x0.detach(), sample.anchor, batch.prompts)
-            delta = sum((weights[name] * each.delta for name, each in found.items()), torch.zeros_like(sample.x0))
+            factors, metrics = self._sample_weights(active, weights, sample, batch)
+            delta = torch.zeros_like(sample.x0)
+            for name, each in found.items():
+                weighted = weights[name] * each.delta
+                delta = delta + (weighted * flow.append_dims(factors[name], weighted) if name in factors else weighted)
+            sample = replace(sample, direction=delta)
             loss = pseudo_target_loss(sample.x0, delta)
             metrics |= self._direction_metrics(found)
         for name, term in active.items():
             if isinstance(term, RegularizerTerm):
                 value = term.loss(sample, batch)
-                loss = loss + weights[name] * value
-                metrics[name] = value.detach()
+            elif isinstance(term, RolloutTerm):
+                value = term.loss(collected.rollouts[name])
+            else:
+                continue
+            loss = loss + weights[name] * value
+            metrics |= {name: value.detach(), **term.metrics()}
         if sample is not None:
             stats = monitor.latent_stats(sample.x0.detach())
             metrics |= stats | (monitor.relative_to(stats, self.reference) if self.reference else {})
         return loss, metrics
+
+    def _sample_weights(
+        self, active: Mapping[str, LossTerm], weights: Mapping[str, float], sample: StudentSample, batch: DistillBatch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By direction, the product of the weights [B] that the weighting terms give its samples; and their metrics."""
+        factors: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for name, term in active.items():
+            if not isinstance(term, WeightingTerm):
+                continue
+            found = term.sample_weights(weights[name], sample, batch)
+            if found is None:
+                found = torch.ones(len(batch), device=sample.x0.device)
+            metrics |= {name: found.mean(), f"{name}_std": found.std(correction=0), **term.metrics()}
+            for other in term.applies_to or active:
+                factors[other] = factors[other] * found if other in factors else found
+        return factors, metrics
 
     @torch.no_grad()
     def compute_directions(
@@ -176,6 +239,8 @@ class DMD(DistillMethod):
             for prompt in term.teacher_prompts:
                 at = renoised[term.level]
                 inputs[id(at), prompt] = at, prompts if prompt == "cond" else null
+        if not inputs:
+            return {term: [] for term in terms}
         x0 = predict_x0(
             self.teacher,
             torch.cat([at.x for at, _ in inputs.values()]),
@@ -198,6 +263,21 @@ class DMD(DistillMethod):
         for each in self.terms.values():
             each.term.after_step(step)
         return {}
+
+    def frozen_bytes(self) -> dict[str, float]:
+        rewards = sum(each.term.frozen_bytes() for each in self.terms.values())
+        return {"rewards": rewards} if rewards else {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The terms' states, as ``<term>.<name>``."""
+        return {
+            f"{name}.{key}": value for name, each in self.terms.items() for key, value in each.term.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, each in self.terms.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            each.term.load_state_dict(own)
 
     def dry_run(self, batch: DistillBatch) -> Iterator[tuple[Trainable, Callable[[], Tensor]]]:
         """All losses, once for each set of terms that is on at some step: their graphs are in memory together."""

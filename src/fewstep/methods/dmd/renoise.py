@@ -6,6 +6,7 @@ matching at all levels. Levels are drawn before the shift and shifted afterwards
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,24 +35,33 @@ class Renoise:
         schedule: a row of the table; ``u_a`` is the anchor.
         shift: shift of the model's noise levels.
         low, high: sigmas are clamped to [low, high] after the shift.
+        dm_levels: turns the uniform draws of u_DM, and those of the fake score's loss, into others in [0, 1].
     """
 
     schedule: Schedule
     shift: float
     low: float = 0.02
     high: float = 0.98
+    dm_levels: Callable[[Tensor], Tensor] = lambda u: u
 
     def sample_sigmas(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma_CA, sigma_DM), each [B], for the pre-shift anchors [B] of the student's inputs."""
         bound_ca = anchor if self.schedule in ("constrained", "hybrid") else torch.ones_like(anchor)
         bound_dm = anchor if self.schedule == "constrained" else torch.ones_like(anchor)
-        u_ca = torch.rand_like(anchor) * bound_ca
-        u_dm = u_ca if self.schedule == "shared" else torch.rand_like(anchor) * bound_dm
-        return self.sigma(u_ca), self.sigma(u_dm)
+        u_ca = torch.rand_like(anchor)
+        if self.schedule == "shared":
+            u_ca = u_dm = self.dm_levels(u_ca)
+        else:
+            u_dm = self.dm_levels(torch.rand_like(anchor))
+        return self.sigma(u_ca * bound_ca), self.sigma(u_dm * bound_dm)
 
     def sample_sigma(self, x: Tensor) -> Tensor:
         """One sigma for each sample of ``x`` [B, ...]: u ~ U(0, 1), shifted and clamped, [B]."""
         return self.sigma(torch.rand_like(x.flatten(1)[:, 0]))
+
+    def sample_fake_sigma(self, x: Tensor) -> Tensor:
+        """As :meth:`sample_sigma`, for the fake score's loss: with the levels of DM."""
+        return self.sigma(self.dm_levels(torch.rand_like(x.flatten(1)[:, 0])))
 
     def sigma(self, u: Tensor) -> Tensor:
         """Pre-shift levels -> sigmas, shifted and clamped."""

@@ -49,6 +49,13 @@ class StudentSampler:
         x0 = predict_x0(self.student, z, sigma, batch.prompts)
         return StudentSample(x0, z, sigma, torch.full_like(sigma, anchors[-1]), batch.prompts)
 
+    def endpoint(self, batch: DistillBatch) -> Tensor:
+        """Samples x0 [B, C, ..., H, W] at the end of the whole rollout at inference's levels, with gradient through the
+        last step alone."""
+        sigmas = self.sigmas[:-1]
+        z = backward_simulation(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
+        return predict_x0(self.student, z, torch.full((len(z),), sigmas[-1], device=z.device), batch.prompts)
+
     @torch.no_grad()
     def fresh(self, batch: DistillBatch) -> Tensor:
         """Samples x0 [B, C, ..., H, W] without gradient."""

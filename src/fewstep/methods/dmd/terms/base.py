@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class StudentSample:
         z: [B, C, ..., H, W], its input, from backward simulation.
         sigma, anchor: [B], the noise level of z, after and before the shift.
         prompts: B of them.
+        direction: [B, C, ..., H, W], the weighted sum of all directions at x0, without gradient; None where no term
+            has one.
     """
 
     x0: Tensor
@@ -49,6 +51,7 @@ class StudentSample:
     sigma: Tensor
     anchor: Tensor
     prompts: EncodedPrompts
+    direction: Tensor | None = None
 
 
 #: The two noise levels of a renoise schedule.
@@ -82,15 +85,19 @@ class TermSetup:
 
     Attributes:
         student: the trained denoiser. extra: further trained copies by name, such as "fake_score".
+        copies: frozen copies of the student as it is when the training begins, by name.
         null: the encoded empty prompt, a batch of one.
         sigmas: the student's noise levels from 1 down, with the terminal 0.
+        count_passes: only denoiser passes are counted, nothing else need be computed.
         sources: the method's batch sources. sample: batch -> fresh student samples x0, without gradient.
+        endpoint: batch -> samples x0 at the end of the student's whole rollout, with gradient through its last step.
     """
 
     config: DMDConfig
     teacher: TextToImagePipeline
     student: nn.Module
     extra: Mapping[str, nn.Module]
+    copies: Mapping[str, nn.Module]
     null: EncodedPrompts
     renoise: Renoise
     sigmas: Sequence[float]
@@ -99,6 +106,8 @@ class TermSetup:
     sources: Mapping[str, BatchSource]
     dist: DistContext
     sample: Callable[[DistillBatch], Tensor]
+    endpoint: Callable[[DistillBatch], Tensor]
+    count_passes: bool = False
 
 
 class LossTerm(ABC):
@@ -115,7 +124,7 @@ class LossTerm(ABC):
     Settings: ClassVar[type[TermSettings]] = TermSettings
     requires_real: ClassVar[bool] = False
     measures_real: ClassVar[bool] = False
-    uses_sample: ClassVar[bool] = True
+    uses_sample: bool = True
     trainable_names: ClassVar[tuple[str, ...]] = ()
     model_names: ClassVar[tuple[str, ...]] = ()
 
@@ -128,12 +137,35 @@ class LossTerm(ABC):
         """Every metric that it may give, as ``<part>/<name>``; None if they are not known beforehand."""
         return None
 
+    @classmethod
+    def student_copies(cls, settings: TermSettings) -> tuple[str, ...]:
+        """Names of the frozen copies of the student, as it is when the training begins, that it needs."""
+        return ()
+
     def trainables(self) -> list[Trainable]:
         """Its own trainable parts, with their losses."""
         return []
 
+    def frozen_bytes(self) -> float:
+        """Bytes of frozen weights that it needs on the device beside the models, such as rewards; for ``plan``."""
+        return 0.0
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Further metrics of its last loss, by name."""
+        return {}
+
+    def before_step(self, step: int) -> None:  # noqa: B027  # optional
+        """Called before each step of the trainer; ``step`` counts finished steps."""
+
     def after_step(self, step: int) -> None:  # noqa: B027  # optional
         """Called after each step of the trainer; ``step`` counts finished steps."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State besides the weights of its trainables, for checkpoints; the same on every process."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027  # optional
+        """Restores what :meth:`state_dict` gave."""
 
 
 class DirectionTerm(LossTerm):
@@ -146,7 +178,7 @@ class DirectionTerm(LossTerm):
     """
 
     level: ClassVar[Level]
-    teacher_prompts: ClassVar[tuple[Literal["cond", "null"], ...]] = ()
+    teacher_prompts: tuple[Literal["cond", "null"], ...] = ()
 
     @abstractmethod
     def direction(
@@ -166,3 +198,48 @@ class RegularizerTerm(LossTerm):
     @abstractmethod
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
         """A scalar with gradient to the student alone; ``sample`` is None where no active term uses samples."""
+
+
+class WeightingTerm(LossTerm):
+    """A term that has no loss of its own, but multiplies the directions of other terms, sample by sample.
+
+    Attributes:
+        applies_to: the terms whose directions it multiplies; empty is all.
+    """
+
+    applies_to: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def sample_weights(self, share: float, sample: StudentSample, batch: DistillBatch) -> Tensor | None:
+        """A weight for each sample [B], without gradient; None is 1 for all.
+
+        Args:
+            share: the term's own weight at this step.
+        """
+
+
+class RolloutTerm(LossTerm):
+    """A term that makes samples of its own, once a step, and takes one or several updates on them.
+
+    Attributes:
+        updates: of the student on what was collected, in each step.
+    """
+
+    uses_sample = False
+    updates: int = 1
+
+    @abstractmethod
+    def collect(self, batch: DistillBatch) -> Any:
+        """Rollouts, scores and log-probabilities, without gradient. Called once a step and batch."""
+
+    @abstractmethod
+    def loss(self, collected: Any) -> Tensor:
+        """A scalar with gradient to the student alone, of what :meth:`collect` returned."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A batch of the student's, and what each rollout term collected on it."""
+
+    batch: DistillBatch
+    rollouts: Mapping[str, Any]

@@ -7,13 +7,15 @@ by flow matching on fresh student samples (two time scales: arXiv 2405.14867, se
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Self
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from fewstep.config.schedule import resolve_step
 from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser, predict_x0
@@ -21,10 +23,16 @@ from fewstep.core.method import Trainable
 from fewstep.core.registry import loss_terms
 from fewstep.data.batch import DistillBatch
 from fewstep.errors import UserError
+from fewstep.methods.dmd.cold_start import DynaDGSettings, guidance_share
 from fewstep.methods.dmd.monitor import fake_score_loss_ratio
 from fewstep.methods.dmd.normalize import dmd_weight
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.base import Direction, DirectionTerm, Renoised, TermSettings, TermSetup
+from fewstep.models.adapters import AdapterDenoiser
+
+if TYPE_CHECKING:
+    from fewstep.config.recipe import Stage
+    from fewstep.methods.dmd.config import DMDConfig
 
 
 def distribution_matching(x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
@@ -54,6 +62,21 @@ class DistributionMatchingSettings(TermSettings):
         default_factory=dict,
         description="Distribution matching at downsampled latents besides: factor -> weight relative to the term's.",
     )
+    dyna_dg: DynaDGSettings | None = Field(
+        None, description="DynaDG: the real score begins between teacher and fake score (DMDR); null is off."
+    )
+
+    def check(self, stage: Stage, method: DMDConfig) -> None:
+        """DynaDG adds the fake score's adapter to the teacher, which full copies do not have."""
+        if self.dyna_dg is None:
+            return
+        if stage.models.train != "lora":
+            raise ValueError(
+                "method.terms.distribution_matching.dyna_dg needs the fake score as an adapter on the teacher: set "
+                "models.train: lora, or leave it out"
+            )
+        if resolve_step(self.dyna_dg.steps, stage.train.steps) < 1:
+            raise ValueError("method.terms.distribution_matching.dyna_dg.steps: it must last at least 1 step")
 
 
 @loss_terms.register("distribution_matching")
@@ -66,11 +89,12 @@ class DistributionMatching(DirectionTerm):
         eps: lower bound of the per-sample normalizer.
         updates, start_step: of the fake score; see ``Trainable``.
         ema_to_student: share by which the fake score's weights move to the student's after each step.
+        guidance: step -> scale of the fake score's adapter in the real score (DynaDG); the fake score is one then.
     """
 
     Settings = DistributionMatchingSettings
     level = "dm"
-    teacher_prompts = ("cond",)
+    teacher_prompts: tuple[Literal["cond", "null"], ...] = ("cond",)
     trainable_names = model_names = ("fake_score",)
 
     def __init__(
@@ -86,10 +110,12 @@ class DistributionMatching(DirectionTerm):
         updates: int = 5,
         start_step: int = 0,
         ema_to_student: float = 0.0,
+        guidance: Callable[[int], float] | None = None,
     ) -> None:
         self.teacher, self.student, self.fake_score = teacher, student, fake_score
         self.renoise, self.sample, self.scales, self.eps = renoise, sample, scales or {}, eps
         self.updates, self.start_step, self.ema_to_student = updates, start_step, ema_to_student
+        self.guidance, self.real_score = guidance, teacher
 
     @classmethod
     def metric_names(cls, settings: TermSettings) -> set[str]:
@@ -110,6 +136,10 @@ class DistributionMatching(DirectionTerm):
                     f"method.terms.distribution_matching.scales: {rows}x{columns} latents cannot be downsampled by "
                     f"{factor} in patches of {patch}"
                 )
+        guidance = None
+        if settings.dyna_dg is not None:
+            last = resolve_step(settings.dyna_dg.steps, setup.total_steps)
+            guidance = partial(guidance_share, start=settings.dyna_dg.scale, steps=last)
         dmd = setup.config
         return cls(
             *(setup.teacher.denoiser, setup.student, setup.extra["fake_score"], setup.renoise, setup.sample),
@@ -118,12 +148,25 @@ class DistributionMatching(DirectionTerm):
             updates=dmd.fake_score_updates,
             start_step=dmd.fake_score_start_step(setup.total_steps),
             ema_to_student=dmd.fake_score_ema_to_student,
+            guidance=guidance,
         )
+
+    def before_step(self, step: int) -> None:
+        """Sets the real score of this step: the teacher, whose predictions are shared with other terms, or under DynaDG
+        the teacher with a part of the fake score's adapter."""
+        if self.guidance is None:
+            return
+        scale = self.guidance(step)
+        self.real_score, self.teacher_prompts = self.teacher, ("cond",)
+        if scale > 0:
+            assert isinstance(self.fake_score, AdapterDenoiser)
+            adapters = {name: scale * own for name, own in self.fake_score.adapters.items()}
+            self.real_score, self.teacher_prompts = AdapterDenoiser(self.fake_score.base, adapters), ()
 
     def direction(
         self, x0: Tensor, anchor: Tensor, prompts: EncodedPrompts, renoised: Renoised, teacher: Sequence[Tensor]
     ) -> Direction:
-        (x0_teacher,) = teacher
+        x0_teacher = teacher[0] if teacher else predict_x0(self.real_score, renoised.x, renoised.sigma, prompts)
         x0_fake = predict_x0(self.fake_score, renoised.x, renoised.sigma, prompts)
         dm = distribution_matching(x0_teacher, x0_fake)
         delta = dm / dmd_weight(x0_teacher, x0, self.eps)
@@ -139,7 +182,7 @@ class DistributionMatching(DirectionTerm):
         """The normalized direction at downsampled samples, with fresh noise."""
         _, sigma = self.renoise.sample_sigmas(anchor)
         noisy = flow.add_noise(x0, sigma, torch.randn_like(x0))
-        x0_teacher = predict_x0(self.teacher, noisy, sigma, prompts)
+        x0_teacher = predict_x0(self.real_score, noisy, sigma, prompts)
         dm = distribution_matching(x0_teacher, predict_x0(self.fake_score, noisy, sigma, prompts))
         return dm / dmd_weight(x0_teacher, x0, self.eps)
 
@@ -157,7 +200,7 @@ class DistributionMatching(DirectionTerm):
 
     def flow_matching_loss(self, x0: Tensor, prompts: EncodedPrompts) -> Tensor:
         """``||velocity - (eps - x0)||^2`` of the fake score at random levels, mean over all elements."""
-        sigma = self.renoise.sample_sigma(x0)
+        sigma = self.renoise.sample_fake_sigma(x0)
         eps = torch.randn_like(x0)
         velocity = self.fake_score(flow.add_noise(x0, sigma, eps), sigma, prompts)
         return (velocity - (eps - x0)).square().mean()

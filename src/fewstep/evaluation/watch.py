@@ -1,0 +1,124 @@
+"""The watch for reward hacking: what is trained on beside what is not, on fixed prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fewstep.config.sections import WatchSettings
+from fewstep.core.seeds import image_seed
+from fewstep.errors import UserError
+from fewstep.evaluation import metrics as measure
+from fewstep.evaluation.feature_networks import open_features
+from fewstep.evaluation.images import as_float
+from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
+from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.rewards.guarded import guarded_scores
+from fewstep.rewards.open import open_reward
+from fewstep.training.alerts import DivergenceRule
+
+REWARD, DIVERSITY, DISTANCE = "val/reward", "val/diversity", "val/fd_teacher"
+
+_MICRO_BATCH = 8
+_CAUSE = (
+    "the student exploits the reward; lower its weight or balance, raise that of distribution_matching, or keep an "
+    "earlier checkpoint"
+)
+
+
+def watch_metrics(rewards: Mapping[str, float]) -> list[str]:
+    """The names of the metrics of :class:`RewardWatch`."""
+    single = [f"{REWARD}_{name}" for name in _names(rewards)] if len(rewards) > 1 else []
+    return [REWARD, *single, DIVERSITY, DISTANCE] if rewards else []
+
+
+def hacking_rules(scores: Sequence[str], settings: WatchSettings) -> list[DivergenceRule]:
+    """Alarms for each measure that is not trained on: the reward is above its value at the start, the measure below
+    ``settings.share`` of its own, for ``settings.steps`` steps.
+
+    Args:
+        scores: names of the metrics of scorers, of which more is better.
+    """
+    return [DivergenceRule(REWARD, name, settings.share, settings.steps, _CAUSE) for name in (*scores, DIVERSITY)]
+
+
+class RewardWatch:
+    """Measures a student's images by the rewards it is trained on, by diversity, and by distance to the teacher's.
+
+    Args:
+        rewards: "name" or "name:argument" -> weight.
+        features: the feature network of diversity and distance.
+
+    Raises:
+        UserError: a reward or the network cannot be opened.
+    """
+
+    def __init__(
+        self,
+        student: TextToImagePipeline,
+        teacher: TextToImagePipeline,
+        prompts: Sequence[str],
+        rewards: Mapping[str, float],
+        features: str,
+        settings: WatchSettings,
+    ) -> None:
+        self.student, self.teacher, self.prompts, self.settings = student, teacher, list(prompts), settings
+        self.weights = dict(zip(_names(rewards), rewards.values(), strict=True))
+        opened = [open_reward(spec, student.device) for spec in rewards]
+        self.rewards = dict(zip(self.weights, opened, strict=True))
+        self.network = open_features(features, student.device)
+
+    @cached_property
+    def teacher_features(self) -> Tensor:
+        """Features of the teacher's images of the same prompts and seeds, made once."""
+        scale = self.teacher.generation_config.guidance_scale
+        params = SamplingParams(steps=self.settings.teacher_steps, guidance_scale=scale)
+        return self.network(generate(self.teacher, self.prompts, params).images)
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        """``val/reward`` (the weighted sum of the rewards' means), each reward's mean where there are several,
+        ``val/diversity`` and ``val/fd_teacher``.
+
+        Args:
+            images: uint8 [N, H, W, 3], of the prompts.
+        """
+        pixels = as_float(images).to(self.student.device)
+        means = {}
+        for name, reward in self.rewards.items():
+            scores, _ = guarded_scores(reward, pixels, self.prompts, _MICRO_BATCH)
+            means[name] = float(scores.nanmean())
+        found = {REWARD: sum(self.weights[name] * mean for name, mean in means.items())}
+        if len(means) > 1:
+            found |= {f"{REWARD}_{name}": mean for name, mean in means.items()}
+        features = self.network(images)
+        found[DIVERSITY] = measure.diversity(self._seed_features(features))
+        if len(images) > 1:
+            found[DISTANCE] = measure.frechet_distance(features, self.teacher_features)
+        return found
+
+    def _seed_features(self, features: Tensor) -> Tensor:
+        """[P, S, D] of several seeds of the first prompts, of which the main images are the first."""
+        some = self.prompts[: self.settings.diversity_prompts]
+        more = [prompt for prompt in some for _ in range(self.settings.diversity_seeds - 1)]
+        params = SamplingParams(seed=image_seed(0, len(self.prompts)))
+        others = self.network(generate(self.student, more, params).images).unflatten(0, (len(some), -1))
+        return torch.cat([features[: len(some), None], others], dim=1)
+
+
+def check_untrained(rewards: Mapping[str, float], scorers: Sequence[str] | None) -> None:
+    """Raises: UserError if the result would be measured by what is trained on."""
+    both = [spec for spec in scorers or () if spec in rewards]
+    if both:
+        raise UserError(
+            f"evaluate.scorers: {both[0]} is trained on, which a scorer must not be; it is logged as {REWARD} anyway"
+        )
+
+
+def _names(rewards: Mapping[str, float]) -> list[str]:
+    """The rewards' names for metrics, the argument left out where that tells them apart."""
+    short = [spec.partition(":")[0] for spec in rewards]
+    return short if len(set(short)) == len(short) else list(rewards)

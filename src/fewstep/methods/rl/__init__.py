@@ -1,0 +1,1 @@
+"""The mathematics of reward terms: pure functions of scores, samples and log-probabilities."""

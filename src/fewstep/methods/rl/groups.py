@@ -1,0 +1,34 @@
+"""Groups of samples of one prompt: what is better than its group, and by how much."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.rewards.moments import Reduce
+
+
+def group_advantages(
+    scores: Tensor, size: int, *, floor: float, bound: float = 5.0, reduce: Reduce = lambda tensor: tensor
+) -> Tensor:
+    """``(score - mean of its group) / max(deviation of all scores, floor)``, at most ``bound`` in magnitude: [B].
+
+    Mean per prompt and one deviation for all (Flow-GRPO, arXiv 2505.05470, and RTDMD, arXiv 2605.26108): a group whose
+    scores hardly differ gets small advantages, and one whose scores are equal gets none. A score that is NaN has
+    advantage 0 and does not count.
+
+    Args:
+        scores: [B], B a multiple of ``size``; every ``size`` in a row are one group, whole on this process.
+        floor: least deviation that is divided by, in the scores' units.
+        reduce: sums over processes, so that the deviation is that of all their scores.
+    """
+    groups = scores.detach().float().unflatten(0, (-1, size))
+    scored = ~groups.isnan()
+    values = groups.nan_to_num(nan=0.0)
+    mean = values.sum(dim=1, keepdim=True) / scored.sum(dim=1, keepdim=True).clamp(min=1)
+    exact = values.double()
+    count, total, squares = reduce(torch.stack([scored.sum().double(), exact.sum(), exact.square().sum()])).unbind()
+    count = count.clamp(min=1)
+    deviation = (squares / count - (total / count).square()).clamp(min=floor**2).sqrt()
+    advantages = torch.where(scored, values - mean, 0.0) / deviation.float()
+    return advantages.clamp(-bound, bound).flatten()
