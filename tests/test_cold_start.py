@@ -89,7 +89,7 @@ LORA = [
 
 
 def test_the_real_score_is_the_teacher_with_a_part_of_the_fake_scores_adapter(tiny_folder):
-    recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", *LORA])
+    recipe = load_recipe("micro-aligned", [f"teacher={tiny_folder}", *LORA])
     models = build_models(recipe, load(tiny_folder), ["fake_score"])
     fake = models.extra["fake_score"]
     for weight in fake.parameters():
@@ -125,7 +125,7 @@ def test_the_real_score_is_the_teacher_with_a_part_of_the_fake_scores_adapter(ti
 )
 def test_schedules_that_cannot_be_are_refused(override, message):
     with pytest.raises(UserError, match=message):
-        load_recipe("micro-turbo", [override])
+        load_recipe("micro-aligned", [override])
 
 
 # --- the tilted teacher -----------------------------------------------------------------------------------------

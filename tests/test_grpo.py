@@ -130,7 +130,7 @@ def test_kl_pulls_back_to_the_reference():
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_reference_is_a_frozen_copy_of_the_student_as_it_begins(tiny_folder, train):
-    recipe = load_recipe("micro-turbo", [f"teacher={tiny_folder}", f"models.train={train}"])
+    recipe = load_recipe("micro-aligned", [f"teacher={tiny_folder}", f"models.train={train}"])
     models = build_models(recipe, load(tiny_folder), ["fake_score"], copies=["reference"])
     reference, student = models.copies["reference"], models.student.denoiser
     x, sigma, prompts = torch.randn(1, 16, 8, 8), torch.full((1,), 0.7), models.teacher.encode(["a fox"])
@@ -157,10 +157,10 @@ TERMS = "method.terms={cfg_augmentation: {}, distribution_matching: {}, grpo: {r
 )
 def test_recipes_that_cannot_be_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
-        load_recipe("micro-turbo", [TERMS, "method.fake_score_start=0", "method.group_size=4", *overrides])
+        load_recipe("micro-aligned", [TERMS, "method.fake_score_start=0", "method.group_size=4", *overrides])
 
 
 @pytest.mark.parametrize("name", ["nft", "diffusion-nft", "awm", "rwfm"])
 def test_objectives_that_fail_on_distilled_students_are_refused_with_the_reason(name):
     with pytest.raises(UserError, match=f"{name} is refused for distilled students: .*; use reward for rewards"):
-        load_recipe("micro-turbo", [f"method.terms={{distribution_matching: {{}}, {name}: {{}}}}"])
+        load_recipe("micro-aligned", [f"method.terms={{distribution_matching: {{}}, {name}: {{}}}}"])

@@ -116,7 +116,7 @@ GROUPED = (
 )
 def test_recipes_that_cannot_be_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
-        load_recipe("micro-turbo", ["method.fake_score_start=0", *overrides])
+        load_recipe("micro-aligned", ["method.fake_score_start=0", *overrides])
 
 
 # --- in the objective -------------------------------------------------------------------------------------------

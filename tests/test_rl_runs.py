@@ -38,9 +38,9 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 def test_a_run_with_every_reward_term_resumes_exactly(tiny_folder, tmp_path):
     more = [f"teacher={tiny_folder}", *ALL]
-    api.distill("micro-turbo", tmp_path / "whole", overrides=[*more, "train.steps=4"])
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=4", "train.max_minutes=1.0e-6"])
-    api.distill("micro-turbo", tmp_path / "parts", overrides=[*more, "train.steps=4"])
+    api.distill("micro-aligned", tmp_path / "whole", overrides=[*more, "train.steps=4"])
+    api.distill("micro-aligned", tmp_path / "parts", overrides=[*more, "train.steps=4", "train.max_minutes=1.0e-6"])
+    api.distill("micro-aligned", tmp_path / "parts", overrides=[*more, "train.steps=4"])
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert [line["step"] for line in lines(tmp_path / "whole")] == [1, 2, 3, 4]
     logged = set(lines(tmp_path / "whole")[-1])
@@ -48,7 +48,7 @@ def test_a_run_with_every_reward_term_resumes_exactly(tiny_folder, tmp_path):
         *("student/reward", "student/reward_factor", "student/score_python", "student/reward_tilt"),
         *("student/reward_weighting_std", "student/advantage_weighting_std", "student/grpo", "student/grpo_kl"),
     }
-    recipe = load_recipe("micro-turbo", [*more, "train.steps=4"])
+    recipe = load_recipe("micro-aligned", [*more, "train.steps=4"])
     known = recipe.method.metric_names(recipe)
     unknown = {name for name in logged if name.startswith("student/")} - known
     assert unknown <= {f"student/{name}" for name in ("loss", "grad_norm", "lr", "nonfinite_skips")}
@@ -72,7 +72,7 @@ def test_two_processes_equal_one(tiny_folder, tmp_path):
             "-m",
             "fewstep",
             "distill",
-            "micro-turbo",
+            "micro-aligned",
             "--out",
             str(tmp_path / str(processes)),
         ]
@@ -88,12 +88,12 @@ def test_two_processes_equal_one(tiny_folder, tmp_path):
 def test_a_plan_counts_the_rewards(tiny_folder):
     """HPSv2.1's two towers in fp32, and the activations of one image at a time; the passes of the rollouts."""
     more = [f"teacher={tiny_folder}", *SHORT, "train.batch_size=4"]
-    plain = plan(load_recipe("micro-turbo", [*more, "method.terms={distribution_matching: {}}"]))
+    plain = plan(load_recipe("micro-aligned", [*more, "method.terms={distribution_matching: {}}"]))
     found = {}
     for micro_batch in (1, 4):
         reward = f"reward: {{rewards: [{{reward: 'hpsv2:models/none'}}], micro_batch: {micro_batch}}}"
         found[micro_batch] = plan(
-            load_recipe("micro-turbo", [*more, f"method.terms={{distribution_matching: {{}}, {reward}}}"])
+            load_recipe("micro-aligned", [*more, f"method.terms={{distribution_matching: {{}}, {reward}}}"])
         )
     assert "rewards" not in plain.memory
     assert found[1].memory["rewards"] == 4 * 986_109_441
@@ -108,4 +108,4 @@ def test_a_reward_without_gradient_is_refused_where_one_is_needed(tiny_folder, t
     terms = "distribution_matching: {}, reward: {rewards: [{reward: 'python:builtins:len'}]}"
     overrides = [f"teacher={tiny_folder}", *SHORT, f"method.terms={{{terms}}}", "train.steps=1"]
     with pytest.raises(UserError, match=r"python:builtins:len has no gradient; use it in reward_weighting, grpo"):
-        api.distill("micro-turbo", tmp_path / "run", overrides=overrides)
+        api.distill("micro-aligned", tmp_path / "run", overrides=overrides)

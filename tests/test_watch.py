@@ -121,7 +121,7 @@ def test_a_guard_that_is_no_metric_is_refused():
             f"train.keep_best={{metric: student/loss, at_least: {{{metric}: 0.9}}}}",
         ]
         with pytest.raises(UserError, match=message):
-            api.load_recipe("micro-turbo", overrides)
+            api.load_recipe("micro-aligned", overrides)
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------
