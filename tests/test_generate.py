@@ -114,6 +114,27 @@ def test_image_does_not_depend_on_its_batch(tiny):
     assert difference(together, whole) > 1
 
 
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("sampler", ["euler", "sde"])
+def test_on_a_cpu_no_bit_depends_on_the_batch(tiny, sampler, guidance):
+    """Latents and images, with prompts of several padded lengths; a plain batch differs, else there were no need."""
+    prompts = [*PROMPTS, "a fox", "a bear on a red background"]
+    options = {"steps": 3, "guidance_scale": guidance, "sampler": sampler}
+
+    def drawn(prompts, seeds):
+        last = []
+        made = generate(tiny, prompts, SamplingParams(seeds=tuple(seeds), **options), last.append)
+        return made.images, last[-1].sampler_step.x_next
+
+    images, latents = drawn(prompts, range(5))
+    for row, prompt in enumerate(prompts):
+        image, latent = drawn([prompt], [row])
+        assert torch.equal(image[0], images[row])
+        assert torch.equal(latent[0], latents[row])
+    some, _ = drawn(prompts[3:0:-1], [3, 2, 1])
+    assert torch.equal(some, images[[3, 2, 1]])
+
+
 def test_large_images_are_sampled_and_decoded_in_small_batches(tiny, monkeypatch):
     assert [max_batch_size(side, side) for side in (64, 128, 512, 1024, 4096)] == [64, 64, 8, 2, 1]
     assert [max_decode_batch_size(side, side) for side in (512, 1024, 4096)] == [4, 1, 1]

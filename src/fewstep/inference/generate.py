@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.core.batch_invariance import batch_invariant
 from fewstep.core.batching import batched, max_decode_batch_size
+from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.samplers import SamplerStep, iterate
@@ -98,7 +100,8 @@ def generate(
     params: SamplingParams | None = None,
     callback: Callback | None = None,
 ) -> GenerationResult:
-    """Generate one image for each prompt. An image depends on its prompt and seed, not on its batch.
+    """Generate one image for each prompt. An image depends on its prompt and seed, not on its batch: to the bit on a
+    CPU, but for compiled blocks, and up to rounding on a GPU.
 
     Args:
         params: unset, the model's defaults.
@@ -147,20 +150,31 @@ def generate_batches(
                     if callback is not None:
                         _report(callback, part, step, resolved.steps)
             _warn_if_not_finite(x, part)
-            decoded = batched(len(x), max_decode_batch_size(resolved.height, resolved.width))
-            images = torch.cat([to_uint8(pipeline.decode(x[some])).cpu() for some in decoded])
+            images = _decode(pipeline, x, resolved)
             seconds = time.perf_counter() - start
             yield GeneratedBatch(range(part.start, part.stop), images, _nfe(resolved, sigmas), seconds)
 
 
 def _guided(pipeline: TextToImagePipeline, params: ResolvedParams) -> Denoiser:
     """The pipeline's denoiser, with classifier-free guidance if there is any."""
+
+    def denoiser(x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        with batch_invariant(x.device):
+            return pipeline.denoiser(x, sigma, prompts)
+
     if params.guidance_scale == 0:
-        return pipeline.denoiser
+        return denoiser
     negative = pipeline.encode([params.negative_prompt], system=params.system_prompt)
     return ClassifierFreeGuidance(
-        pipeline.denoiser, negative, params.guidance_scale + 1, params.cfg_normalization, params.cfg_truncation
+        denoiser, negative, params.guidance_scale + 1, params.cfg_normalization, params.cfg_truncation
     )
+
+
+def _decode(pipeline: TextToImagePipeline, latents: Tensor, params: ResolvedParams) -> Tensor:
+    """uint8 [B, H, W, 3] on the CPU."""
+    alone = latents.device.type == "cpu"  # where a batch is no faster, and would change the last bits
+    size = 1 if alone else max_decode_batch_size(params.height, params.width)
+    return torch.cat([to_uint8(pipeline.decode(latents[some])).cpu() for some in batched(len(latents), size)])
 
 
 def _nfe(params: ResolvedParams, sigmas: Sequence[float]) -> int:

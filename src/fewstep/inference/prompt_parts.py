@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.batching import batched
 from fewstep.models.pipeline import TextToImagePipeline
 
 PART = 128  # prompts encoded together: few moves of an offloaded text encoder, and at most 0.7 GB for Z-Image
@@ -34,5 +35,10 @@ class PromptParts:
         if first not in self._range or stop > self._range.stop:
             self._range = range(first, max(stop, min(first + PART, len(self.prompts))))
             texts = self.prompts[self._range.start : self._range.stop]
-            self._part = self.pipeline.encode(texts, system=self.system, assistant_prefix=self.assistant_prefix)
+            # On a CPU each prompt alone: its last bits would depend on the others of a batch, and on their lengths.
+            size = 1 if self.pipeline.device.type == "cpu" else PART
+            self._part = EncodedPrompts.concat([self._encode(texts[some]) for some in batched(len(texts), size)])
         return self._part[first - self._range.start : stop - self._range.start]
+
+    def _encode(self, texts: Sequence[str]) -> EncodedPrompts:
+        return self.pipeline.encode(texts, system=self.system, assistant_prefix=self.assistant_prefix)
