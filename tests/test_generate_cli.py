@@ -1,11 +1,13 @@
 """`fewstep generate`: its outputs, its options, and one line for every mistake."""
 
+import json
 import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from fewstep.cli.main import app
+from fewstep.inference.image_metadata import read_metadata
 
 
 def run(*words):
@@ -51,6 +53,31 @@ def test_options_for_speed_and_memory(tiny_folder, tmp_path):
     assert_one_error(run("generate", tiny_folder, "a fox", "-o", plain, "--attention-backend", "guess"), "guess")
     assert_one_error(run("generate", tiny_folder, "a fox", "-o", plain, "--attention-backend", "flash"), "flash")
     assert_one_error(run("generate", tiny_folder, "a fox", "-o", plain, "--dtype", "fp16"), "overflow")
+
+
+def test_an_image_is_made_again_from_its_file(tiny_folder, tmp_path):
+    many, again, changed = tmp_path / "many", tmp_path / "again.png", tmp_path / "changed.jpg"
+    words = ("--steps", 2, "--seed", 2**64 - 1, "--sampler", "sde", "--width", 32, "--negative-prompt", "蓝色的狗")
+    done = run("generate", tiny_folder, "a bear", "一只狐狸", "a fox " * 20, "-o", many, *words)
+    assert done.exit_code == 0, done.output
+    for index in (0, 1, 2):
+        done = run("generate", "--from", many / f"{index:04d}.png", "-o", again)
+        assert done.exit_code == 0, done.output
+        assert again.read_bytes() == (many / f"{index:04d}.png").read_bytes()
+    assert run("generate", "--from", again, tiny_folder, "--seed", 7, "-o", changed).exit_code == 0
+    made = read_metadata(changed)
+    assert made == read_metadata(again).model_copy(update={"params": made.params, "model": str(tiny_folder)})
+    assert made.params == read_metadata(again).params.model_copy(update={"seed": 7})
+
+
+def test_an_image_is_not_made_again_with_another_model(tiny_folder, damaged, tmp_path):
+    image = tmp_path / "fox.png"
+    assert run("generate", tiny_folder, "a fox", "--steps", 1, "-o", image).exit_code == 0
+    config = damaged / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    assert_one_error(
+        run("generate", damaged, "--from", image, "-o", tmp_path / "other.png"), damaged, "is not the model"
+    )
 
 
 def test_corrupt_weights(damaged, tmp_path):

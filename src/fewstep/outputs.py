@@ -12,16 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from fewstep.atomic import atomic_file
 from fewstep.errors import UserError
 from fewstep.locks import exclusive
-from fewstep.machine import reason, writing
+from fewstep.machine import reading, reason, writing
 
 _PROBE_BYTES = 4096  # a block: a full disk still takes empty files
 _TRIAL_PIXELS = 2**20
+_TEXT_CHUNK = "fewstep"
 #: Pixels of a side in formats whose encoder prints to standard error what it refuses.
 _LONGEST_SIDE = {"JPEG": 65_500, "MPO": 65_500, "PDF": 65_500}
 # What Pillow raises for a picture that a format cannot hold.
@@ -79,8 +82,11 @@ def check_image(file: str | Path, width: int | None = None, height: int | None =
     check_file(file)
 
 
-def write_image(image: Image.Image, file: str | Path) -> None:
+def write_image(image: Image.Image, file: str | Path, text: str | None = None) -> None:
     """Write an image in the format that the file's name ends with; the file is complete or absent.
+
+    Args:
+        text: kept in the file where its format has a place for it, see :func:`image_text`.
 
     Raises:
         UserError: it cannot be written, or the format cannot hold it.
@@ -89,11 +95,37 @@ def write_image(image: Image.Image, file: str | Path) -> None:
     name = _format(file)
     with atomic_file(file) as aside:
         try:
-            image.save(aside, name)
+            image.save(aside, name, **({} if text is None else image_text(name, text)))
         except OSError:
             raise
         except _FORMAT_ERRORS as error:
             raise UserError(f"{file}: cannot be saved as {name} ({reason(error)}); use .png, or a folder") from error
+
+
+def image_text(name: str, text: str) -> dict[str, Any]:
+    """Options of Pillow's ``save`` that keep a text in ASCII in an image: for PNG in a text chunk named "fewstep", for
+    JPEG and WebP in the EXIF field ImageDescription; none for other formats.
+
+    Args:
+        name: Pillow's name of the format.
+    """
+    if name == "PNG":
+        chunks = PngInfo()
+        chunks.add_text(_TEXT_CHUNK, text)
+        return {"pnginfo": chunks}
+    if name in ("JPEG", "WEBP"):
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = text
+        return {"exif": exif}
+    return {}
+
+
+def read_image_text(file: str | Path) -> str | None:
+    """The text that :func:`image_text` kept in an image; None if there is none. Raises: UserError if it cannot be
+    read."""
+    with reading(file), Image.open(file) as image:
+        found = image.info.get(_TEXT_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
+    return found if isinstance(found, str) and found.startswith("{") else None
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fewstep.cli.lora_options import Ignore
-from fewstep.cli.options import Column, Device, Dtype, Model, Overwrite, argument_text
+from fewstep.cli.options import Column, Device, Dtype, Overwrite, argument_text, was_given
 
 if TYPE_CHECKING:
     from fewstep.inference.generate import Callback, GenerationStep
@@ -26,13 +26,22 @@ class Offload(StrEnum):
 
 
 def generate(
-    model: Model,
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As for the other commands. [default with --from: its own]")
+    ] = None,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One image for each.")] = None,
     prompts_file: Annotated[
         str | None,
         typer.Option(help="Further prompts: a .txt (one a line), .jsonl, .json, .csv, ... file, or a folder."),
     ] = None,
     column: Column = "prompt",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="IMAGE", help="Make this image of fewstep's again; options given here replace its own."
+        ),
+    ] = None,
     out: Annotated[
         str, typer.Option("-o", "--out", help="Image file for a grid of all, or folder for one file each, such as out/")
     ] = "out.png",
@@ -92,8 +101,10 @@ def generate(
     from fewstep.data.prompt_text import clean_prompt
     from fewstep.errors import UserError
     from fewstep.inference.generate import generate_batches
+    from fewstep.inference.image_metadata import read_metadata
     from fewstep.inference.params import parse_params
     from fewstep.models.attention_backends import check_attention_backend
+    from fewstep.models.components import resolve_model
     from fewstep.models.lora.merge import parse_loras
     from fewstep.models.pipeline import load
 
@@ -101,35 +112,43 @@ def generate(
         check_attention_backend(attention_backend)
     typed = [clean_prompt(argument_text(prompt)) for prompt in prompts or []]
     texts = [*typed, *(read_prompts(prompts_file, column) if prompts_file else [])]
+    options: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "system_prompt": system_prompt,
+        "assistant_prefix": assistant_prefix,
+        "cfg_normalization": cfg_normalization,
+        "cfg_truncation": cfg_truncation,
+        "height": height,
+        "width": width,
+        "sampler": sampler,
+        "eta": eta,
+        "batch_size": batch_size,
+    }
+    if source is not None:
+        made = read_metadata(source)
+        given = {name: value for name, value in options.items() if was_given(context, name)}
+        texts, options = texts or [made.prompt], made.params.model_dump() | given
+        dtype = dtype or (Dtype(made.dtype) if made.dtype else None)
+        model = model or made.model
+        made.check_model(resolve_model(model))
+    if model is None:
+        context.fail("Missing argument 'MODEL'.")
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
-    params = parse_params(
-        {
-            "seed": seed,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "system_prompt": system_prompt,
-            "assistant_prefix": assistant_prefix,
-            "cfg_normalization": cfg_normalization,
-            "cfg_truncation": cfg_truncation,
-            "height": height,
-            "width": width,
-            "sampler": sampler,
-            "eta": eta,
-            "batch_size": batch_size,
-        }
-    )
+    params, name = parse_params(options), model
 
     loras = parse_loras(lora or [])
 
     def opened() -> TextToImagePipeline:
         torch_dtype = dtype.torch_dtype if dtype else None
-        pipeline = load(model, device, torch_dtype, offload.value, loras, ignore or [])
+        pipeline = load(name, device, torch_dtype, offload.value, loras, ignore or [])
         _speed_options(pipeline, attention_backend, vae_tiling, compile)
         return pipeline
 
-    with Target(out, texts, params, model, dtype, columns, overwrite, loras).claimed() as target:
+    with Target(out, texts, params, name, dtype, columns, overwrite, loras).claimed() as target:
         if target.missing:
             with _step_bar(len(target.missing)) as callback:
                 target.fill(generate_batches(opened(), *target.remaining(), callback))

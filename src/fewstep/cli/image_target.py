@@ -15,8 +15,10 @@ from fewstep.data.images import grid, grid_size
 from fewstep.errors import UserError
 from fewstep.inference.generate import GeneratedBatch
 from fewstep.inference.image_folder import ImageFolder, generation_manifest
+from fewstep.inference.image_metadata import ImageMetadata
 from fewstep.inference.params import SamplingParams
 from fewstep.models.components import resolve_model
+from fewstep.models.fingerprint import path_fingerprint
 from fewstep.models.generation_config import load_generation_config
 from fewstep.models.lora.read import weights_file
 from fewstep.outputs import check_image, claimed_folder, names_folder, write_image
@@ -58,15 +60,17 @@ class Target:
         if self.is_grid:
             check_image(self.path)  # a wrong ending is reported before a model is looked for
         source = resolve_model(model)
+        self.model, self.dtype = model, dtype.value if dtype else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # loading the model gives them again
+            self.resolved = params.resolved(load_generation_config(source))
+        self.fingerprint = path_fingerprint(source) or ""
         if self.is_grid:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # loading the model gives them again
-                config = load_generation_config(source)
-            height, width = params.height or config.height, params.width or config.width
+            height, width = self.resolved.height, self.resolved.width
             check_image(self.path, *grid_size(len(prompts), self.columns, height, width))
-        weights = dtype.value if dtype else None
+        self.loras = dict(loras or {})
         self.made_by = generation_manifest(
-            source, prompts, params, weights, {weights_file(f): s for f, s in (loras or {}).items()}
+            source, prompts, params, self.dtype, {weights_file(f): s for f, s in self.loras.items()}
         )
         self.nfe, self.seconds = 0, 0.0
 
@@ -116,14 +120,24 @@ class Target:
         """Write the images of each batch when it is made. Raises: UserError if a file cannot be written."""
         for batch in batches:
             for index, image in zip(batch.indices, batch.images, strict=True):
-                self.images.write(self.missing[index], image)
+                self.images.write(self.missing[index], image, self.text(self.missing[index]))
             self.nfe, self.seconds = batch.nfe, self.seconds + batch.seconds
+
+    def text(self, index: int) -> str | None:
+        """What an image was made with, for its file; None with adapters, which the text does not name yet."""
+        if self.loras:
+            return None
+        seed = self.params.image_seeds(len(self.prompts))[index]
+        return ImageMetadata.of(
+            self.model, self.fingerprint, self.prompts[index], self.resolved, seed, self.dtype
+        ).dump()
 
     def finish(self) -> str:
         """Write the grid, if there is one; returns a line about the images."""
         replaced = self.is_grid and self.path.exists()
         if self.is_grid:
-            write_image(grid(self.images.read(), self.columns), self.path)
+            alone = len(self.prompts) == 1
+            write_image(grid(self.images.read(), self.columns), self.path, self.text(0) if alone else None)
             shutil.rmtree(self.folder, ignore_errors=True)
         made, count = len(self.missing), len(self.prompts)
         line = f"{self.path}: {count} images"

@@ -48,3 +48,9 @@ def argument_text(word: str) -> str:
         return os.fsencode(word).decode("utf-8")
     except UnicodeError:
         return word
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line; else its value is the default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -103,9 +103,9 @@ class ImageFolder:
         """Numbers of the images that are not there yet."""
         return [index for index in range(self.count) if not self.file(index).exists()]
 
-    def write(self, index: int, image: Tensor) -> None:
-        """uint8 [H, W, 3]. Raises: UserError if the file cannot be written."""
-        write_image(to_pil(image), self.file(index))
+    def write(self, index: int, image: Tensor, text: str | None = None) -> None:
+        """uint8 [H, W, 3], with a text about it. Raises: UserError if the file cannot be written."""
+        write_image(to_pil(image), self.file(index), text)
 
     def read(self) -> Tensor:
         """All images, uint8 [N, H, W, 3]. Raises: UserError if one cannot be read."""

@@ -1,0 +1,121 @@
+"""Draws a batch of the server's images with the model, as `fewstep generate` draws them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fewstep.core.device import is_out_of_memory
+from fewstep.data.images import to_uint8
+from fewstep.inference.batching import max_batch_size
+from fewstep.inference.generate import GenerationCancelled, GenerationStep, generate
+from fewstep.inference.params import SamplingParams
+from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.serve.jobs import Drawn, Job, Progress, preview_steps
+
+
+class OutOfMemory(Exception):
+    """A single image does not fit into the memory."""
+
+
+class Engine:
+    """One model. All but ``check`` is called in one thread.
+
+    Args:
+        max_batch: images drawn together; None fits two million pixels.
+        observe: told the number of images of each batch and its seconds.
+    """
+
+    def __init__(
+        self,
+        pipeline: TextToImagePipeline,
+        max_batch: int | None = None,
+        observe: Callable[[int, float], None] = lambda images, seconds: None,
+    ) -> None:
+        self.pipeline, self.max_batch, self.observe = pipeline, max_batch, observe
+        # its own tokenizer: those of the tokenizers library must not be used in two threads at once
+        tokenizer = copy.deepcopy(pipeline.tokenizer)
+        self._encoder = pipeline.family.prompt_encoder(
+            {**pipeline.components, "tokenizer": tokenizer}, pipeline.generation_config.system_prompt
+        )
+        self._fits: dict[object, int] = {}  # batches that fitted into the memory, by shape
+
+    def check(self, prompt: str, params: SamplingParams) -> None:
+        """Raises: UserError for what the model cannot draw, without drawing it."""
+        resolved = params.resolved(self.pipeline.generation_config)
+        self.pipeline.latent_shape(resolved.height, resolved.width)
+        self._encoder.check([prompt], system=resolved.system_prompt, assistant_prefix=resolved.assistant_prefix)
+        if resolved.negative_prompt:
+            self._encoder.check([resolved.negative_prompt], system=resolved.system_prompt)
+
+    def cost(self, params: SamplingParams) -> float:
+        """Of one image, in pixels times evaluations of the transformer."""
+        resolved = params.resolved(self.pipeline.generation_config)
+        return resolved.height * resolved.width * resolved.steps * (2 if resolved.guidance_scale > 0 else 1)
+
+    def batch_limit(self, job: Job) -> int:
+        """Images of this one's shape that are drawn together."""
+        resolved = job.request.params.resolved(self.pipeline.generation_config)
+        limit = self.max_batch or max_batch_size(resolved.height, resolved.width)
+        return min(limit, self._fits.get(job.request.shape, limit))
+
+    def draw(self, jobs: Sequence[Job]) -> None:
+        """Draw jobs of one shape, and emit their events. Out of memory, the batch is halved, also in the future.
+
+        An error is the answer of the requests in this batch.
+        """
+        jobs = [job for job in jobs if not job.request.cancelled]
+        if not jobs:
+            return
+        try:
+            self._draw(jobs)
+        except GenerationCancelled:
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                for job in jobs:
+                    job.request.fail(error)
+                return
+            half = len(jobs) // 2
+        else:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # outside the handler, whose traceback would keep the tensors
+        if half == 0:
+            jobs[0].request.fail(OutOfMemory("out of memory; take a smaller size"))
+            return
+        self._fits[jobs[0].request.shape] = half
+        self.draw(jobs[:half])
+        self.draw(jobs[half:])
+
+    def _draw(self, jobs: Sequence[Job]) -> None:
+        start, request = time.monotonic(), jobs[0].request
+        for job in jobs:
+            job.request.started = job.request.started or start
+        seeds = tuple(job.seed for job in jobs)
+        params = request.params.model_copy(update={"seeds": seeds, "batch_size": len(jobs)})
+        made = generate(
+            self.pipeline, [job.request.prompt for job in jobs], params, lambda step: self._report(jobs, step)
+        )
+        seconds = time.monotonic() - start
+        self.observe(len(jobs), seconds)
+        for job, image in zip(jobs, made.images, strict=True):
+            job.request.finished = time.monotonic()
+            if not job.request.cancelled:
+                job.request.emit(Drawn(job.index, image))
+
+    def _report(self, jobs: Sequence[Job], step: GenerationStep) -> bool:
+        """False, which cancels the batch, when nobody waits for any of its images."""
+        waiting = [(row, job) for row, job in enumerate(jobs) if not job.request.cancelled]
+        for row, job in waiting:
+            shown = preview_steps(step.steps, job.request.previews)
+            if step.step in shown:
+                (preview,) = to_uint8(self.pipeline.decode(step.x0[row : row + 1])).cpu()
+                event = Progress(job.index, step.step, step.steps, preview, shown.index(step.step))
+            else:
+                event = Progress(job.index, step.step, step.steps)
+            job.request.emit(event)
+        return bool(waiting)

@@ -1,0 +1,100 @@
+"""What the server draws: a request's images, and what its client is told."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fewstep.inference.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of one image is done; ``preview`` is uint8 [H, W, 3] where one was wanted after this step."""
+
+    index: int
+    step: int
+    steps: int
+    preview: Tensor | None = None
+    preview_index: int = 0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image is done: uint8 [H, W, 3]."""
+
+    index: int
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request gets no more images."""
+
+    error: Exception
+
+
+Event = Progress | Drawn | Failed
+
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class Request:
+    """The images of one request, one for each seed.
+
+    Attributes:
+        client: the name of its API key; clients share the server fairly.
+        params: of all images, without seeds, with no other value open than the model's defaults.
+        cost: of one image, in any unit that is proportional to its time.
+        previews: intermediate predictions wanted of each image.
+        emit: receives events, in the drawing thread; must not block.
+        cancelled: nobody waits for the images any more.
+    """
+
+    client: str
+    prompt: str
+    params: SamplingParams
+    seeds: tuple[int, ...]
+    cost: float
+    previews: int
+    emit: Callable[[Event], None]
+    cancelled: bool = False
+    number: int = field(default_factory=lambda: next(_numbers))
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    finished: float | None = None
+
+    @property
+    def shape(self) -> Hashable:
+        """Images of one shape can be drawn together: they differ in prompt and seed alone."""
+        return self.params.model_dump_json(exclude={"seed", "seeds", "batch_size"})
+
+    def fail(self, error: Exception) -> None:
+        """The first error of a request is its answer; its other images are not drawn."""
+        if not self.cancelled:
+            self.cancelled = True
+            self.emit(Failed(error))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image of a request."""
+
+    request: Request
+    index: int
+
+    @property
+    def seed(self) -> int:
+        return self.request.seeds[self.index]
+
+
+def preview_steps(steps: int, count: int) -> list[int]:
+    """After which steps, from 1, ``count`` previews are shown: evenly spaced, never the last step, which is the
+    image."""
+    wanted = {round((index + 1) * steps / (count + 1)) for index in range(count)}
+    return sorted(step for step in wanted if 0 < step < steps)
