@@ -22,10 +22,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Ctrl-C when the fourth image is to be written."""
     write = ImageFolder.write
 
-    def interrupted_write(images: ImageFolder, index: int, image: Tensor) -> None:
+    def interrupted_write(images: ImageFolder, index: int, image: Tensor, *text: str) -> None:
         if index == 3:
             raise KeyboardInterrupt
-        write(images, index, image)
+        write(images, index, image, *text)
 
     monkeypatch.setattr(ImageFolder, "write", interrupted_write)
     return monkeypatch

@@ -20,6 +20,7 @@ from fewstep.cli.lora import app as lora
 from fewstep.cli.plan import plan
 from fewstep.cli.prefs import app as prefs
 from fewstep.cli.tune import tune
+from fewstep.cli.serve import serve
 from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
 from fewstep.machine import describe
@@ -88,6 +89,7 @@ def program(  # noqa: D103
 app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(serve)
 app.command()(plan)
 app.command()(tune)
 app.command("cache-trajectories")(cache)

@@ -12,7 +12,7 @@ from fewstep.core.device import is_out_of_memory
 from fewstep.data.images import to_uint8
 from fewstep.inference.batching import max_batch_size
 from fewstep.inference.generate import GenerationCancelled, GenerationStep, generate
-from fewstep.inference.params import SamplingParams
+from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.serve.jobs import Drawn, Job, Progress, preview_steps
 
@@ -22,7 +22,7 @@ class OutOfMemory(Exception):
 
 
 class Engine:
-    """One model. All but ``check`` is called in one thread.
+    """One model. All but ``resolve`` is called in one thread.
 
     Args:
         max_batch: images drawn together; None fits two million pixels.
@@ -43,23 +43,16 @@ class Engine:
         )
         self._fits: dict[object, int] = {}  # batches that fitted into the memory, by shape
 
-    def check(self, prompt: str, params: SamplingParams) -> None:
-        """Raises: UserError for what the model cannot draw, without drawing it."""
+    def resolve(self, prompt: str, params: SamplingParams) -> ResolvedParams:
+        """The parameters with the model's defaults. Raises: UserError for what the model cannot draw."""
         resolved = params.resolved(self.pipeline.generation_config)
         self.pipeline.latent_shape(resolved.height, resolved.width)
-        self._encoder.check([prompt], system=resolved.system_prompt, assistant_prefix=resolved.assistant_prefix)
-        if resolved.negative_prompt:
-            self._encoder.check([resolved.negative_prompt], system=resolved.system_prompt)
-
-    def cost(self, params: SamplingParams) -> float:
-        """Of one image, in pixels times evaluations of the transformer."""
-        resolved = params.resolved(self.pipeline.generation_config)
-        return resolved.height * resolved.width * resolved.steps * (2 if resolved.guidance_scale > 0 else 1)
+        self._encoder.check([prompt, resolved.negative_prompt], system=resolved.system_prompt)
+        return resolved
 
     def batch_limit(self, job: Job) -> int:
         """Images of this one's shape that are drawn together."""
-        resolved = job.request.params.resolved(self.pipeline.generation_config)
-        limit = self.max_batch or max_batch_size(resolved.height, resolved.width)
+        limit = self.max_batch or max_batch_size(job.request.resolved.height, job.request.resolved.width)
         return min(limit, self._fits.get(job.request.shape, limit))
 
     def draw(self, jobs: Sequence[Job]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fewstep.inference.params import SamplingParams
+from fewstep.inference.params import ResolvedParams, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Request:
 
     Attributes:
         client: the name of its API key; clients share the server fairly.
-        params: of all images, without seeds, with no other value open than the model's defaults.
-        cost: of one image, in any unit that is proportional to its time.
+        params: of all images, but for their seeds.
+        resolved: the same with the model's defaults.
         previews: intermediate predictions wanted of each image.
         emit: receives events, in the drawing thread; must not block.
         cancelled: nobody waits for the images any more.
@@ -59,8 +59,8 @@ class Request:
     client: str
     prompt: str
     params: SamplingParams
+    resolved: ResolvedParams
     seeds: tuple[int, ...]
-    cost: float
     previews: int
     emit: Callable[[Event], None]
     cancelled: bool = False
@@ -72,7 +72,14 @@ class Request:
     @property
     def shape(self) -> Hashable:
         """Images of one shape can be drawn together: they differ in prompt and seed alone."""
-        return self.params.model_dump_json(exclude={"seed", "seeds", "batch_size"})
+        return self.resolved.model_dump_json(exclude={"seed", "seeds", "batch_size"})
+
+    @property
+    def cost(self) -> float:
+        """Of one image: pixels times evaluations of the transformer, which its time is about proportional to."""
+        return (
+            self.resolved.height * self.resolved.width * self.resolved.steps * (1 + (self.resolved.guidance_scale > 0))
+        )
 
     def fail(self, error: Exception) -> None:
         """The first error of a request is its answer; its other images are not drawn."""

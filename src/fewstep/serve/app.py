@@ -1,0 +1,275 @@
+"""The HTTP application: routes, errors, and one log line for each request for images."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from fewstep.errors import UserError
+from fewstep.serve.engine import OutOfMemory
+from fewstep.serve.guards import Guards
+from fewstep.serve.images import encode_image, to_base64
+from fewstep.serve.scheduler import QueueFull
+from fewstep.serve.schema import ErrorAnswer, GenerationRequest, ImageAnswer, ImagesAnswer, describe_errors
+from fewstep.serve.service import Service, Ticket, UnknownModel
+from fewstep.serve.settings import ApiKeys, is_loopback
+from fewstep.serve.stream import stream_events
+
+log = logging.getLogger("fewstep.serve")
+
+PAGE = Path(__file__).parent / "page"
+_PAGE_FILES = {
+    "": ("index.html", "text/html"),
+    "page.js": ("page.js", "text/javascript"),
+    "page.css": ("page.css", "text/css"),
+}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+}
+
+Result = TypeVar("Result")
+
+
+class Unauthorized(Exception):
+    """No valid API key."""
+
+
+class Disconnected(Exception):
+    """The client is gone."""
+
+
+def authorized(http: Request) -> str:
+    """The client of a request, by its API key. Raises: Unauthorized."""
+    client: str | None = http.app.state.keys.client(http.headers.get("authorization"))
+    if client is None:
+        raise Unauthorized
+    return client
+
+
+Client = Annotated[str, Depends(authorized)]
+
+
+def make_app(service: Service, keys: ApiKeys) -> FastAPI:
+    """The application of one model."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.scheduler.stop, service.settings.drain)
+
+    app = FastAPI(title="fewstep", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(
+        Guards, local=is_loopback(service.settings.host) and not keys.required, answered=service.metrics.answer
+    )
+
+    app.state.keys = keys
+
+    @app.post("/v1/images/generations", response_model=ImagesAnswer, responses=_ERRORS)
+    async def generations(body: GenerationRequest, http: Request, client: Client) -> Any:
+        """Images from a prompt; with ``stream``, server-sent events."""
+        ticket = service.submit(body, client)
+        return await _answer(service, ticket, body, http, "image_generation")
+
+    @app.get("/v1/models")
+    async def models(client: Client) -> dict[str, Any]:
+        """The served model, its defaults and limits."""
+        return {"object": "list", "data": [service.describe()]}
+
+    @app.get("/v1/models/{name}", responses=_ERRORS)
+    async def model(name: str, client: Client) -> dict[str, Any]:
+        """The served model."""
+        if name != service.name:
+            raise UnknownModel(f"model: this server has {service.name!r}")
+        return service.describe()
+
+    @app.get("/images/{name}", include_in_schema=False)
+    async def image(name: str) -> Response:
+        found = service.store.get(name)
+        if found is None:
+            raise HTTPException(404, "no such image, or no longer")
+        return Response(found[0], media_type=found[1], headers={"X-Content-Type-Options": "nosniff"})
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """200 while the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"model": ErrorAnswer}})
+    async def ready() -> Any:
+        """200 while requests are drawn; 503 before the first image is drawn, and while the server stops."""
+        if service.ready and service.scheduler.alive:
+            return {"status": "ready"}
+        return _error(503, "not ready", "server_error", code="not_ready")
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics(client: Client) -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.dump(), media_type=service.metrics.content_type)
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/{file}", include_in_schema=False)
+    async def page(file: str = "") -> Response:
+        if file not in _PAGE_FILES:
+            raise HTTPException(404, "no such page")
+        name, media_type = _PAGE_FILES[file]
+        return Response((PAGE / name).read_bytes(), media_type=media_type, headers=_PAGE_HEADERS)
+
+    @app.exception_handler(Exception)
+    @app.exception_handler(HTTPException)
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(UserError)
+    @app.exception_handler(UnknownModel)
+    @app.exception_handler(Unauthorized)
+    @app.exception_handler(QueueFull)
+    @app.exception_handler(OutOfMemory)
+    @app.exception_handler(TimeoutError)
+    @app.exception_handler(Disconnected)
+    async def failed(http: Request, error: Exception) -> JSONResponse:
+        return _failure(service, error)
+
+    return app
+
+
+async def _answer(service: Service, ticket: Ticket, body: GenerationRequest, http: Request, kind: str) -> Any:
+    if body.stream:
+
+        def failed(error: Exception) -> dict[str, Any]:
+            content: dict[str, Any] = json.loads(bytes(_failure(service, error).body))
+            return content
+
+        async def logged() -> AsyncIterator[str]:
+            try:
+                async for text in stream_events(ticket, body, kind, failed):
+                    yield text
+            finally:
+                _log(service, ticket)
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(logged(), media_type="text/event-stream", headers=headers)
+    try:
+        images = await _unless_disconnected(http, ticket.images())
+        start = time.monotonic()
+        data = [ImageAnswer(seed=seed) for seed in ticket.request.seeds]
+        for index, (answer, image) in enumerate(zip(data, images, strict=True)):
+            content = await asyncio.to_thread(
+                encode_image, image, body.output_format, body.output_compression, ticket.metadata(index)
+            )
+            if body.response_format == "url":
+                answer.url = str(http.url_for("image", name=service.store.add(content, body.output_format)))
+            else:
+                answer.b64_json = to_base64(content)
+        service.metrics.phase("encode", time.monotonic() - start)
+    finally:
+        ticket.cancel()
+        _log(service, ticket)
+    resolved = ticket.request.resolved
+    made = ImagesAnswer(
+        created=int(time.time()),
+        data=data,
+        output_format=body.output_format,
+        size=f"{resolved.width}x{resolved.height}",
+        steps=resolved.steps,
+    )
+    return JSONResponse(made.model_dump(exclude_none=True))
+
+
+async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``work``. Raises: Disconnected as soon as the client is gone; the work is cancelled then."""
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    done, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise Disconnected
+        return done.result()
+    finally:
+        done.cancel()
+        gone.cancel()
+
+
+def _failure(service: Service, error: Exception) -> JSONResponse:
+    """The answer to an error; what is no user's mistake is counted, and logged with its traceback."""
+    if isinstance(error, UserError):
+        message = str(error).encode("utf-8", "replace").decode()
+        return _error(400, message, param=message.partition(":")[0] if ":" in message else None)
+    if isinstance(error, RequestValidationError):
+        message, param = describe_errors(error.errors())
+        return _error(400, message, param=param)
+    if isinstance(error, UnknownModel):
+        return _error(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, Unauthorized):
+        response = _error(401, "no valid API key in the header Authorization: Bearer KEY", code="invalid_api_key")
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+    if isinstance(error, HTTPException):
+        return _error(error.status_code, str(error.detail))
+    if isinstance(error, QueueFull):
+        service.metrics.error("queue_full")
+        seconds = max(1, round(error.retry_after))
+        response = _error(429, f"the queue is full; try again in {seconds} s", "rate_limit_error", code="queue_full")
+        response.headers["Retry-After"] = str(seconds)
+        return response
+    if isinstance(error, TimeoutError):
+        service.metrics.error("timeout")
+        return _error(504, f"not done within {service.settings.timeout:g} s", "server_error", code="timeout")
+    if isinstance(error, OutOfMemory):
+        service.metrics.error("out_of_memory")
+        return _error(503, str(error), "server_error", code="out_of_memory")
+    if isinstance(error, Disconnected):
+        service.metrics.error("disconnected")
+        return _error(499, "the client is gone")
+    service.metrics.error("crash")
+    log.error(json.dumps({"event": "crash", "error": type(error).__name__}), exc_info=error)
+    return _error(500, "the request failed; the server's log has the reason", "server_error", code="internal_error")
+
+
+def _error(
+    status: int, message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+
+
+def _log(service: Service, ticket: Ticket) -> None:
+    """One line in JSON, without the prompt unless it is wanted; and the latency of each phase."""
+    request, now = ticket.request, time.monotonic()
+    started, finished = request.started or now, request.finished or now
+    service.metrics.phase("queue", started - request.submitted)
+    service.metrics.phase("draw", finished - started)
+    content: dict[str, Any] = {
+        "event": "images",
+        "request": request.number,
+        "client": request.client,
+        "images": len(request.seeds),
+        "size": f"{request.resolved.width}x{request.resolved.height}",
+        "steps": request.resolved.steps,
+        "done": request.finished is not None,
+        "queue_seconds": round(started - request.submitted, 4),
+        "draw_seconds": round(finished - started, 4),
+        "total_seconds": round(now - request.submitted, 4),
+    }
+    if service.settings.log_prompts:
+        content["prompt"] = request.prompt
+    log.info(json.dumps(content))
