@@ -52,7 +52,9 @@ def test_requests_at_the_same_time_get_their_own_images_to_the_bit(server, tiny)
 
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_output_formats(server, output_format):
-    best = server.client.images.generate(prompt="a fox", output_format=output_format, extra_body={"seed": 1, "steps": 1})
+    best = server.client.images.generate(
+        prompt="a fox", output_format=output_format, extra_body={"seed": 1, "steps": 1}
+    )
     small = server.client.images.generate(
         prompt="a fox", output_format=output_format, output_compression=10, extra_body={"seed": 1, "steps": 1}
     )
@@ -74,9 +76,7 @@ def test_a_url_gives_the_image_with_its_settings(server, tmp_path):
 
 def test_stream_of_partial_images(server, tiny):
     events = list(
-        server.client.images.generate(
-            prompt="a fox", stream=True, partial_images=2, extra_body={"seed": 4, "steps": 6}
-        )
+        server.client.images.generate(prompt="a fox", stream=True, partial_images=2, extra_body={"seed": 4, "steps": 6})
     )
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [event.partial_image_index for event in events[:2]] == [0, 1]
