@@ -21,7 +21,7 @@ from serve_setup import make_service, open_image, pixels, running, wait_for
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
-from fewstep.serve.settings import ApiKeys, read_api_keys
+from fewstep.serve.settings import read_api_keys
 
 
 class Gate:
