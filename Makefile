@@ -4,11 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+MODEL ?= micro
 
-.PHONY: demo test test-slow test-gpu lint docs bench clean
+.PHONY: demo serve test test-slow test-gpu lint docs bench clean
 
 demo: $(VENV)/ready
 	FEWSTEP_RESUME_COMMAND="make demo" $(BIN)/fewstep distill micro-turbo --out $(DEMO)
+
+serve: $(VENV)/ready  # web page and API of a model: make serve MODEL=runs/demo/student
+	$(BIN)/fewstep serve $(MODEL)
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest

@@ -135,7 +135,11 @@ def test_the_page_fits_and_follows_the_system(server, browser, width, scheme, tm
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.goto(server.url)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    bright = sum(int(part) for part in page.evaluate(
-        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).join(' ')").split())
+    bright = sum(
+        int(part)
+        for part in page.evaluate(
+            "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).join(' ')"
+        ).split()
+    )
     assert (bright > 384) == (scheme == "light")
     page.close()

@@ -17,6 +17,7 @@ from bad_inputs import (
     recipe_files,
     recipe_values,
     runs,
+    serving,
     single_files,
     tuning,
 )
@@ -32,6 +33,7 @@ SECTIONS: tuple[Section, ...] = (
     prompts.SECTION,
     devices.SECTION,
     outputs.SECTION,
+    serving.SECTION,
     recipe_files.SECTION,
     recipe_values.SECTION,
     recipe_values.CONTRADICTIONS,
