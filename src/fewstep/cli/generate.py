@@ -129,6 +129,8 @@ def generate(
     }
     if source is not None:
         made = read_metadata(source)
+        if made.params.strength is not None:
+            raise UserError(f"{source}: was made from another image, which it does not hold")
         given = {name: value for name, value in options.items() if was_given(context, name)}
         texts, options = texts or [made.prompt], made.params.model_dump() | given
         dtype = dtype or (Dtype(made.dtype) if made.dtype else None)

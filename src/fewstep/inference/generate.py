@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from fewstep.core.samplers import SamplerStep, iterate
 from fewstep.core.seeds import generator
 from fewstep.data.images import to_uint8
 from fewstep.errors import UserError
+from fewstep.inference.batching import batched, max_decode_batch_size
+from fewstep.inference.editing import SourceImages, edit, first_step
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.inference.prompt_parts import PromptParts
 from fewstep.models.adapters import active_adapters
@@ -99,6 +102,7 @@ def generate(
     prompts: Sequence[str],
     params: SamplingParams | None = None,
     callback: Callback | None = None,
+    source: SourceImages | None = None,
 ) -> GenerationResult:
     """Generate one image for each prompt. An image depends on its prompt and seed, not on its batch: to the bit on a
     CPU, but for compiled blocks, and up to rounding on a GPU.
@@ -106,12 +110,13 @@ def generate(
     Args:
         params: unset, the model's defaults.
         callback: called after every step of every batch.
+        source: images to begin from, one for each prompt, at ``params.strength``.
 
     Raises:
         UserError: no prompts, one that cannot be encoded, or parameters that the model cannot take.
         GenerationCancelled: ``callback`` cancelled.
     """
-    batches = list(generate_batches(pipeline, prompts, params, callback))
+    batches = list(generate_batches(pipeline, prompts, params, callback, source))
     images = torch.cat([batch.images for batch in batches])
     return GenerationResult(images, batches[0].nfe, sum(batch.seconds for batch in batches))
 
@@ -122,6 +127,7 @@ def generate_batches(
     prompts: Sequence[str],
     params: SamplingParams | None = None,
     callback: Callback | None = None,
+    source: SourceImages | None = None,
 ) -> Iterator[GeneratedBatch]:
     """The images of :func:`generate`, batch by batch as they are made; with the same arguments and errors."""
     if not prompts:
@@ -129,30 +135,33 @@ def generate_batches(
     resolved = (params or SamplingParams()).resolved(pipeline.generation_config)
     seeds = resolved.image_seeds(len(prompts))
     pipeline.latent_shape(resolved.height, resolved.width)  # an impossible size is an error before any work
+    sigmas = pipeline.sigmas(resolved.steps)
+    first = 0 if source is None else first_step(resolved.steps, resolved.strength or 1.0)
 
     with _adapters(pipeline, resolved.adapters):
         encoded = PromptParts(pipeline, prompts, resolved.system_prompt, resolved.assistant_prefix)
-        denoiser, sigmas = _guided(pipeline, resolved), pipeline.sigmas(resolved.steps)
+        denoiser = _guided(pipeline, resolved)
         for part in batched(len(prompts), resolved.batch_size):
             own, start = encoded[part], time.perf_counter()
             x = initial_noise(pipeline, seeds[part], resolved.height, resolved.width)
             with pipeline.denoiser.cache_text_tokens():
-                for step in iterate(
+                sampled = partial(
+                    iterate,
                     denoiser,
-                    x,
-                    sigmas,
-                    own,
+                    prompts=own,
                     sampler=resolved.sampler,
                     eta=resolved.eta,
                     noise=_PerImageNoise(seeds[part]),
-                ):
+                )
+                steps = sampled(x, sigmas) if source is None else edit(source[part], x, sigmas, first, sampled)
+                for step in steps:
                     x = step.x_next
                     if callback is not None:
-                        _report(callback, part, step, resolved.steps)
+                        _report(callback, part, step, resolved.steps - first)
             _warn_if_not_finite(x, part)
             images = _decode(pipeline, x, resolved)
             seconds = time.perf_counter() - start
-            yield GeneratedBatch(range(part.start, part.stop), images, _nfe(resolved, sigmas), seconds)
+            yield GeneratedBatch(range(part.start, part.stop), images, _nfe(resolved, sigmas[first:]), seconds)
 
 
 def _guided(pipeline: TextToImagePipeline, params: ResolvedParams) -> Denoiser:
@@ -180,7 +189,7 @@ def _decode(pipeline: TextToImagePipeline, latents: Tensor, params: ResolvedPara
 def _nfe(params: ResolvedParams, sigmas: Sequence[float]) -> int:
     """Evaluations of the transformer for one image."""
     guided = [sigma for sigma in sigmas[:-1] if 1 - sigma <= params.cfg_truncation]
-    return params.steps + (len(guided) if params.guidance_scale > 0 else 0)
+    return len(sigmas) - 1 + (len(guided) if params.guidance_scale > 0 else 0)
 
 
 def _report(callback: Callback, part: slice, step: SamplerStep, steps: int) -> None:

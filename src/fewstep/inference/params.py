@@ -40,6 +40,9 @@ class SamplingParams(PlainValues):
     seed: Seed = Field(0, description=f"Image i starts from seed + i, and from 0 again after {MAX_SEED}.")
     seeds: tuple[Seed, ...] | None = Field(None, description="One seed for each prompt, in place of seed.")
     batch_size: BatchSize | None = Field(None, description="Images sampled together; None fits two million pixels.")
+    strength: float | None = Field(
+        None, gt=0, le=1, description="Of an edit: the share of the steps that are sampled; None is all, from noise."
+    )
     adapters: Mapping[str, float] = Field(
         default_factory=dict, description="LoRA adapters on the transformer, by name, with their scales."
     )

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from fewstep.errors import UserError
 from fewstep.serve.engine import OutOfMemory
+from fewstep.serve.forms import edit_schema, read_edit
 from fewstep.serve.guards import Guards
 from fewstep.serve.images import encode_image, to_base64
 from fewstep.serve.scheduler import QueueFull
@@ -88,6 +89,12 @@ def make_app(service: Service, keys: ApiKeys) -> FastAPI:
         """Images from a prompt; with ``stream``, server-sent events."""
         ticket = service.submit(body, client)
         return await _answer(service, ticket, body, http, "image_generation")
+
+    @app.post("/v1/images/edits", response_model=ImagesAnswer, responses=_ERRORS, openapi_extra=edit_schema())
+    async def edits(http: Request, client: Client) -> Any:
+        """Images from an image and a prompt; where there is a mask, only its transparent pixels are drawn anew."""
+        body, upload = await read_edit(http, service.params)
+        return await _answer(service, service.submit(body, client, upload), body, http, "image_edit")
 
     @app.get("/v1/models")
     async def models(client: Client) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from fewstep.core.device import is_out_of_memory
 from fewstep.data.images import to_uint8
 from fewstep.inference.batching import max_batch_size
+from fewstep.inference.editing import SourceImages, encode_source, first_step
 from fewstep.inference.generate import GenerationCancelled, GenerationStep, generate
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
@@ -47,6 +48,8 @@ class Engine:
         """The parameters with the model's defaults. Raises: UserError for what the model cannot draw."""
         resolved = params.resolved(self.pipeline.generation_config)
         self.pipeline.latent_shape(resolved.height, resolved.width)
+        if resolved.strength is not None:
+            first_step(resolved.steps, resolved.strength)
         self._encoder.check([prompt, resolved.negative_prompt], system=resolved.system_prompt)
         return resolved
 
@@ -90,8 +93,9 @@ class Engine:
             job.request.started = job.request.started or start
         seeds = tuple(job.seed for job in jobs)
         params = request.params.model_copy(update={"seeds": seeds, "batch_size": len(jobs)})
+        prompts = [job.request.prompt for job in jobs]
         made = generate(
-            self.pipeline, [job.request.prompt for job in jobs], params, lambda step: self._report(jobs, step)
+            self.pipeline, prompts, params, lambda step: self._report(jobs, step), self._encode_uploads(jobs)
         )
         seconds = time.monotonic() - start
         self.observe(len(jobs), seconds)
@@ -99,6 +103,14 @@ class Engine:
             job.request.finished = time.monotonic()
             if not job.request.cancelled:
                 job.request.emit(Drawn(job.index, image))
+
+    def _encode_uploads(self, jobs: Sequence[Job]) -> SourceImages | None:
+        uploads = [job.request.upload for job in jobs if job.request.upload is not None]
+        if not uploads:
+            return None
+        masks = [upload.mask for upload in uploads if upload.mask is not None]
+        images = torch.stack([upload.image for upload in uploads])
+        return encode_source(self.pipeline, images, torch.stack(masks) if masks else None)
 
     def _report(self, jobs: Sequence[Job], step: GenerationStep) -> bool:
         """False, which cancels the batch, when nobody waits for any of its images."""

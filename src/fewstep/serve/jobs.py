@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fewstep.inference.params import ResolvedParams, SamplingParams
+from fewstep.serve.uploads import Upload
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Request:
         params: of all images, but for their seeds.
         resolved: the same with the model's defaults.
         previews: intermediate predictions wanted of each image.
+        upload: the image to begin from.
         emit: receives events, in the drawing thread; must not block.
         cancelled: nobody waits for the images any more.
     """
@@ -63,6 +65,7 @@ class Request:
     seeds: tuple[int, ...]
     previews: int
     emit: Callable[[Event], None]
+    upload: Upload | None = None
     cancelled: bool = False
     number: int = field(default_factory=lambda: next(_numbers))
     submitted: float = field(default_factory=time.monotonic)
@@ -72,7 +75,8 @@ class Request:
     @property
     def shape(self) -> Hashable:
         """Images of one shape can be drawn together: they differ in prompt and seed alone."""
-        return self.resolved.model_dump_json(exclude={"seed", "seeds", "batch_size"})
+        kind = None if self.upload is None else self.upload.mask is None
+        return self.resolved.model_dump_json(exclude={"seed", "seeds", "batch_size"}), kind
 
     @property
     def cost(self) -> float:

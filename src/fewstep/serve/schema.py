@@ -55,6 +55,15 @@ class GenerationRequest(PlainValues):
         return (int(found[1]), int(found[2])) if found else None
 
 
+class EditRequest(GenerationRequest):
+    """The text fields of the form of ``POST /v1/images/edits``; ``image`` and ``mask`` are files beside them."""
+
+    size: str = Field("auto", max_length=11, description="The image is resized to it; auto is the image's own size.")
+    strength: float = Field(
+        0.8, gt=0, le=1, description="Extension. The share of the steps that are sampled; 1 forgets the image."
+    )
+
+
 class ImageAnswer(BaseModel):
     """One image: ``b64_json`` or ``url``. ``seed`` is an extension."""
 

@@ -20,8 +20,9 @@ from fewstep.serve.images import ImageStore
 from fewstep.serve.jobs import Drawn, Event, Failed, Request
 from fewstep.serve.metrics import Metrics
 from fewstep.serve.scheduler import Scheduler
-from fewstep.serve.schema import GenerationRequest, check_limits
+from fewstep.serve.schema import EditRequest, GenerationRequest, check_limits
 from fewstep.serve.settings import ServeSettings
+from fewstep.serve.uploads import Upload
 
 
 class UnknownModel(Exception):
@@ -127,21 +128,29 @@ class Service:
         self.scheduler.submit(warm_up)
         self.scheduler.start()
 
-    def submit(self, body: GenerationRequest, client: str) -> Ticket:
+    def submit(self, body: GenerationRequest, client: str, upload: Upload | None = None) -> Ticket:
         """Queue a request.
+
+        Args:
+            upload: of an edit, at the size that it is drawn in.
 
         Raises:
             UserError: it is beyond a limit, or the model cannot draw it.
             UnknownModel: it names another model.
             QueueFull: too many images wait.
         """
-        ticket = Ticket(self, client, body.prompt, self.params(body), self.seeds(body))
-        ticket.request.previews = body.partial_images
+        sides = None if upload is None else (upload.image.shape[2], upload.image.shape[1])
+        params = self.params(body, sides)
+        if isinstance(body, EditRequest):
+            params = params.model_copy(update={"strength": body.strength})
+        ticket = Ticket(self, client, body.prompt, params, self.seeds(body))
+        ticket.request.previews, ticket.request.upload = body.partial_images, upload
         self.scheduler.submit(ticket.request)
         return ticket
 
-    def params(self, body: GenerationRequest) -> SamplingParams:
-        """The sampling parameters of a body. Errors as for :meth:`submit`."""
+    def params(self, body: GenerationRequest, sides: tuple[int, int] | None = None) -> SamplingParams:
+        """The sampling parameters of a body, of an image of these sides (width, height) if given. Errors as for
+        :meth:`submit`."""
         settings = self.settings
         if body.model is not None and body.model != self.name:
             raise UnknownModel(f"model: this server has {self.name!r}, not {body.model[:100]!r}")
@@ -152,7 +161,7 @@ class Service:
             raise UserError(f"steps: {body.steps}; at most {settings.max_steps} are allowed")
         if body.negative_prompt and not self.negative_prompts:
             raise UserError("negative_prompt: this model has no guidance, which a negative prompt needs; leave it out")
-        width, height = body.sides or (self.config.width, self.config.height)
+        width, height = sides or body.sides or (self.config.width, self.config.height)
         if width * height > self.max_pixels:
             raise UserError(f"size: {width}x{height} has more than {self.max_pixels} pixels, which is the limit")
         if width % self.multiple or height % self.multiple:
