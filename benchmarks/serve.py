@@ -43,7 +43,6 @@ from fewstep.serve.service import Service
 from fewstep.serve.settings import ApiKeys, ServeSettings
 
 PROMPTS = ["a noto emoji of a red apple", "a dog", "a fluent emoji of a cat on a green background", "一辆绿色的汽车"]
-LOADS = (0.3, 0.7, 1.2)
 
 
 class Server:
@@ -140,7 +139,7 @@ def overhead(pipeline: TextToImagePipeline, port: int, steps: int) -> float:
     return statistics.median(ratios)
 
 
-def load_test(pipeline: TextToImagePipeline, count: int, steps: int, batch: int) -> None:
+def load_test(pipeline: TextToImagePipeline, count: int, steps: int, batch: int, loads: list[float]) -> None:
     bare = bare_throughput(pipeline, steps, batch)
     print(f"bare loop, batches of {batch}: {bare:.2f} images/s")
     print("| server | load | images/s | p50 s | p95 s | p99 s |\n|---|---|---|---|---|---|")
@@ -149,7 +148,7 @@ def load_test(pipeline: TextToImagePipeline, count: int, steps: int, batch: int)
             server = Server(plain_app(pipeline))
         else:
             server, _ = fewstep_server(pipeline, max_batch=batch if name.endswith("batches") else 1)
-        for load_factor in LOADS:
+        for load_factor in loads:
             throughput, latencies = under_load(server.port, load_factor * bare, count, steps)
             p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
             print(f"| {name} | {load_factor:g} | {throughput:.2f} | {p50:.2f} | {p95:.2f} | {p99:.2f} |", flush=True)
@@ -230,6 +229,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.7, 1.2], help="of the bare loop's throughput")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--guidance", action="store_true", help="keep the model's guidance; off, as for a student")
     options = parser.parse_args()
@@ -238,7 +238,7 @@ def main() -> None:
     if not options.guidance:
         pipeline.generation_config = pipeline.generation_config.model_copy(update={"guidance_scale": 0.0})
     if options.what == "load":
-        load_test(pipeline, options.requests, options.steps, options.batch)
+        load_test(pipeline, options.requests, options.steps, options.batch, options.loads)
     else:
         soak(pipeline, options.requests, options.clients)
 

@@ -56,7 +56,7 @@ def test_latents_equal_diffusers_image_to_image(tiny_folder):
     source, noise = source_of(model), initial_noise(model, [3, 4], 64, 64)
     start = add_noise(source.latents, model.sigmas(5)[first_step(5, 0.6)], noise)
     theirs = pipeline(
-        PROMPTS, image=[Image.new("RGB", (64, 64))] * 2, height=64, width=64, latents=start.clone(), strength=0.6,
+        list(PROMPTS), image=[Image.new("RGB", (64, 64))] * 2, height=64, width=64, latents=start.clone(), strength=0.6,
         sigmas=np.linspace(1, 0, 6)[:-1].tolist(), num_inference_steps=5, guidance_scale=0.0, output_type="latent",
     ).images  # fmt: skip
     ours, _ = last_latents(model, source, steps=5, strength=0.6, guidance_scale=0.0, seed=3)
