@@ -21,7 +21,6 @@ from fewstep.core.samplers import SamplerStep, iterate
 from fewstep.core.seeds import generator
 from fewstep.data.images import to_uint8
 from fewstep.errors import UserError
-from fewstep.inference.batching import batched, max_decode_batch_size
 from fewstep.inference.editing import SourceImages, edit, first_step
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.inference.prompt_parts import PromptParts

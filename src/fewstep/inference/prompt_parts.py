@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.batching import batched
+from fewstep.core.conditioning import EncodedPrompts
 from fewstep.models.pipeline import TextToImagePipeline
 
 PART = 128  # prompts encoded together: few moves of an offloaded text encoder, and at most 0.7 GB for Z-Image

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fewstep.core.batching import max_batch_size
 from fewstep.core.device import is_out_of_memory
 from fewstep.data.images import to_uint8
-from fewstep.inference.batching import max_batch_size
 from fewstep.inference.editing import SourceImages, encode_source, first_step
 from fewstep.inference.generate import GenerationCancelled, GenerationStep, generate
 from fewstep.inference.params import ResolvedParams, SamplingParams
