@@ -41,7 +41,7 @@ async def read_edit(http: Request, check: Callable[[EditRequest], object]) -> tu
         form = await http.form(max_files=2, max_fields=len(EditRequest.model_fields) + 8)
     except HTTPException as error:
         raise UserError(f"the body is not a valid form: {error.detail}") from None
-    async with form:
+    try:
         files = {name: value for name, value in form.multi_items() if isinstance(value, UploadFile)}
         fields = {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
         if len(files) + len(fields) < len(form.multi_items()):
@@ -52,6 +52,8 @@ async def read_edit(http: Request, check: Callable[[EditRequest], object]) -> tu
             raise UserError("image: is missing; send it as a file")
         image = await files["image"].read()
         mask = await files["mask"].read() if "mask" in files else None
+    finally:
+        await form.close()
     try:
         body = EditRequest.model_validate(fields)
     except ValidationError as error:
