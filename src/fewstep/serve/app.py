@@ -185,6 +185,8 @@ async def _answer(service: Service, ticket: Ticket, body: GenerationRequest, htt
             else:
                 answer.b64_json = to_base64(content)
         service.metrics.phase("encode", time.monotonic() - start)
+    except Exception as error:  # answered here: the framework would raise it again, into another log
+        return _failure(service, error)
     finally:
         ticket.cancel()
         _log(service, ticket)
