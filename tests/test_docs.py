@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAX_PROSE = 140
 COMMANDS = {
     *("distill", "tune", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert"),
-    *("emoji", "lora", "prefs"),
+    *("emoji", "lora", "prefs", "serve"),
 }
 GROUPS = {
     "emoji": {"build", "gallery", "sheet", "train", "publish", "publish-student"},

@@ -19,8 +19,8 @@ from fewstep.cli.generate import generate
 from fewstep.cli.lora import app as lora
 from fewstep.cli.plan import plan
 from fewstep.cli.prefs import app as prefs
-from fewstep.cli.tune import tune
 from fewstep.cli.serve import serve
+from fewstep.cli.tune import tune
 from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
 from fewstep.machine import describe
