@@ -17,6 +17,7 @@ from fewstep.core.device import log_device, resolve_device
 from fewstep.errors import UserError
 from fewstep.evaluation.runner import evaluate
 from fewstep.evaluation.settings import Setting
+from fewstep.models.components import resolve_model
 from fewstep.models.pipeline import TextToImagePipeline, load, load_prompt_encoder
 from fewstep.training.distributed import init_distributed
 
@@ -160,7 +161,7 @@ def test_the_teacher_is_loaded_on_the_models_device(monkeypatch, tiny):
     monkeypatch.setattr(fewstep.api, "load", lambda name, device, dtype: asked.append((name, device, dtype)))
     monkeypatch.setattr(fewstep.api, "_evaluate", lambda model, **options: None)
     fewstep.evaluate(tiny, ["a fox", "a bear"], teacher="micro")
-    assert asked == [("micro", torch.device("cuda", 1), torch.float32)]
+    assert asked == [(resolve_model("micro"), torch.device("cuda", 1), torch.float32)]
 
 
 def test_the_report_of_a_distillation_is_computed_where_it_trained(monkeypatch, tmp_path):

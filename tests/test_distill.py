@@ -192,6 +192,7 @@ def test_heldout_prompts_are_not_in_the_training_prompts():
     assert not trained & set(open_prompts(load_recipe("micro-aligned", []).prompts).texts("test"))
 
 
+@pytest.mark.slow
 def test_thirty_steps_move_the_student_towards_its_teacher(tmp_path):
     """The real micro teacher, a short run: the few-step images move towards the teacher's many-step ones."""
     teacher = load("micro")

@@ -88,6 +88,7 @@ def test_damaged_part_of_a_checkpoint_is_skipped(tiny_folder, tmp_path, alone):
     assert_close(weights(out), weights(alone))
 
 
+@pytest.mark.slow
 def test_two_processes_in_bf16_are_close_to_one(tiny_folder, tmp_path):
     """Weights are sent in bf16 and held in fp32, so that small updates are not lost."""
     for processes in (1, 2):

@@ -67,6 +67,7 @@ def test_a_method_in_one_file_is_planned(recipe: Path) -> None:
     assert "24GB (24 GB): fits" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_method_in_one_file_runs_in_two_processes(recipe: Path, tmp_path: Path) -> None:
     fewstep("distill", recipe, "--out", tmp_path / "one", plugin="on_policy.py")
     fewstep("distill", recipe, "--out", tmp_path / "two", plugin="on_policy.py", processes=2)

@@ -57,7 +57,7 @@ def test_commands_refuse_an_output_that_another_process_writes(tiny_folder: Path
         "cache": ["cache-trajectories", recipe, "-s", "teacher=nowhere", "--out", tmp_path / "cache"],
         "model": ["convert", "nowhere", "--out", tmp_path / "model"],
         "a.safetensors": ["convert", "nowhere", "--to", "original", "--out", tmp_path / "a.safetensors"],
-        "report": ["evaluate", "nowhere", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "report"],
+        "report": ["evaluate", "micro", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "report"],
         "images": ["generate", tiny_folder, "a fox", "--out", f"{tmp_path / 'images'}/"],
     }
     for name in ("shards", "cache", "report", "images"):

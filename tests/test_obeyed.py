@@ -242,7 +242,7 @@ def test_scores_are_found_among_many_prompts() -> None:
         ("models.rank=4", "models: rank: no effect on full copies; set models.train: lora"),
         ("models.lora_alpha=8", "models: lora_alpha: no effect on full copies"),
         ("student.eta=0.5", "student: eta: no effect on the euler sampler; set student.sampler: sde"),
-        ("optim.fake_score.min_lr_ratio=0.5", "optim.fake_score: min_lr_ratio: no effect on a constant rate"),
+        ("optim.fake_score.min_lr_ratio=0.5", "optim.fake_score.min_lr_ratio: no effect on a constant rate"),
         ("method.real_source=emoji", "method.real_source emoji: no term needs real latents; leave it out"),
         ("trajectory.cache=runs/cache", "trajectory.cache: no term uses the teacher's trajectories; leave it out"),
         (

@@ -59,6 +59,7 @@ def inputs(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 GRID = ["generate", "MODEL", "--prompts-file", "prompts.txt", "--columns", "1", "-o"]
+FOLDER = ["generate", "MODEL", "--prompts-file", "prompts.txt", "-o"]
 ENCODE = ["encode-prompts", "prompts.txt", "--model", "MODEL", "--out"]
 SOURCE = ["encode-prompts", "--model", "MODEL", "--out", "new"]
 CACHE = ["cache-trajectories", "cache.yaml", "--out"]
@@ -78,11 +79,11 @@ REFUSED = [
     (GRID, "grid.h5", "grid.h5: a picture cannot be saved as HDF5 (HDF5 save handler not installed)", "use .png"),
     (GRID, "pictures.v2", "pictures.v2: .v2 is not an image format; use .png, or a folder (its name ends with /)", ""),
     (GRID, "taken", "taken: a name without an ending is not an image format", ""),
-    (GRID, "taken/", "taken: cannot write here (it is a file, not a folder)", ""),
+    (FOLDER, "taken/", "taken: cannot write here (it is a file, not a folder)", ""),
     (GRID, "taken/grid.png", "taken: cannot write here (it is a file, not a folder)", ""),
     (GRID, f"{LONG}.png", f"{LONG}.png: cannot write here (File name too long)", ""),
     (GRID, f"{UNWRITABLE}/grid.png", f"{UNWRITABLE}/grid.png: cannot write here", ""),
-    (GRID, f"{UNWRITABLE}/", f"{UNWRITABLE}: cannot write here", ""),
+    (FOLDER, f"{UNWRITABLE}/", f"{UNWRITABLE}: cannot write here", ""),
     (EVALUATE, "taken", "taken: cannot write here (it is a file, not a folder)", ""),
     (EVALUATE, "report", "report/index.html: is a folder; give the name of a file", ""),
     (EVALUATE, str(UNWRITABLE), f"{UNWRITABLE}/metrics.json: cannot write here", ""),
@@ -136,7 +137,7 @@ def test_output_that_cannot_be_written_is_refused_before_the_work(
 
 def test_full_disk_is_found_before_the_work(inputs: Path, no_model: None, tiny_folder: Path) -> None:
     with file_size_limit(1000):  # nothing but small files fits
-        for words, out in ((GRID, "a.png"), (GRID, "new/"), (ENCODE, "new"), (CACHE, "new"), (CONVERT, "model")):
+        for words, out in ((GRID, "a.png"), (FOLDER, "new/"), (ENCODE, "new"), (CACHE, "new"), (CONVERT, "model")):
             done = run(*(str(tiny_folder) if word == "MODEL" else word for word in words), out)
             assert_one_line(done, Path(out), "cannot write here (File too large)")
 

@@ -187,6 +187,7 @@ def test_checkpointing_saves_less_and_computes_more(tiny_folder):
     assert saving.flops > plain.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gpu", "gpus"), [("zimage-turbo-8", "24", 1), ("zimage-turbo-4", "24", 1),
                                                    ("zimage-turbo-full", "80", 8)])  # fmt: skip
 def test_bundled_recipes_of_the_6b_model_fit(name, gpu, gpus):
@@ -252,6 +253,7 @@ def test_what_several_gpus_cannot_train_is_not_planned(tiny_folder, override, me
         plan(recipe_of(tiny_folder, override), gpus=4)
 
 
+@pytest.mark.slow
 def test_savings_that_several_gpus_cannot_train_are_not_suggested(tiny_folder):
     words = ["plan", "micro-decoupled", "-s", f"teacher={tiny_folder}", "-s", "train.batch_size=2"]
     done = CliRunner().invoke(app, [*words, "--gpus", "2", "--gpu", "0.0001GB"])

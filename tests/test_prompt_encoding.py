@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,9 +71,10 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bf16(fresh: TextToImagePipeline) -> Iterator[TextToImagePipeline]:
+    saved = copy.deepcopy(fresh.text_encoder.state_dict())  # of the model that all tests share
     fresh.text_encoder.to(torch.bfloat16)
     yield fresh
-    fresh.text_encoder.to(torch.float32)
+    fresh.text_encoder.to(torch.float32).load_state_dict(saved)
 
 
 def numbered(count: int) -> list[str]:
@@ -233,13 +235,16 @@ def test_generation_holds_one_part_of_the_prompts(
 ) -> None:
     whole = api.generate(fresh, numbered(10), steps=1, guidance_scale=0.0, batch_size=2).images
     counted.texts.clear()
-    counted.most, fresh.encoder._cache = 0, FeatureCache(0)
+    fresh.encoder._cache = FeatureCache(0)
     monkeypatch.setattr(prompt_parts, "PART", 3)
     parts = api.generate(fresh, numbered(10), steps=1, guidance_scale=0.0, batch_size=2).images
-    assert counted.most == 3
-    assert (parts.int() - whole.int()).abs().max() <= 1
-    api.generate(fresh, numbered(10), steps=1, guidance_scale=0.0, batch_size=7)  # a batch is never divided
-    assert counted.most == 7
+    assert torch.equal(parts, whole)
+    held = prompt_parts.PromptParts(fresh, numbered(10), None, "")
+    counted.texts.clear()
+    assert len(held[0:2]) == 2
+    assert counted.texts.total() == 3
+    assert len(held[2:9]) == 7  # a batch is never divided
+    assert counted.texts.total() == 3 + 7
 
 
 @pytest.mark.parametrize("bad", ["word " * 600, "a cat \ud83d"])

@@ -85,6 +85,7 @@ def test_two_processes_equal_one(tiny_folder, tmp_path):
             assert second[name] == pytest.approx(value, abs=2e-4, rel=2e-3), name
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_rewards(tiny_folder):
     """HPSv2.1's two towers in fp32, and the activations of one image at a time; the passes of the rollouts."""
     more = [f"teacher={tiny_folder}", *SHORT, "train.batch_size=4"]

@@ -226,6 +226,7 @@ def test_other_websites_and_long_bodies_are_refused(tiny):
         assert status_of(server, *post, b'{"prompt": "a fox", "steps": 1}', json_type | own) == 200
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_was_taken_and_then_ends(tiny_folder):
     """As a program: the address it prints, the requests in progress, the exit code, and a log without prompts."""
     server = subprocess.Popen(
@@ -240,7 +241,7 @@ def test_sigterm_finishes_what_was_taken_and_then_ends(tiny_folder):
         url = line.split()[2].rstrip("/")
         wait_for(lambda: answers(f"{url}/ready"))
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        options = {"prompt": "a secret fox", "n": 4, "extra_body": {"steps": 10}}
+        options = {"prompt": "a secret fox", "n": 4, "extra_body": {"steps": 60}}
         with ThreadPoolExecutor(2) as threads:
             made = [threads.submit(lambda: client.images.generate(**options)) for _ in range(2)]
             wait_for(lambda: "fewstep_queue_images 4.0" in metrics(url) or "fewstep_queue_images 8.0" in metrics(url))

@@ -63,11 +63,6 @@ SECTION = Section(
             Case(f"{EVALUATE} --scorers 'srpo:good|:clip:x'", "write srpo:REWARD", _PROMPTS),
         ),
         Message(
-            "{checkpoint}: no such folder",
-            "A checkpoint of a reward is a folder, or a hub id with one slash.",
-            Case(f"{EVALUATE} --scorers pickscore:./nowhere", "./nowhere: no such folder", _PROMPTS),
-        ),
-        Message(
             "{file}: no such file; it is the aesthetic predictor's head as safetensors",
             "Convert the published head once, as the guide on rewards shows.",
             Case(f"{EVALUATE} --scorers aesthetic:x/clip+head.safetensors", "head.safetensors: no such file", _PROMPTS),
@@ -77,45 +72,9 @@ SECTION = Section(
             "Check the path. A hub id has an owner, a slash and a name.",
             Case(f"{EVALUATE} --scorer clip_score:nowhere", "nowhere: no such folder", _PROMPTS),
             Case(f"{EVALUATE} --scorer clip_score:./nowhere/clip", "./nowhere/clip: no such folder", _PROMPTS),
+            Case(f"{EVALUATE} --scorers pickscore:./nowhere", "./nowhere: no such folder", _PROMPTS),
             Case(f"{EVALUATE} --features clip:nowhere", "nowhere: no such folder", _PROMPTS),
             Case("distill mine.yaml -s evaluate.features=dinov2:nowhere", "nowhere: no such folder", _RECIPE),
-        ),
-        Message(
-            "reward {name}: give {what}, as in {name}:{form}",
-            "What follows the colon is in the guide on rewards.",
-            Case(f"{EVALUATE} --scorers hpsv2", "reward hpsv2: give a checkpoint", _PROMPTS),
-            Case(f"{EVALUATE} --scorers background,judge", "reward judge: give the endpoint", _PROMPTS),
-            Case("distill mine.yaml -s 'evaluate.scorers=[python]'", "as in python:MODULE:FUNCTION", _RECIPE),
-        ),
-        Message(
-            "reward python:{callable}: {module} cannot be imported: {reason}",
-            "The module must be installed, or be a file in the working directory.",
-            Case(f"{EVALUATE} --scorers python:no_such_module:f", "no_such_module cannot be imported", _PROMPTS),
-        ),
-        Message(
-            "reward python:{callable}: {module} has no callable {name}",
-            "Check the spelling of the function.",
-            Case(f"{EVALUATE} --scorers python:json:f", "json has no callable f", _PROMPTS),
-        ),
-        Message(
-            "reward judge:{endpoint}: give URL#MODEL, as in judge:http://localhost:8000/v1#MODEL",
-            "The URL ends before /chat/completions; the model is the name that the server knows.",
-            Case(f"{EVALUATE} --scorers judge:localhost", "give URL#MODEL", _PROMPTS),
-        ),
-        Message(
-            "reward srpo:{spec}: write srpo:REWARD, or srpo:POSITIVE|NEGATIVE:REWARD",
-            "Both words are needed.",
-            Case(f"{EVALUATE} --scorers 'srpo:good|:clip:x'", "write srpo:REWARD", _PROMPTS),
-        ),
-        Message(
-            "{checkpoint}: no such folder",
-            "A checkpoint of a reward is a folder, or a hub id with one slash.",
-            Case(f"{EVALUATE} --scorers pickscore:./nowhere", "./nowhere: no such folder", _PROMPTS),
-        ),
-        Message(
-            "{file}: no such file; it is the aesthetic predictor's head as safetensors",
-            "Convert the published head once, as the guide on rewards shows.",
-            Case(f"{EVALUATE} --scorers aesthetic:x/clip+head.safetensors", "head.safetensors: no such file", _PROMPTS),
         ),
         Message(
             "{file} is missing: train a classifier with `fewstep emoji train classifier`",

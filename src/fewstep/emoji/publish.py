@@ -26,7 +26,7 @@ from fewstep.outputs import write_image
 from fewstep.progress import ProgressBars
 from fewstep.training.tracking import read_metrics
 
-PUBLISHED_PROMPTS = 100
+PUBLISHED_PROMPTS = 200
 
 
 def convert_to_fp16(folder: Path) -> None:

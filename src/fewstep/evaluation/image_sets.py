@@ -118,7 +118,9 @@ class ImageSets:
         self, where: KeptImages, setting: Setting, prompts: list[str], params: SamplingParams, part: str = ""
     ) -> tuple[str, dict[str, Any]]:
         """The name of a setting's images, and what they depend on."""
-        made_by = where.made_by(setting.model, params=params.model_dump(mode="json"), prompts=prompts)
+        made_by = where.made_by(
+            setting.model, params=params.model_dump(mode="json", exclude_defaults=True), prompts=prompts
+        )
         return f"{setting.name}{part}", made_by
 
     def _generated(

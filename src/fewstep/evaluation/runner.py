@@ -144,7 +144,7 @@ def evaluate(
 
 def _is_published(images: KeptImages, setting: Setting, prompts: Sequence[str], seed: int) -> bool:
     """Whether a setting's images of all prompts come with its model."""
-    params = setting.params(seed).model_dump(mode="json")
+    params = setting.params(seed).model_dump(mode="json", exclude_defaults=True)
     return images.load(setting.name, images.made_by(setting.model, params=params, prompts=list(prompts))) is not None
 
 
