@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-MODEL ?= micro
+MODEL ?= micro-turbo
 
 .PHONY: demo serve test test-slow test-gpu lint docs bench clean
 

@@ -70,7 +70,7 @@ def publish_student(run: Path, out: Path) -> str:
 
     Args:
         run: directory of a finished ``fewstep distill`` with its report.
-        out: a folder beside its teacher's: components that equal the teacher's become relative links to these.
+        out: a folder beside its teacher's: the components that it shares with its teacher become relative links to these.
 
     Raises:
         UserError: ``out`` cannot be written or holds other files than a model, or the run has no student or report.
@@ -85,7 +85,7 @@ def publish_student(run: Path, out: Path) -> str:
     teacher_name = str(student.generation_config.teacher)
     student.save(out)
     convert_to_fp16(out)
-    link_equal_components(out, resolve_model(teacher_name))
+    link_shared_components(out, resolve_model(teacher_name))
 
     teacher, student = load(teacher_name, "cpu"), load(out, "cpu")
     prompts = prompts_of(EmojiDataset.load().sample(GRID_IMAGES, "test", seed=8))
@@ -111,20 +111,22 @@ def publish_student(run: Path, out: Path) -> str:
     return figures
 
 
-def link_equal_components(folder: Path, teacher: Path) -> list[str]:
-    """Replace the component folders whose files equal the teacher's by relative links to these; returns their names."""
-    linked = []
-    for component in sorted(path for path in folder.iterdir() if path.is_dir()):
+def link_shared_components(folder: Path, teacher: Path) -> list[str]:
+    """Replace the components that a distillation leaves as they are by relative links to the teacher's; returns their
+    names.
+
+    Raises:
+        UserError: the weights of one differ from the teacher's.
+    """
+    shared = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "transformer")
+    for component in shared:
         other = teacher / component.name
-        names = {path.name for path in component.iterdir()}
-        if not other.is_dir() or names != {path.name for path in other.iterdir()}:
-            continue
-        _, different, unreadable = filecmp.cmpfiles(component, other, sorted(names), shallow=False)
-        if not different and not unreadable:
-            shutil.rmtree(component)
-            component.symlink_to(os.path.relpath(other, folder), target_is_directory=True)
-            linked.append(component.name)
-    return linked
+        for file in component.glob("*.safetensors"):
+            if not (other / file.name).is_file() or not filecmp.cmp(file, other / file.name, shallow=False):
+                raise UserError(f"{file}: other weights than the teacher's, {other}")
+        shutil.rmtree(component)
+        component.symlink_to(os.path.relpath(other, folder), target_is_directory=True)
+    return [component.name for component in shared]
 
 
 def figure_table(metrics: Metrics) -> str:

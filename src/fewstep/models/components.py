@@ -26,7 +26,8 @@ from fewstep.models.folder_kinds import describe_path
 from fewstep.models.key_layout import KeyLayout
 from fewstep.models.weight_files import file_of_tensor, stored_dtype, tensor_names
 
-BUNDLED_MODELS = {"micro": Path(__file__).parent.parent / "assets" / "micro"}
+_ASSETS = Path(__file__).parent.parent / "assets"
+BUNDLED_MODELS = {name: _ASSETS / name for name in ("micro", "micro-turbo")}
 
 NO_FP16 = "fp16: activations of this model family overflow in it; take bf16"
 
