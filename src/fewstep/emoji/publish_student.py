@@ -70,7 +70,7 @@ def publish_student(run: Path, out: Path) -> str:
 
     Args:
         run: directory of a finished ``fewstep distill`` with its report.
-        out: a folder beside its teacher's: the components that it shares with its teacher become relative links to these.
+        out: a folder beside its teacher's; components that both share become relative links to the teacher's.
 
     Raises:
         UserError: ``out`` cannot be written or holds other files than a model, or the run has no student or report.
