@@ -30,7 +30,7 @@ def reward_folder(checkpoint: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
-        raise UserError(f"{checkpoint}: no such folder")
+        raise UserError(f"{checkpoint}: no such folder; give one, or a hub id, OWNER/NAME")
     try:
         with silence_loggers():
             return Path(snapshot_download(checkpoint, allow_patterns=_DOWNLOADED))
