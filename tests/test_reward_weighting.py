@@ -157,7 +157,7 @@ def test_only_every_fourth_step_is_scored():
     for step in range(9):
         method.before_step(step)
         metrics = method.compute_student_loss(batch_of())[1]
-        assert (metrics["reward_weighting_std"].item() > 0) == (step % 4 == 0)
+        assert (metrics["reward_weighting_spread"].item() > 0) == (step % 4 == 0)
     assert scored == [0, 4, 8]
 
 
@@ -197,7 +197,7 @@ def test_advantage_weighting_applies_to_ca_alone_and_sums_to_nothing_in_a_group(
     weighted, metrics = gradient_of(dmd(terms=makes, **options), batch)
     plain, _ = gradient_of(dmd(**options), batch)
     assert metrics["advantage_weighting"].item() == pytest.approx(1.0, abs=1e-6)
-    assert metrics["advantage_weighting_std"].item() > 0.05
+    assert metrics["advantage_weighting_spread"].item() > 0.05
     assert weighted != plain
     dm_only = dmd(ca=0.0, terms=makes, **options)
     assert gradient_of(dm_only, batch)[0] == pytest.approx(gradient_of(dmd(ca=0.0, **options), batch)[0])

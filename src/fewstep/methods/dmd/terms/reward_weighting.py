@@ -55,7 +55,7 @@ class RewardWeighting(ScoredTerm, WeightingTerm):
     @classmethod
     def metric_names(cls, settings: TermSettings) -> set[str]:
         assert isinstance(settings, RewardWeightingSettings)
-        return {"student/reward_weighting", "student/reward_weighting_std"} | score_metrics(settings.rewards)
+        return {"student/reward_weighting", "student/reward_weighting_spread"} | score_metrics(settings.rewards)
 
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
