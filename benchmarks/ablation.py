@@ -34,8 +34,8 @@ from fewstep.data.teacher_trajectories import make_cache
 from fewstep.emoji.nearest_real import NearestReal
 from fewstep.emoji.scorer import EmojiScorer
 from fewstep.evaluation import metrics as measure
+from fewstep.evaluation.applicability import mean_scores
 from fewstep.evaluation.feature_networks import open_features
-from fewstep.evaluation.image_sets import mean_score
 from fewstep.evaluation.images import as_float
 from fewstep.inference.generate import generate
 from fewstep.inference.params import parse_params
@@ -127,9 +127,9 @@ class Evaluator:
         pixels = as_float(images)
         return {
             **{
-                key: mean_score(scores)
+                key: mean
                 for scorer in self.scorers
-                for key, scores in scorer.score(images, self.prompts).items()
+                for key, mean in mean_scores(scorer.score(images, self.prompts)).items()
             },
             "fd_teacher": measure.frechet_distance(features, self.features),
             "diversity": measure.diversity(self.network(seeds).unflatten(0, (-1, 4))),
@@ -212,6 +212,19 @@ def draw_curves(folder: Path, variants: Sequence[str], seeds: Sequence[int]) -> 
     return figure
 
 
+def cache_trajectories(teacher: str, folder: Path) -> None:
+    """Sample the teacher's trajectories that all variants share, unless they are there."""
+    recipe = CacheRecipe(
+        kind="cache_trajectories",
+        name="ablation",
+        teacher=teacher,
+        steps=4,
+        teacher_steps_per_student_step=SUBSTEPS,
+        num_trajectories=NUM_TRAJECTORIES,
+    )
+    make_cache(recipe, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
@@ -224,15 +237,7 @@ def main() -> None:
     torch.manual_seed(0)
     teacher = load(arguments.teacher)
     start = time.monotonic()
-    cache = CacheRecipe(
-        kind="cache_trajectories",
-        name="ablation",
-        teacher=arguments.teacher,
-        steps=4,
-        teacher_steps_per_student_step=SUBSTEPS,
-        num_trajectories=NUM_TRAJECTORIES,
-    )
-    make_cache(cache, arguments.out / "cache")
+    cache_trajectories(arguments.teacher, arguments.out / "cache")
     print(f"the teacher's trajectories: {time.monotonic() - start:.0f} s")
     evaluator = Evaluator(teacher, arguments.prompts, arguments.out)
     found: dict[str, list[dict[str, float | None]]] = {}

@@ -18,12 +18,11 @@ import json
 from pathlib import Path
 
 import matplotlib
+from ablation import SUBSTEPS, cache_trajectories
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from fewstep.config.recipe import CacheRecipe
-from fewstep.data.teacher_trajectories import make_cache
 from fewstep.training.tracking import read_metrics
 from fewstep.tuning.budget import rung_shares
 from fewstep.tuning.results import length, ranked, short_names
@@ -33,7 +32,6 @@ from fewstep.tuning.tune import TuneResult, tune
 
 SPACES = Path(__file__).parent / "spaces"
 LORA = ("models.train=lora", "models.rank=32")
-SUBSTEPS, NUM_TRAJECTORIES = 4, 1024  # of the cached trajectories
 
 #: Arm -> its recipe, and the overrides. Its space is benchmarks/spaces/<arm>.yaml.
 FULL: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -168,15 +166,7 @@ def main() -> None:
     if arguments.plan:
         return
     if any(arm.removesuffix("-lora") in WITH_TRAJECTORIES for arm in arguments.arms):
-        cache = CacheRecipe(
-            kind="cache_trajectories",
-            name="tune",
-            teacher=arguments.teacher,
-            steps=4,
-            teacher_steps_per_student_step=SUBSTEPS,
-            num_trajectories=NUM_TRAJECTORIES,
-        )
-        make_cache(cache, arguments.out / "cache")
+        cache_trajectories(arguments.teacher, arguments.out / "cache")
     found: dict[str, TuneResult] = {}
     for arm in arguments.arms:
         print(f"--- {arm} ---", flush=True)

@@ -3,36 +3,15 @@
 import lora_files as made
 import pytest
 import torch
+from lora_cli import character, style, succeed
 from safetensors import safe_open
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from fewstep.cli.main import app
 from fewstep.export.lora_svd import choose_rank, truncate, truncate_low_rank
-from fewstep.models.lora.metadata import lora_metadata
 from fewstep.models.lora.weights import LowRank
 from fewstep.models.pipeline import load
 
-
-def run(*words):
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
-
-
-def succeed(*words):
-    done = run(*words)
-    assert done.exit_code == 0, done.output
-    return done
-
-
-@pytest.fixture
-def character(tiny, tmp_path):
-    return made.save(tmp_path / "character.safetensors", made.kohya(made.adapter_for(tiny.transformer, seed=1)))
-
-
-@pytest.fixture
-def style(tiny, tmp_path):
-    adapter = made.adapter_for(tiny.transformer, made.LAYERS[:5], rank=2, seed=2)
-    return made.save(tmp_path / "style.safetensors", made.fused(adapter)[0], lora_metadata("style", kind="base"))
+__all__ = ["character", "style"]  # fixtures
 
 
 def test_rank_by_energy():

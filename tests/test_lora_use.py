@@ -5,13 +5,12 @@ import shutil
 import lora_files as made
 import pytest
 import torch
+from lora_cli import character, run, style, succeed
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cli.main import app
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
@@ -22,28 +21,9 @@ from fewstep.models.pipeline import load
 from fewstep.models.quantize import FP8
 from fewstep.models.zimage.family import ZIMAGE
 
+__all__ = ["character", "style"]  # fixtures
+
 FAST = SamplingParams(seed=3, steps=2, guidance_scale=0)
-
-
-def run(*words):
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
-
-
-def succeed(*words):
-    done = run(*words)
-    assert done.exit_code == 0, done.output
-    return done
-
-
-@pytest.fixture
-def character(tiny, tmp_path):
-    return made.save(tmp_path / "character.safetensors", made.kohya(made.adapter_for(tiny.transformer, seed=1)))
-
-
-@pytest.fixture
-def style(tiny, tmp_path):
-    adapter = made.adapter_for(tiny.transformer, made.LAYERS[:5], rank=2, seed=2)
-    return made.save(tmp_path / "style.safetensors", made.fused(adapter)[0], lora_metadata("style", kind="base"))
 
 
 def test_several_loras_are_as_merged_by_hand(tiny, tiny_folder, character, style, tmp_path, capsys):

@@ -18,13 +18,13 @@ from fewstep.core.registry import load_plugins, rewards
 from fewstep.data.preferences import Candidate, Choice
 from fewstep.errors import UserError
 from fewstep.preferences.agreement import agreement, wilson
-from fewstep.preferences.clip_features import ClipEmbeddings
 from fewstep.preferences.features import open_preference_features, opened_spec, stored_spec
 from fewstep.preferences.head import PreferenceHead, fit_head, load_head, save_head, vote_loss
 from fewstep.preferences.image_batches import image_batches
 from fewstep.preferences.reward import PreferenceReward
 from fewstep.preferences.train import train_head
 from fewstep.preferences.vote_log import VoteLog
+from fewstep.rewards.clip_model import ClipModel
 from fewstep.rewards.protocol import RewardInfo
 from fewstep.rewards.specs import open_plugin
 
@@ -113,7 +113,7 @@ def test_dependent_votes_widen_the_interval() -> None:
 def test_training(votes: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = train_head(votes, tmp_path / "head", features=f"clip:{clip}")
     assert found.held_out.share > 0.8
-    assert found.held_out.low > found.models_alone.share - 0.1  # which model it is says nothing here
+    assert found.held_out.low > found.models_alone.share - 0.1  # the votes do not follow from the models alone
     assert found.description["ties"] == 6
     assert found.description["held_out_prompts"] == 12
     stored = json.loads((tmp_path / "head" / "preference.json").read_text(encoding="utf-8"))
@@ -185,7 +185,7 @@ def test_features_of_a_reward(votes: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_clip_features_are_those_of_the_library(clip: Path) -> None:
     from transformers import CLIPModel, CLIPProcessor
 
-    ours = ClipEmbeddings(str(clip))
+    ours = ClipModel(str(clip))
     pixels = np.random.default_rng(0).integers(0, 255, (2, 45, 64, 3)).astype(np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     texts = ["a fox", "a much longer prompt than the others, longer than the network takes"]
@@ -199,7 +199,7 @@ def test_clip_features_are_those_of_the_library(clip: Path) -> None:
     assert difference.max() < 6
     with torch.no_grad():
         out = CLIPModel.from_pretrained(clip)(**inputs)
-        image, text = ours(images, texts)
+        image, text = ours.image(images), ours.text(texts)
     assert (image * out.image_embeds).sum(1).tolist() == pytest.approx([1, 1], abs=1e-3)
     assert text.flatten().tolist() == pytest.approx(out.text_embeds.flatten().tolist(), abs=1e-5)
 

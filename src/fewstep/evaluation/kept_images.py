@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,33 @@ def model_fingerprint(model: TextToImagePipeline) -> str:
     return total.hexdigest()
 
 
+class Fingerprints:
+    """Fingerprints of the models of one evaluation, each computed when it is first needed, and once."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, str] = {}
+
+    def __call__(self, model: TextToImagePipeline) -> str:
+        if id(model) not in self._found:
+            self._found[id(model)] = model_fingerprint(model)
+        return self._found[id(model)]
+
+
 class KeptImages:
     """
     Args:
         folder: None keeps nothing.
+        fingerprint: of a model.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._fingerprints: dict[int, str] = {}
+    def __init__(self, folder: Path | None, fingerprint: Callable[[TextToImagePipeline], str] | None = None) -> None:
+        self.folder, self.fingerprint = folder, fingerprint or Fingerprints()
 
     def made_by(self, model: TextToImagePipeline, **settings: Any) -> dict[str, Any]:
         """What images depend on, as JSON values; empty where nothing is kept."""
         if self.folder is None:
             return {}
-        if id(model) not in self._fingerprints:
-            self._fingerprints[id(model)] = model_fingerprint(model)
-        return {"model": self._fingerprints[id(model)], **settings}
+        return {"model": self.fingerprint(model), **settings}
 
     def load(self, name: str, made_by: Mapping[str, Any]) -> GenerationResult | None:
         """Images that were saved with an equal ``made_by``; None where there are none, or they cannot be read."""

@@ -12,7 +12,7 @@ from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.cost import MIN_PROMPTS, affordable_prompts, evaluation_cost, expected_minutes, nfe
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.image_sets import ImageSet, ImageSets
-from fewstep.evaluation.kept_images import KEPT, KeptImages
+from fewstep.evaluation.kept_images import KEPT, Fingerprints, KeptImages
 from fewstep.evaluation.metrics_file import Figures, Metrics, Samples, targets
 from fewstep.evaluation.settings import TEACHER_STEPS, Setting, default_settings
 from fewstep.inference.params import parse_params
@@ -86,7 +86,9 @@ def evaluate(
     if scorers is not None:
         check_applicable(opened, prompts)
     network = open_features(features, device)
-    kept, given = KeptImages(None if folder is None else folder / KEPT), KeptImages(published)
+    fingerprints = Fingerprints()
+    kept = KeptImages(None if folder is None else folder / KEPT, fingerprints)
+    given = KeptImages(published if published is not None and published.is_dir() else None, fingerprints)
     made = [setting for setting in chosen if not _is_published(given, setting, prompts, seed)]
     prompts = _within(max_minutes, prompts, made, diversity_prompts, diversity_seeds, kept)
     images: dict[str, ImageSet] = {}

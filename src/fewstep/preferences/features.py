@@ -1,6 +1,6 @@
 """The frozen features that a preference head scores, of an image and its prompt.
 
-    clip:PATH_OR_HUB_ID        CLIP's embeddings, with gradient to the image
+    clip:PATH_OR_HUB_ID        CLIP's embeddings, those of the reward "clip", with gradient to the image
     reward:NAME[:ARGUMENT]     the embeddings of a reward that has some (rewards.protocol.Embedder)
     open-nsfw, dinov2:..., ... a feature network of the evaluation: of the image alone, without gradient
 
@@ -22,7 +22,6 @@ from fewstep.core.registry import load_plugins, rewards
 from fewstep.data.images import to_uint8
 from fewstep.errors import UserError
 from fewstep.evaluation.feature_networks import FeatureNetwork, open_features
-from fewstep.preferences.clip_features import ClipEmbeddings
 from fewstep.rewards.protocol import Embedder, Reward
 from fewstep.rewards.specs import open_plugin
 
@@ -55,18 +54,15 @@ def open_preference_features(spec: str, device: torch.device | str = "cpu") -> P
         UserError: there are none of this name, the reward has no embeddings, or the checkpoint cannot be loaded.
     """
     kind, _, argument = spec.partition(":")
-    if kind == REWARD:
+    if kind == REWARD or (kind == CLIP and argument):
         load_plugins()
-        reward: Reward = open_plugin(rewards, argument, device)
+        reward: Reward = open_plugin(rewards, argument if kind == REWARD else spec, device)
         if not isinstance(reward, Embedder):
             raise UserError(f"features {spec}: this reward has no embeddings; take clip:PATH_OR_HUB_ID or open-nsfw")
         info = reward.info
         return PreferenceFeatures(
             _joint(reward.embeddings), info.differentiable, info.license, info.parameters, info.activations
         )
-    if kind == CLIP and argument:
-        clip = ClipEmbeddings(argument, device)
-        return PreferenceFeatures(_joint(clip), True, f"that of {argument}", clip.parameters)
     network = open_features(spec, device)
     return PreferenceFeatures(_of_image(network), False, f"that of the feature network {network.name}")
 

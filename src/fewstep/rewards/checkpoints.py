@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.machine import reading
 from fewstep.models.checkpoints import load_checkpoint
-from fewstep.models.components import silence_loggers
+from fewstep.models.components import download, silence_loggers
 
 _DOWNLOADED = ["*.json", "*.txt", "*.safetensors"]
 _PICKLES = ("*.pt", "*.pth", "*.bin", "*.ckpt")
@@ -31,14 +29,7 @@ def reward_folder(checkpoint: str) -> Path:
         return path
     if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
         raise UserError(f"{checkpoint}: no such folder; give one, or a hub id, OWNER/NAME")
-    try:
-        with silence_loggers():
-            return Path(snapshot_download(checkpoint, allow_patterns=_DOWNLOADED))
-    except LocalEntryNotFoundError:
-        why = "it is not in the cache, and the hub cannot be reached"
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{checkpoint}: no such folder, and the download from the Hugging Face hub failed: {why}")
+    return download(checkpoint, _DOWNLOADED)
 
 
 def read_tensors(folder: Path, key: str, what: str) -> dict[str, Tensor]:
@@ -59,7 +50,7 @@ def read_tensors(folder: Path, key: str, what: str) -> dict[str, Tensor]:
     if pickled:
         raise UserError(
             f"{folder}: {pickled[0]} is a pickle, which can run code and is not read; convert its tensors, under the "
-            "same names, to a safetensors file: safetensors.torch.save_file(torch.load(FILE, weights_only=True), ...)"
+            "same names, to a safetensors file, as docs/guides/rewards.md shows"
         )
     raise UserError(f"{folder}: no {what}: there is no safetensors file in it")
 

@@ -49,7 +49,12 @@ class ClipReward:
         Args:
             images: [B, 3, H, W] in [0, 1].
         """
-        return self.factor * (self.clip.image(images) * self.clip.text(prompts)).sum(1)
+        image, text = self.embeddings(images, prompts)
+        return self.factor * (image * text).sum(1)
+
+    def embeddings(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Unit vectors [B, E] of the images, with gradient to them, and of the prompts. Arguments as for the call."""
+        return self.clip.image(images), self.clip.text(prompts)
 
 
 class PickScore(ClipReward):
