@@ -22,7 +22,7 @@ from diffusers import ZImagePipeline
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from zimage_setup import STEPS, Bench, forward_flops
+from zimage_bench import STEPS, Bench, forward_flops
 
 from fewstep.config.load import load_recipe, with_overrides
 from fewstep.config.recipe import DistillRecipe, StagesRecipe
