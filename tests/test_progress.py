@@ -6,10 +6,11 @@ from fewstep import progress
 
 
 def test_training_lines_appear_at_their_cadence(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.training_display("run", 0, 12, log_every=1) as display:
+    with progress.training_display("run", 0, 12, log_every=1, meanings={"a": "falls", "b": ""}) as display:
         for step in range(1, 13):
             display.update(step, {"student": 0.5})
-    lines = capsys.readouterr().err.splitlines()
+    meaning, *lines = capsys.readouterr().err.splitlines()
+    assert meaning == "loss a: falls"
     assert [line.split()[2] for line in lines] == ["5/12", "10/12", "12/12"]
     assert all(line.endswith("student 0.5") for line in lines)
 

@@ -19,7 +19,7 @@ from fewstep.evaluation.metrics_file import ImageColumn, Metrics, Samples, targe
 from fewstep.evaluation.report import render
 from fewstep.evaluation.runner import evaluate
 from fewstep.evaluation.settings import default_settings
-from fewstep.evaluation.table import columns, format_number, print_summary
+from fewstep.evaluation.table import columns, format_number, print_short_summary, print_summary
 
 __all__ = ["seeds_used"]  # a fixture
 
@@ -226,6 +226,16 @@ def test_summary_fits_a_terminal_and_names_the_scorer(seeds_used: list[list[int]
     assert "object accuracy ÷ teacher's at 50 steps" in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert list(columns(found)) == [*found.figures, "real"]
+
+    print_short_summary(found, console)
+    lines = console.export_text().splitlines()
+    met = sum(target.passed is True for target in found.targets)
+    head = next(index for index, line in enumerate(lines) if "object correct" in line)
+    assert [line[: len(lines[head])].split("  ")[0] for line in lines[head:]] == [
+        *("object correct", "nearest real correct", "FD to the teacher (open-nsfw)", "hf energy, ×1000"),
+        *("time per image", f"targets met: {met} of 6; the report has all figures"),
+    ]
+    assert max(len(line.rstrip()) for line in lines) <= 80
 
 
 def test_numbers_have_three_digits() -> None:

@@ -97,18 +97,23 @@ class TrainingDisplay(Protocol):
         ...
 
 
-def training_display(name: str, done: int, steps: int, log_every: int) -> TrainingDisplay:
-    """A bar in a terminal, else plain lines; ``done`` steps of ``steps`` were taken earlier."""
+def training_display(name: str, done: int, steps: int, log_every: int, meanings: Mapping[str, str]) -> TrainingDisplay:
+    """A bar in a terminal, else plain lines, after a line for each loss that has a meaning (by the loss's name).
+
+    ``done`` steps of ``steps`` were taken earlier.
+    """
     console = Console(stderr=True)
+    notes = [f"loss {loss}: {meaning}" for loss, meaning in meanings.items() if meaning]
     if sys.stderr.isatty() and not console.is_dumb_terminal:
-        return TrainingBar(console, name, done, steps)
-    return TrainingLines(name, done, steps, log_every)
+        return TrainingBar(console, name, done, steps, notes)
+    return TrainingLines(name, done, steps, log_every, notes)
 
 
 class TrainingBar:
     """A bar with rate, time left and losses, in a terminal."""
 
-    def __init__(self, console: Console, name: str, done: int, steps: int) -> None:
+    def __init__(self, console: Console, name: str, done: int, steps: int, notes: Sequence[str]) -> None:
+        self._notes = notes
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -124,6 +129,8 @@ class TrainingBar:
         self._rate = StepRate()
 
     def __enter__(self) -> Self:
+        for note in self._notes:
+            log_line(note)
         self._progress.start()
         return self
 
@@ -138,12 +145,15 @@ class TrainingBar:
 class TrainingLines:
     """A line every 5 * ``log_every`` steps, or when 30 s have passed, and one for the last step."""
 
-    def __init__(self, name: str, done: int, steps: int, log_every: int) -> None:
+    def __init__(self, name: str, done: int, steps: int, log_every: int, notes: Sequence[str]) -> None:
+        self._notes = notes
         self._name, self._steps, self._every = name, steps, 5 * log_every
         self._rate = StepRate()
         self._last = monotonic()
 
     def __enter__(self) -> Self:
+        for note in self._notes:
+            log_line(note)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -19,9 +19,9 @@ def distill(
 
     made = api.distill(recipe, out, overrides=overrides or [], overwrite=overwrite, device=device)
     if made.metrics is not None:
-        from fewstep.evaluation.table import print_summary
+        from fewstep.evaluation.table import print_short_summary
 
-        print_summary(made.metrics)
+        print_short_summary(made.metrics)
     if os.environ.get("RANK", "0") != "0":
         return  # the main process prints the paths
     typer.echo(f"student: {made.student}")

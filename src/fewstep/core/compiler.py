@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sysconfig
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,11 @@ def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
     except UserError:
         return False
     return True
+
+
+def eager() -> AbstractContextManager[None]:
+    """Inside, compiled functions run uncompiled: what runs a few times, at shapes of its own, is not worth it."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def check_compiler(device: torch.device, setting: str) -> None:

@@ -58,6 +58,7 @@ class Trainable:
         updates_per_step: optimizer updates in one step, each on a new batch, unless ``uses_collected``.
         start_step: steps that the others take before it starts.
         uses_collected: its losses take what ``Method.collect`` made of one batch, once a step.
+        loss_meaning: what the displayed loss says, in words for someone who sees it for the first time.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Trainable:
     updates_per_step: int = 1
     start_step: int = 0
     uses_collected: bool = False
+    loss_meaning: str = ""
 
 
 class Method:

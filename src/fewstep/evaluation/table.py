@@ -45,6 +45,8 @@ SCORES = {
     "background": Row("background", "background color", "percent", "share of border pixels of the prompt's color"),
     "judge": Row("judge", "vision-language grade", "percent"),
 }
+#: The scores of the emoji dataset in the short summary; of other prompts, the first two scores.
+HEADLINES = ("object_acc", "nearest_real_acc")
 GROUPS = {"en": "English prompts", "zh": "Chinese prompts"}
 
 
@@ -140,15 +142,7 @@ def status(target: Target) -> str:
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     """The table of settings, the targets with their values, and the accuracy of the scorers. Fits 80 columns."""
     console = console or Console()
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
-    for name, figures in columns(metrics).items():
-        who, how = label(name, figures)
-        style = "bold cyan" if who == "student" else ""
-        table.add_column(Text(f"{who}\n{how.replace(', ', chr(10))}", style=style), justify="right", style=style)
-    for row, cells in rows(metrics):
-        table.add_row(row.label, *cells)
-    console.print(table)
+    console.print(_terminal_table(metrics, rows(metrics)))
     if metrics.targets:
         console.print()
         found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
@@ -159,3 +153,28 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
         console.print(found)
     for note in notes(metrics):
         console.print(Text(note, style="dim"))
+
+
+def print_short_summary(metrics: Metrics, console: Console | None = None) -> None:
+    """At most five rows of the table of settings, and how many targets are met. Fits 80 columns."""
+    console = console or Console()
+    scores = [key for key in HEADLINES if key in metrics.run["scores"]] or metrics.run["scores"][:2]
+    keys = {*scores, with_network("fd_teacher", metrics.features), "hf_energy", "seconds_per_image"}
+    console.print(
+        _terminal_table(metrics, [line for line in rows(metrics) if line[0].key in keys and not line[0].group])
+    )
+    if metrics.targets:
+        met = sum(target.passed is True for target in metrics.targets)
+        console.print(Text(f"targets met: {met} of {len(metrics.targets)}; the report has all figures", style="dim"))
+
+
+def _terminal_table(metrics: Metrics, lines: list[tuple[Row, list[str]]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    for name, figures in columns(metrics).items():
+        who, how = label(name, figures)
+        style = "bold cyan" if who == "student" else ""
+        table.add_column(Text(f"{who}\n{how.replace(', ', chr(10))}", style=style), justify="right", style=style)
+    for row, cells in lines:
+        table.add_row(row.label, *cells)
+    return table

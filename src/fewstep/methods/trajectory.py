@@ -70,7 +70,12 @@ class TrajectoryDistillation(DistillMethod):
 
     def __init__(self, student: nn.Module, sigmas: Sequence[float]) -> None:
         self.student, self.sigmas = student, sigmas
-        self.trainables = [Trainable("student", student, self.compute_student_loss)]
+        self.trainables = [
+            Trainable(
+                *("student", student, self.compute_student_loss),
+                loss_meaning="squared distance to the teacher's states; falls",
+            )
+        ]
 
     @classmethod
     def config_model(cls) -> type[TrajectoryConfig]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.config.sections import OptimSettings, TrainSettings
+from fewstep.core.compiler import eager
 from fewstep.core.method import Batch, BatchSource, Method
 from fewstep.errors import StopTraining, UserError
 from fewstep.progress import log_line, training_display
@@ -31,11 +32,10 @@ class Trainer:
 
     method: its modules are on their device already; seed torch before making them, for reproducible runs.
     source: called as `source(position, dist.shard)`, gives this process's rows of a batch.
-    optim: settings of the optimizer by trainable's name.
+    optim: settings of the optimizer by trainable's name; dist: the processes that train together.
     preview: step -> image or None, called every `train.sample_every` steps with the averaged weights.
     validate: metrics of the averaged weights, every `validate_every` steps, 0 is never; validate_first: and before all.
     alert_rules: metrics that mean trouble; `train.on_alert` decides what happens.
-    dist: the processes that train together.
 
     On the CPU a training that is interrupted and resumed gives the same weights, bit for bit, as an uninterrupted one.
     """
@@ -92,7 +92,8 @@ class Trainer:
         self._alerts = AlertMonitor(self.alert_rules, self.step, self.first)
         stopping, start = 0.0, time.monotonic() - self.seconds
         with ExitStack() as stack:
-            display = training_display(self.run.recipe.name, self.step, self.train.steps, self.train.log_every)
+            name, notes = self.run.recipe.name, {part.name: part.loss_meaning for part in self.method.trainables}
+            display = training_display(name, self.step, self.train.steps, self.train.log_every, notes)
             shown = stack.enter_context(display) if self.dist.is_main_process else None
             stop = stack.enter_context(stop_requests())
             if self.validate is not None and self.validate_first and self.step == 0:
@@ -243,7 +244,7 @@ class Trainer:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Inside, averaged weights, no gradient, and a random state that is restored: evaluating changes nothing."""
-        with torch.random.fork_rng(), torch.no_grad(), self.ema_weights():
+        with torch.random.fork_rng(), torch.no_grad(), eager(), self.ema_weights():
             yield
 
     def _save(self) -> None:

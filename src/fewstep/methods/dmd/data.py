@@ -6,6 +6,7 @@ import torch
 
 from fewstep.core import flow
 from fewstep.core.batching import batched, max_batch_size
+from fewstep.core.compiler import eager
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.samplers import sample_euler
@@ -70,7 +71,7 @@ def teacher_latent_stats(setup: MethodSetup) -> dict[str, float]:
     guidance_scale = teacher.generation_config.guidance_scale
     denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance_scale)
     sigmas = flow.get_sigmas(REFERENCE_STEPS, teacher.shift)
-    with torch.no_grad():
+    with torch.no_grad(), eager():
         parts = batched(count, max_batch_size(height, width))
         latents = torch.cat([sample_euler(denoiser, noise[part], sigmas, prompts[part]) for part in parts])
     return {name: float(value) for name, value in monitor.latent_stats(latents).items()}

@@ -91,6 +91,7 @@ class DMD(DistillMethod):
                 updates_per_step=max((term.updates for term in rollouts), default=1),
                 start_step=start,
                 uses_collected=bool(rollouts),
+                loss_meaning="how strongly its images are moved; need not fall",
             )
         ]
         for each in terms.values():

@@ -188,7 +188,8 @@ class DistributionMatching(DirectionTerm):
 
     def trainables(self) -> list[Trainable]:
         loss = self.compute_fake_score_loss
-        return [Trainable("fake_score", self.fake_score, loss, self.updates, self.start_step)]
+        meaning = "error in denoising the student's images; falls at first, then follows the student"
+        return [Trainable("fake_score", self.fake_score, loss, self.updates, self.start_step, loss_meaning=meaning)]
 
     def compute_fake_score_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow matching on fresh student samples, and on downsampled ones where DM uses them."""

@@ -93,7 +93,13 @@ class GAN(RegularizerTerm):
         return F.softplus(-functional_call(self.head, frozen, features)).mean()
 
     def trainables(self) -> list[Trainable]:
-        return [Trainable("discriminator", self.head, self.compute_discriminator_loss, start_step=self.start_step)]
+        return [
+            Trainable(
+                *("discriminator", self.head, self.compute_discriminator_loss),
+                start_step=self.start_step,
+                loss_meaning="1.39 where it cannot tell real from generated images, 0 where it always can",
+            )
+        ]
 
     def compute_discriminator_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """``softplus(D(x0)) + softplus(-D(real)) + r1_weight (D(real) - D(real + noise))^2``."""
