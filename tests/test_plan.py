@@ -173,6 +173,7 @@ def test_flops_equal_those_of_a_real_forward(tiny_folder):
     assert planned.flops == pytest.approx(passes * counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_flops_of_the_6b_model():
     """6.15e9 parameters on 4,096 patches and 64 tokens: 2 operations for each token and weight, plus attention."""
     found = plan(bundled_stages("zimage-turbo-8")[1])
@@ -271,18 +272,23 @@ def test_gpu_by_name_or_size():
             parse_gpu(wrong)
 
 
-def test_command(tiny_folder):
-    def run(*words):
-        done = CliRunner().invoke(app, ["plan", "micro-decoupled", "-s", f"teacher={tiny_folder}", *words])
-        return done.exit_code, done.output
+def planned(*words):
+    done = CliRunner().invoke(app, ["plan", "micro-decoupled", *words])
+    return done.exit_code, done.output
 
-    code, output = run()
+
+def test_command(tiny_folder):
+    code, output = planned("-s", f"teacher={tiny_folder}")
     assert code == 0
     assert "h100 (80 GB): fits" in output
-    code, output = run("--gpu", "0.02GB")
+    code, output = planned("-s", f"teacher={tiny_folder}", "--gpu", "lots")
+    assert code == 1
+    assert CliRunner().invoke(app, ["plan", "micro-teacher"]).exit_code == 1
+
+
+@pytest.mark.slow
+def test_command_names_what_would_fit(tiny_folder):
+    code, output = planned("-s", f"teacher={tiny_folder}", "--gpu", "0.02GB")
     assert code == 0
     assert "does not fit" in output
     assert "with -s" in output
-    code, output = run("--gpu", "lots")
-    assert code == 1
-    assert CliRunner().invoke(app, ["plan", "micro-teacher"]).exit_code == 1
