@@ -53,7 +53,7 @@ SECTION = Section(
             Case(f"{EVALUATE} --scorers python:json:f", "json has no callable f", _PROMPTS),
         ),
         Message(
-            "reward judge:{endpoint}: give URL#MODEL, as in judge:http://localhost:8000/v1#MODEL",
+            "reward judge:{endpoint}: give URL#MODEL, as in http://localhost:8000/v1#MODEL",
             "The URL ends before /chat/completions; the model is the name that the server knows.",
             Case(f"{EVALUATE} --scorers judge:localhost", "give URL#MODEL", _PROMPTS),
         ),

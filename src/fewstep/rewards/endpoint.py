@@ -6,11 +6,7 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.atomic import write_text
 from fewstep.data.images import to_uint8
-from fewstep.errors import UserError
+from fewstep.models.answer_cache import AnswerCache
+from fewstep.models.chat_endpoint import FIRST_PAUSE, ChatEndpoint
 from fewstep.rewards.protocol import RewardInfo
 
 #: The environment variable of the API key; where there is none, no key is sent.
@@ -33,8 +29,6 @@ RUBRIC = (
     "unreadable lettering. Reply with the number alone."
 )
 LARGEST = 10.0  # of the rubric's grades
-RETRIED = {408, 409, 429, 500, 502, 503, 504}
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -72,11 +66,8 @@ class EndpointReward:
         parallel: int = 4,
         pause: float = FIRST_PAUSE,
     ) -> None:
-        self.url, hash_sign, self.model = endpoint.rpartition("#")
-        if not hash_sign or not self.model or not self.url.startswith(("http://", "https://")):
-            raise UserError(f"reward judge:{endpoint}: give URL#MODEL, as in judge:http://localhost:8000/v1#MODEL")
-        self.rubric, self.cache = rubric, Path(cache).expanduser()
-        self.timeout, self.attempts, self.parallel, self.pause = timeout, attempts, parallel, pause
+        self.endpoint = ChatEndpoint(endpoint, "reward judge:", KEY, timeout=timeout, attempts=attempts, pause=pause)
+        self.rubric, self.cache, self.parallel = rubric, AnswerCache(cache), parallel
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -94,47 +85,21 @@ class EndpointReward:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _score(self, png: bytes, prompt: str) -> float:
-        key = hashlib.sha256(json.dumps([self.model, self.rubric, prompt]).encode() + png).hexdigest()
-        file = self.cache / key[:2] / f"{key}.json"
-        if file.is_file():
-            try:
-                return float(json.loads(file.read_text(encoding="utf-8"))["score"])
-            except (ValueError, KeyError, TypeError):
-                pass  # damaged: it is written anew
-        answer = self._ask(png, prompt)
+        model = self.endpoint.model
+        key = hashlib.sha256(json.dumps([model, self.rubric, prompt]).encode() + png).hexdigest()
+        kept = self.cache.read(key, "score")
+        if isinstance(kept, int | float):
+            return float(kept)
+        picture = {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
+        content = [{"type": "text", "text": f"Prompt: {prompt}"}, {"type": "image_url", "image_url": picture}]
+        answer = self.endpoint(
+            [{"role": "system", "content": self.rubric}, {"role": "user", "content": content}], max_tokens=64
+        )
         score = parse_grade(answer)
         if score is None:
             return float("nan")
-        write_text(file, json.dumps({"model": self.model, "prompt": prompt, "answer": answer, "score": score}))
+        self.cache.write(key, {"model": model, "prompt": prompt, "answer": answer, "score": score})
         return score
-
-    def _ask(self, png: bytes, prompt: str) -> str:
-        """The model's answer, or "" where none came in ``attempts`` requests. Raises: UserError as above."""
-        picture = {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
-        content = [{"type": "text", "text": f"Prompt: {prompt}"}, {"type": "image_url", "image_url": picture}]
-        messages = [{"role": "system", "content": self.rubric}, {"role": "user", "content": content}]
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 64}
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
-        for attempt in range(self.attempts):
-            pause = min(LONGEST_PAUSE, self.pause * 2**attempt)
-            try:
-                # the scheme was checked to be http or https
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return _answer(json.load(response))
-            except urllib.error.HTTPError as error:
-                if error.code not in RETRIED:
-                    raise UserError(f"{self.url}: the request for {self.model} was refused: {_why(error)}") from None
-                pause = max(pause, min(LONGEST_PAUSE, _retry_after(error)))
-            except (OSError, ValueError, KeyError, IndexError, TypeError):
-                pass  # no connection, a time-out, or no answer in OpenAI's format
-            if attempt + 1 < self.attempts:
-                time.sleep(pause)
-        return ""
 
 
 def parse_grade(answer: str) -> float | None:
@@ -146,23 +111,7 @@ def parse_grade(answer: str) -> float | None:
     return grade / LARGEST if 0 <= grade <= LARGEST else None
 
 
-def _answer(reply: Any) -> str:
-    return str(reply["choices"][0]["message"]["content"])
-
-
 def _png(image: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "png")
     return buffer.getvalue()
-
-
-def _why(error: urllib.error.HTTPError) -> str:
-    """The server's own reason in one line; it never holds the key, which is sent in a header only."""
-    text = " ".join(error.read(2000).decode("utf-8", "replace").split())[:160]
-    return f"{error.code} {error.reason}{text and f', {text}'}"
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds of the header Retry-After, 0 without one."""
-    value = error.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else 0.0
