@@ -5,7 +5,8 @@ import torch
 from memory import peak_bytes
 
 from fewstep.models.components import resolve_model
-from fewstep.models.pipeline import load, meta_pipeline
+from fewstep.models.meta_pipeline import meta_pipeline
+from fewstep.models.pipeline import load
 from fewstep.plan.estimate import BUNDLED_CONFIGS
 from fewstep.plan.reward_memory import reward_memory
 from fewstep.rewards.combine import WeightedRewards

@@ -103,13 +103,17 @@ def load_component(folder: Path, name: str, dtype: torch.dtype | None = None, fa
         UserError: it cannot be read, or weights are missing, unexpected or of other shapes; names them and the file.
     """
     family = family or resolve_family(folder)
-    if dtype == torch.float16 and not family.fp16:
-        raise UserError(NO_FP16)
-    path = folder / name
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give that of a model, or one of: {', '.join(BUNDLED_MODELS)}")
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; the model is incomplete, download or save it again")
+    if not (folder / name).is_dir():
+        raise UserError(f"{folder / name}: no such folder; the model is incomplete, download or save it again")
+    return load_component_from(folder / name, name, dtype, family)
+
+
+def load_component_from(path: Path, name: str, dtype: torch.dtype | None, family: ModelFamily) -> Any:
+    """Load a component from its own folder, of any name. Otherwise as :func:`load_component`."""
+    if dtype == torch.float16 and not family.fp16:
+        raise UserError(NO_FP16)
     try:
         with silence_loggers():
             if name in family.others:

@@ -18,12 +18,13 @@ from fewstep.core.device import AUTO, log_device, resolve_device
 from fewstep.core.precision import warn_if_weights_are_emulated
 from fewstep.errors import UserError
 from fewstep.models.attention_backends import check_attention_backend
-from fewstep.models.components import load_component, read_config, resolve_model, silence_loggers
+from fewstep.models.components import load_component, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
 from fewstep.models.family import Components, ModelFamily, resolve_family
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.lora.merge import merge_, open_loras
 from fewstep.models.offload import has_offloaded_blocks, offload_blocks
+from fewstep.models.other_vae import load_other_vae
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul, warn_without_fp8_matmul
 from fewstep.models.replaceable import check_replaceable
 from fewstep.models.text import PromptEncoder
@@ -201,7 +202,7 @@ class TextToImagePipeline:
                 if name == "transformer" and write is not None:
                     write(draft / name)
                 else:
-                    self.components[name].save_pretrained(draft / name)
+                    self.family.save_component(name, self.components[name], draft / name)
             (draft / GENERATION_CONFIG).write_text(self.generation_config.dump(folder), encoding="utf-8")
         return folder
 
@@ -213,6 +214,7 @@ def load(
     offload: Literal["none", "model", "group"] = "none",
     loras: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
+    vae: str | Path | None = None,
 ) -> TextToImagePipeline:
     """Load a model for inference: all its weights frozen, in eval mode.
 
@@ -226,6 +228,7 @@ def load(
             transformer only the block that computes (``offload_blocks``).
         loras: LoRA files with their strengths, merged into the weights (``models.lora``) before they are quantized.
         ignore: keys in these files to leave out; any other key that binds no layer is an error.
+        vae: folder of an autoencoder in place of the model's own (``other_vae.load_other_vae``).
 
     Raises:
         UserError: no such device or model, a file that is missing or corrupt, or a dtype that overflows (fp16).
@@ -233,7 +236,10 @@ def load(
     chosen, folder = resolve_device(device), resolve_model(path_or_name)
     family = resolve_family(folder)
     fp8, adapters = dtype == FP8, open_loras(folder, loras or {}, ignore)
-    components = _load_components(folder, family, family.component_names, torch.bfloat16 if fp8 else dtype)
+    read_dtype = torch.bfloat16 if fp8 else dtype
+    other_vae = {} if vae is None else {"vae": load_other_vae(vae, folder, family, read_dtype)}
+    own = [name for name in family.component_names if name not in other_vae]
+    components = _load_components(folder, family, own, read_dtype) | other_vae
     check_components(folder, family, components)
     merge_(components["transformer"], adapters)
     if fp8:
@@ -256,22 +262,6 @@ def with_components_from(transformer: nn.Module, path_or_name: str | Path) -> Te
     family = resolve_family(folder)
     names = [name for name in family.component_names if name != "transformer"]
     components = {"transformer": transformer, **_load_components(folder, family, names)}
-    check_components(folder, family, components)
-    return TextToImagePipeline(family, components, load_generation_config(folder))
-
-
-def meta_pipeline(folder: Path, dtype: torch.dtype) -> TextToImagePipeline:
-    """A model with modules on the meta device, from the configurations in a folder: shapes without weights.
-
-    The tokenizer is None. Errors as for :func:`load`.
-    """
-    family = resolve_family(folder)
-    components: dict[str, Any] = {"tokenizer": None, "scheduler": load_component(folder, "scheduler", family=family)}
-    for name in family.modules:
-        with torch.device("meta"):
-            module = family.build(name, read_config(folder, name))
-        # nn.Module's own method: diffusers' would warn about dtypes of real weights
-        components[name] = nn.Module.to(module, dtype).eval().requires_grad_(False)
     check_components(folder, family, components)
     return TextToImagePipeline(family, components, load_generation_config(folder))
 

@@ -19,7 +19,8 @@ from fewstep.data.batch import DistillBatch
 from fewstep.methods.base import DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models
 from fewstep.models.denoiser import TransformerDenoiser
-from fewstep.models.pipeline import TextToImagePipeline, meta_pipeline
+from fewstep.models.meta_pipeline import meta_pipeline
+from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.plan.memory_tracker import DeviceType, EmulatedDevice, MemoryTracker
 from fewstep.plan.passes import Passes, count_passes
 from fewstep.training.distributed import DistContext

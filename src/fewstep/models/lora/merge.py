@@ -112,17 +112,18 @@ def describe(lora: Lora, targets: LoraTargets, strength: float) -> str:
 def merge_(transformer: nn.Module, loras: Weighted) -> None:
     """Add ``strength * delta`` of every adapter to the weights, in place.
 
-    The sum is taken in fp32 and rounded once, so that the order of the adapters does not matter. DoRA's delta refers to
-    the weights before any adapter.
+    The sum is taken in fp32, in the order of the files' names, and rounded once: the order in which the adapters are
+    given does not matter. DoRA's delta refers to the weights before any adapter.
 
     Raises:
         ValueError: the weights are in fp8; they are quantized after merging.
     """
-    for name in dict.fromkeys(name for lora, _ in loras for name in lora.updates):
+    ordered = sorted(loras, key=lambda weighted: str(weighted[0].file))
+    for name in dict.fromkeys(name for lora, _ in ordered for name in lora.updates):
         layer = transformer.get_submodule(name)
         if isinstance(layer, Fp8Linear):
             raise ValueError(f"{name} is in fp8: merge adapters before quantizing")
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        deltas = [s * lora.updates[name].delta(weight) for lora, s in loras if s and name in lora.updates]
+        deltas = [s * lora.updates[name].delta(weight) for lora, s in ordered if s and name in lora.updates]
         if deltas:
             weight.copy_(weight.float() + sum(deltas[1:], start=deltas[0]))

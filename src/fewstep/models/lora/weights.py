@@ -30,6 +30,10 @@ class LowRank:
         return len(self.down)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.down, self.up
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
@@ -71,6 +75,10 @@ class Kronecker:
         return None if pair is None else pair[1].shape[0]
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.left, *self.right
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.left[0].shape[0] * self.right[0].shape[0], self.left[-1].shape[1] * self.right[-1].shape[1]
 
@@ -102,6 +110,10 @@ class Rows:
     @property
     def rank(self) -> int | None:
         return self.whole.rank
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.whole.tensors
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -164,3 +176,10 @@ class Lora:
     def ranks(self) -> list[int]:
         """The different ranks of its layers, ascending."""
         return sorted({update.change.rank for update in self.updates.values() if update.change.rank is not None})
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tensors; layers may share some."""
+        magnitudes = [update.magnitude for update in self.updates.values() if update.magnitude is not None]
+        changes = [tensor for update in self.updates.values() for tensor in update.change.tensors]
+        return sum({id(tensor): tensor.nbytes for tensor in (*changes, *magnitudes)}.values())
