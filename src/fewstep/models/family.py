@@ -77,6 +77,10 @@ class ModelFamily(ABC):
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
         """A component with fresh weights from its ``config.json``; without any under ``torch.device("meta")``."""
 
+    def save_component(self, name: str, component: Any, path: Path) -> None:
+        """Write a component into its folder."""
+        component.save_pretrained(path)
+
     @abstractmethod
     def write_index(self, components: Components, folder: Path) -> None:
         """Write ``model_index.json``."""

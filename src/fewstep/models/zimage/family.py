@@ -71,6 +71,13 @@ class ZImageFamily(ModelFamily):
             check_transformer(config, Path(name) / "config.json")
         return {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name].from_config(dict(config))
 
+    def save_component(self, name: str, component: Any, path: Path) -> None:
+        known_as = component.config.architectures if name == "text_encoder" else None
+        super().save_component(name, component, path)
+        if known_as:  # Qwen3ForCausalLM stays known as a language model, whose head is the embeddings
+            component.config.architectures = known_as
+            component.config.save_pretrained(path)
+
     def write_index(self, components: Components, folder: Path) -> None:
         ZImagePipeline(**components).save_config(folder)
 
