@@ -41,8 +41,13 @@ def open_image(b64: str) -> Image.Image:
     return image
 
 
-def make_service(pipeline: TextToImagePipeline, **settings: object) -> Service:
-    return Service(pipeline, "tiny", "fingerprint", ServeSettings(**settings))
+PARTS = ("loras", "enhancer", "safety_filter")
+
+
+def make_service(pipeline: TextToImagePipeline, **options: object) -> Service:
+    """Options are settings of the server, or parts of the service."""
+    parts = {name: options.pop(name) for name in PARTS if name in options}
+    return Service(pipeline, "tiny", "fingerprint", ServeSettings(**options), **parts)
 
 
 @contextmanager

@@ -42,6 +42,27 @@ def generate(
             "--from", metavar="IMAGE", help="Make this image of fewstep's again; options given here replace its own."
         ),
     ] = None,
+    image: Annotated[str | None, typer.Option(metavar="FILE", help="Begin from this image, for every prompt.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="With --image: share of the steps that are sampled, up to 1. [default: 0.8]"),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="With --image: draw only its transparent pixels, or, without transparency, light ones."
+        ),
+    ] = None,
+    enhance: Annotated[
+        bool, typer.Option("--enhance", help="Let a language model revise the prompts; they are shown and recorded.")
+    ] = False,
+    enhancer: Annotated[
+        str,
+        typer.Option(
+            metavar="own|FOLDER|URL#MODEL",
+            help="With --enhance: the model's own text encoder, another causal language model, or an OpenAI endpoint.",
+        ),
+    ] = "own",
     out: Annotated[
         str, typer.Option("-o", "--out", help="Image file for a grid of all, or folder for one file each, such as out/")
     ] = "out.png",
@@ -76,6 +97,9 @@ def generate(
         typer.Option(metavar="FILE[:STRENGTH]", help="LoRA file, or folder of peft or diffusers; may be repeated."),
     ] = None,
     ignore: Ignore = None,
+    vae: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Another VAE for the same latents. [default: the model's]")
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of the weights: fp32, bf16 or fp8. [default: as stored]")
     ] = None,
@@ -96,10 +120,13 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Generate images from prompts. The same command again continues an interrupted one."""
+    from fewstep.cli.enhance_prompts import enhance_prompts
     from fewstep.cli.image_target import Target
+    from fewstep.cli.input_files import InputFiles
     from fewstep.data.prompt_files import read_prompts
     from fewstep.data.prompt_text import clean_prompt
     from fewstep.errors import UserError
+    from fewstep.inference.editing import STRENGTH, encode_edits
     from fewstep.inference.generate import generate_batches
     from fewstep.inference.image_metadata import read_metadata
     from fewstep.inference.params import parse_params
@@ -126,34 +153,46 @@ def generate(
         "sampler": sampler,
         "eta": eta,
         "batch_size": batch_size,
+        "strength": strength,
     }
+    originals = texts
+    files = InputFiles(parse_loras(lora or []), ignore or [], vae, image, mask)
     if source is not None:
         made = read_metadata(source)
-        if made.params.strength is not None:
-            raise UserError(f"{source}: was made from another image, which it does not hold")
         given = {name: value for name, value in options.items() if was_given(context, name)}
+        originals = texts or [made.extras.original_prompt or made.prompt]
         texts, options = texts or [made.prompt], made.params.model_dump() | given
         dtype = dtype or (Dtype(made.dtype) if made.dtype else None)
         model = model or made.model
         made.check_model(resolve_model(model))
+        files = files.or_recorded(made, source)
     if model is None:
         context.fail("Missing argument 'MODEL'.")
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
     params, name = parse_params(options), model
-
-    loras = parse_loras(lora or [])
+    edited = files.edit_input(params.strength, (params.width, params.height))
+    if edited is not None:
+        height, width = edited.image.shape[1:]
+        update = {"width": width, "height": height, "strength": params.strength or STRENGTH}
+        params = params.model_copy(update=update)
 
     def opened() -> TextToImagePipeline:
         torch_dtype = dtype.torch_dtype if dtype else None
-        pipeline = load(name, device, torch_dtype, offload.value, loras, ignore or [])
+        pipeline = load(name, device, torch_dtype, offload.value, files.loras, files.ignored, files.vae)
         _speed_options(pipeline, attention_backend, vae_tiling, compile)
         return pipeline
 
-    with Target(out, texts, params, name, dtype, columns, overwrite, loras).claimed() as target:
+    target_options = (params, name, dtype, columns, overwrite, files.extras())
+    if enhance:
+        Target(out, texts, *target_options)  # its checks come before the language model's work
+        texts = enhance_prompts(texts, enhancer, resolve_model(name), device, params.system_prompt)
+    with Target(out, texts, *target_options, originals).claimed() as target:
         if target.missing:
             with _step_bar(len(target.missing)) as callback:
-                target.fill(generate_batches(opened(), *target.remaining(), callback))
+                pipeline = opened()
+                begin = None if edited is None else encode_edits(pipeline, [edited]).repeat(len(target.missing))
+                target.fill(generate_batches(pipeline, *target.remaining(), callback, begin))
         typer.echo(target.finish())
 
 

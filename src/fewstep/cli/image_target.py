@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -13,14 +13,15 @@ from typing import Self
 from fewstep.cli.options import Dtype
 from fewstep.data.images import grid, grid_size
 from fewstep.errors import UserError
+from fewstep.inference.editing import first_step
 from fewstep.inference.generate import GeneratedBatch
+from fewstep.inference.image_extras import Extras
 from fewstep.inference.image_folder import ImageFolder, generation_manifest
 from fewstep.inference.image_metadata import ImageMetadata
 from fewstep.inference.params import SamplingParams
 from fewstep.models.components import resolve_model
 from fewstep.models.fingerprint import path_fingerprint
 from fewstep.models.generation_config import load_generation_config
-from fewstep.models.lora.read import weights_file
 from fewstep.outputs import check_image, claimed_folder, names_folder, write_image
 
 
@@ -34,7 +35,8 @@ class Target:
         out: as the user wrote it; a folder's name may end with a slash.
         model: its name or folder.
         columns: of the grid; None is a square.
-        loras: LoRA files with their strengths.
+        extras: of all images.
+        originals: the prompts before they were revised; None where they were not.
 
     Raises:
         UserError: a file or folder that cannot be written, columns for a folder, or a picture that its format cannot
@@ -50,7 +52,8 @@ class Target:
         dtype: Dtype | None,
         columns: int | None,
         overwrite: bool,
-        loras: Mapping[str, float] | None = None,
+        extras: Extras | None = None,
+        originals: Sequence[str] | None = None,
     ) -> None:
         self.path, self.is_grid = Path(out), not names_folder(out)
         self.prompts, self.params, self.overwrite = list(prompts), params, overwrite
@@ -64,14 +67,14 @@ class Target:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loading the model gives them again
             self.resolved = params.resolved(load_generation_config(source))
+        if self.resolved.strength is not None:
+            first_step(self.resolved.steps, self.resolved.strength)
         self.fingerprint = path_fingerprint(source) or ""
         if self.is_grid:
             height, width = self.resolved.height, self.resolved.width
             check_image(self.path, *grid_size(len(prompts), self.columns, height, width))
-        self.loras = dict(loras or {})
-        self.made_by = generation_manifest(
-            source, prompts, params, self.dtype, {weights_file(f): s for f, s in self.loras.items()}
-        )
+        self.extras, self.originals = extras or Extras(), originals
+        self.made_by = generation_manifest(source, prompts, params, self.dtype, self.extras)
         self.nfe, self.seconds = 0, 0.0
 
     @property
@@ -123,13 +126,14 @@ class Target:
                 self.images.write(self.missing[index], image, self.text(self.missing[index]))
             self.nfe, self.seconds = batch.nfe, self.seconds + batch.seconds
 
-    def text(self, index: int) -> str | None:
-        """What an image was made with, for its file; None with adapters, which the text does not name yet."""
-        if self.loras:
-            return None
+    def text(self, index: int) -> str:
+        """What an image was made with, for its file."""
         seed = self.params.image_seeds(len(self.prompts))[index]
+        extras = self.extras
+        if self.originals is not None and self.originals[index] != self.prompts[index]:
+            extras = extras.model_copy(update={"original_prompt": self.originals[index]})
         return ImageMetadata.of(
-            self.model, self.fingerprint, self.prompts[index], self.resolved, seed, self.dtype
+            self.model, self.fingerprint, self.prompts[index], self.resolved, seed, self.dtype, extras
         ).dump()
 
     def finish(self) -> str:

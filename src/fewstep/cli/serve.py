@@ -18,6 +18,23 @@ def serve(
     api_keys: Annotated[
         str | None, typer.Option(metavar="FILE", help="File of API keys, one on each line, after a name if you like.")
     ] = None,
+    lora_dir: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="LoRA files that requests may name, with a strength for each.")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Another VAE for the same latents. [default: the model's]")
+    ] = None,
+    enhancer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="own|FOLDER|URL#MODEL",
+            help="Revises prompts where a request wants it: the text encoder, a causal language model, or an endpoint.",
+        ),
+    ] = None,
+    safety_filter: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="THRESHOLD", help="Withhold images that Open-NSFW scores so high; try 0.8."),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that wait; more are refused with status 429.")] = 64,
     max_batch: Annotated[
         int | None, typer.Option(min=1, help="Images drawn together. [default: two million pixels]")
@@ -49,4 +66,4 @@ def serve(
         timeout=timeout,
         log_prompts=log_prompts,
     )
-    run(model, settings, api_keys, device, dtype.value if dtype else None)
+    run(model, settings, api_keys, device, dtype.value if dtype else None, lora_dir, vae, enhancer, safety_filter)

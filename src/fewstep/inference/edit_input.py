@@ -1,22 +1,25 @@
-"""Images that clients upload, checked before they are decoded."""
+"""The image and the mask of an edit, checked before they are decoded."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.machine import reading
 
+MAX_PIXELS = 2**27  # of a user's own image
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True)
-class Upload:
+class EditInput:
     """Attributes:
     image: [3, H, W] in [0, 1].
     mask: [1, H, W], 1 where the image is drawn anew; None is everywhere.
@@ -26,30 +29,51 @@ class Upload:
     mask: Tensor | None
 
 
-def read_upload(image: bytes, mask: bytes | None, size: tuple[int, int] | None, max_pixels: int) -> Upload:
+def read_edit_input(
+    image: bytes,
+    mask: bytes | None,
+    size: tuple[int | None, int | None] = (None, None),
+    max_pixels: int = MAX_PIXELS,
+    names: tuple[str, str] = ("image", "mask"),
+) -> EditInput:
     """Decode an image and its mask, and resize them.
 
     Args:
-        mask: an image whose transparent pixels are drawn anew, as in OpenAI's API.
-        size: width and height; None is the image's own size.
-        max_pixels: of an upload; larger ones are refused by their headers, before they are decoded.
+        mask: an image whose transparent pixels are drawn anew, as in OpenAI's API; in one without transparency the
+            light pixels are, as in diffusers.
+        size: width and height; None is the image's own.
+        max_pixels: of each; larger ones are refused by their headers, before they are decoded.
+        names: of the two, for messages.
 
     Raises:
-        UserError: one is no image, or too large, or the mask has no transparency or another size.
+        UserError: one is no image, or too large, or the mask has another size than the image.
     """
-    opened = _open("image", image, max_pixels)
-    size = size or opened.size
+    opened = _open(names[0], image, max_pixels)
+    size = size[0] or opened.width, size[1] or opened.height
     pixels = np.array(opened.convert("RGB").resize(size, Image.Resampling.LANCZOS))
     found = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     if mask is None:
-        return Upload(found, None)
-    covering = _open("mask", mask, max_pixels)
+        return EditInput(found, None)
+    covering = _open(names[1], mask, max_pixels)
     if covering.size != opened.size:
-        raise UserError(f"mask: {covering.width}x{covering.height}, but the image is {opened.width}x{opened.height}")
-    if not covering.has_transparency_data:
-        raise UserError("mask: no transparency; the transparent pixels are those that are drawn anew")
-    alpha = np.array(covering.convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST))
-    return Upload(found, torch.from_numpy(alpha < 128)[None].float())
+        sides = f"{covering.width}x{covering.height}, but the image is {opened.width}x{opened.height}"
+        raise UserError(f"{names[1]}: {sides}")
+    if covering.has_transparency_data:
+        anew = ImageChops.invert(covering.convert("RGBA").getchannel("A"))
+    else:
+        anew = covering.convert("L")
+    return EditInput(
+        found, torch.from_numpy(np.array(anew.resize(size, Image.Resampling.NEAREST)) >= 128)[None].float()
+    )
+
+
+def read_edit_files(image: str, mask: str | None, size: tuple[int | None, int | None]) -> EditInput:
+    """:func:`read_edit_input` of files."""
+    contents = []
+    for file in (image, *([] if mask is None else [mask])):
+        with reading(file):
+            contents.append(Path(file).expanduser().read_bytes())
+    return read_edit_input(contents[0], contents[1] if mask else None, size, names=(image, mask or ""))
 
 
 def _open(name: str, content: bytes, max_pixels: int) -> Image.Image:

@@ -13,7 +13,10 @@ from torch import Tensor
 from fewstep.core import flow
 from fewstep.core.samplers import SamplerStep
 from fewstep.errors import UserError
+from fewstep.inference.edit_input import EditInput
 from fewstep.models.pipeline import TextToImagePipeline
+
+STRENGTH = 0.8  # of an edit, unless given
 
 #: x and noise levels -> the steps of a sampler.
 Sample = Callable[[Tensor, Sequence[float]], Iterator[SamplerStep]]
@@ -35,6 +38,11 @@ class SourceImages:
     def __getitem__(self, part: slice) -> SourceImages:
         return SourceImages(self.latents[part], None if self.mask is None else self.mask[part])
 
+    def repeat(self, count: int) -> SourceImages:
+        """Of a single image: the source of ``count`` images."""
+        mask = None if self.mask is None else self.mask.expand(count, -1, -1, -1)
+        return SourceImages(self.latents.expand(count, *self.latents.shape[1:]), mask)
+
 
 @torch.no_grad()
 def encode_source(pipeline: TextToImagePipeline, images: Tensor, masks: Tensor | None = None) -> SourceImages:
@@ -54,6 +62,12 @@ def encode_source(pipeline: TextToImagePipeline, images: Tensor, masks: Tensor |
         return SourceImages(latents)
     small = F.adaptive_max_pool2d((masks >= 0.5).float(), latents.shape[-2:])
     return SourceImages(latents, small.to(latents))
+
+
+def encode_edits(pipeline: TextToImagePipeline, edits: Sequence[EditInput]) -> SourceImages:
+    """Encode the images of edits of one size, all of them with a mask or none. Errors as for :func:`encode_source`."""
+    masks = [edit.mask for edit in edits if edit.mask is not None]
+    return encode_source(pipeline, torch.stack([edit.image for edit in edits]), torch.stack(masks) if masks else None)
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fewstep.atomic import is_partial, write_text
 from fewstep.data.images import to_pil
 from fewstep.errors import UserError
+from fewstep.inference.image_extras import Extras
 from fewstep.inference.params import SamplingParams
 from fewstep.machine import read_error, reading, writing
 from fewstep.outputs import write_image
@@ -35,7 +36,7 @@ def generation_manifest(
     prompts: Sequence[str],
     params: SamplingParams,
     dtype: str | None = None,
-    loras: Mapping[Path, float] | None = None,
+    extras: Extras | None = None,
 ) -> dict[str, Any]:
     """What generated images depend on, as JSON values, without loading the model.
 
@@ -45,7 +46,7 @@ def generation_manifest(
     Args:
         model: its folder.
         dtype: the requested dtype of the weights; None is the stored one.
-        loras: LoRA files with their strengths.
+        extras: files besides the model.
     """
     files = sorted(path for path in model.rglob("*") if path.is_file() and not path.name.startswith("."))
     stats = {str(path.relative_to(model)): path.stat() for path in files}
@@ -53,16 +54,10 @@ def generation_manifest(
         "format": 1,
         "model files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "dtype": dtype,
-        **({"loras": _known_by(loras)} if loras else {}),
+        **(extras or Extras()).known_by(),
         **params.model_dump(mode="json", exclude={"batch_size"}),
         "prompts": list(prompts),
     }
-
-
-def _known_by(loras: Mapping[Path, float]) -> list[list[int | float]]:
-    """The strength, size and time of each file: it may be moved too."""
-    stats = [(strength, file.stat()) for file, strength in loras.items()]
-    return sorted([strength, stat.st_size, stat.st_mtime_ns] for strength, stat in stats)
 
 
 class ImageFolder:

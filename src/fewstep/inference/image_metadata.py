@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from fewstep.config.base import PlainValues
 from fewstep.config.explain import explain
 from fewstep.errors import UserError
+from fewstep.inference.image_extras import Extras
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.models.fingerprint import model_fingerprint
 from fewstep.outputs import read_image_text
@@ -26,6 +27,7 @@ class ImageMetadata(PlainValues):
     dtype: str | None = Field(None, description="Of the weights; None is the stored one.")
     prompt: str
     params: SamplingParams = Field(description="All sampling parameters, none open, with the image's own seed.")
+    extras: Extras = Field(default=Extras(), description="Files besides the model; the prompt before it was revised.")
 
     @classmethod
     def of(
@@ -36,6 +38,7 @@ class ImageMetadata(PlainValues):
         params: ResolvedParams,
         seed: int,
         dtype: str | None = None,
+        extras: Extras | None = None,
     ) -> Self:
         """The metadata of one image.
 
@@ -51,11 +54,14 @@ class ImageMetadata(PlainValues):
             dtype=dtype,
             prompt=prompt,
             params=SamplingParams.model_validate(whole),
+            extras=extras or Extras(),
         )
 
     def dump(self) -> str:
         """JSON in ASCII, which all image formats hold."""
-        return json.dumps(self.model_dump(mode="json", exclude={"params": {"seeds", "batch_size"}}))
+        whole = self.model_dump(mode="json", exclude={"params": {"seeds", "batch_size"}})
+        whole["extras"] = {key: value for key, value in whole["extras"].items() if value}
+        return json.dumps({key: value for key, value in whole.items() if key != "extras" or value})
 
     def check_model(self, folder: Path) -> None:
         """Raises: UserError if the model in ``folder`` is not the one that made the image."""

@@ -18,11 +18,12 @@ from starlette.exceptions import HTTPException
 
 from fewstep.errors import UserError
 from fewstep.serve.engine import OutOfMemory
+from fewstep.serve.failures import Disconnected, Unauthorized, error_answer, failure
 from fewstep.serve.forms import edit_schema, read_edit
 from fewstep.serve.guards import Guards
 from fewstep.serve.images import encode_image, to_base64
 from fewstep.serve.scheduler import QueueFull
-from fewstep.serve.schema import ErrorAnswer, GenerationRequest, ImageAnswer, ImagesAnswer, describe_errors
+from fewstep.serve.schema import ErrorAnswer, GenerationRequest, ImageAnswer, ImagesAnswer
 from fewstep.serve.service import Service, Ticket, UnknownModel
 from fewstep.serve.settings import ApiKeys, is_loopback
 from fewstep.serve.stream import stream_events
@@ -33,6 +34,8 @@ PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
     "": ("index.html", "text/html"),
     "page.js": ("page.js", "text/javascript"),
+    "edit.js": ("edit.js", "text/javascript"),
+    "loras.js": ("loras.js", "text/javascript"),
     "page.css": ("page.css", "text/css"),
 }
 _PAGE_HEADERS = {
@@ -47,14 +50,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 Result = TypeVar("Result")
-
-
-class Unauthorized(Exception):
-    """No valid API key."""
-
-
-class Disconnected(Exception):
-    """The client is gone."""
 
 
 def authorized(http: Request) -> str:
@@ -87,14 +82,15 @@ def make_app(service: Service, keys: ApiKeys) -> FastAPI:
     @app.post("/v1/images/generations", response_model=ImagesAnswer, responses=_ERRORS)
     async def generations(body: GenerationRequest, http: Request, client: Client) -> Any:
         """Images from a prompt; with ``stream``, server-sent events."""
-        ticket = service.submit(body, client)
+        ticket = service.submit(body, client, await service.revise(body))
         return await _answer(service, ticket, body, http, "image_generation")
 
     @app.post("/v1/images/edits", response_model=ImagesAnswer, responses=_ERRORS, openapi_extra=edit_schema())
     async def edits(http: Request, client: Client) -> Any:
         """Images from an image and a prompt; where there is a mask, only its transparent pixels are drawn anew."""
         body, upload = await read_edit(http, service.params)
-        return await _answer(service, service.submit(body, client, upload), body, http, "image_edit")
+        ticket = service.submit(body, client, await service.revise(body), upload)
+        return await _answer(service, ticket, body, http, "image_edit")
 
     @app.get("/v1/models")
     async def models(client: Client) -> dict[str, Any]:
@@ -125,7 +121,7 @@ def make_app(service: Service, keys: ApiKeys) -> FastAPI:
         """200 while requests are drawn; 503 before the first image is drawn, and while the server stops."""
         if service.ready and service.scheduler.alive:
             return {"status": "ready"}
-        return _error(503, "not ready", "server_error", code="not_ready")
+        return error_answer(503, "not ready", "server_error", code="not_ready")
 
     @app.get("/metrics", response_class=Response)
     async def metrics(client: Client) -> Response:
@@ -151,7 +147,7 @@ def make_app(service: Service, keys: ApiKeys) -> FastAPI:
     @app.exception_handler(TimeoutError)
     @app.exception_handler(Disconnected)
     async def failed(http: Request, error: Exception) -> JSONResponse:
-        return _failure(service, error)
+        return failure(service, error)
 
     return app
 
@@ -160,7 +156,7 @@ async def _answer(service: Service, ticket: Ticket, body: GenerationRequest, htt
     if body.stream:
 
         def failed(error: Exception) -> dict[str, Any]:
-            content: dict[str, Any] = json.loads(bytes(_failure(service, error).body))
+            content: dict[str, Any] = json.loads(bytes(failure(service, error).body))
             return content
 
         async def logged() -> AsyncIterator[str]:
@@ -175,8 +171,11 @@ async def _answer(service: Service, ticket: Ticket, body: GenerationRequest, htt
     try:
         images = await _unless_disconnected(http, ticket.images())
         start = time.monotonic()
-        data = [ImageAnswer(seed=seed) for seed in ticket.request.seeds]
+        data = [ImageAnswer(seed=seed, revised_prompt=ticket.revised_prompt) for seed in ticket.request.seeds]
         for index, (answer, image) in enumerate(zip(data, images, strict=True)):
+            answer.safety = await service.decide(image)
+            if answer.safety is not None and answer.safety.flagged:
+                continue
             content = await asyncio.to_thread(
                 encode_image, image, body.output_format, body.output_compression, ticket.metadata(index)
             )
@@ -186,7 +185,7 @@ async def _answer(service: Service, ticket: Ticket, body: GenerationRequest, htt
                 answer.b64_json = to_base64(content)
         service.metrics.phase("encode", time.monotonic() - start)
     except Exception as error:  # answered here: the framework would raise it again, into another log
-        return _failure(service, error)
+        return failure(service, error)
     finally:
         ticket.cancel()
         _log(service, ticket)
@@ -217,48 +216,6 @@ async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, Result])
     finally:
         done.cancel()
         gone.cancel()
-
-
-def _failure(service: Service, error: Exception) -> JSONResponse:
-    """The answer to an error; what is no user's mistake is counted, and logged with its traceback."""
-    if isinstance(error, UserError):
-        message = str(error).encode("utf-8", "replace").decode()
-        return _error(400, message, param=message.partition(":")[0] if ":" in message else None)
-    if isinstance(error, RequestValidationError):
-        message, param = describe_errors(error.errors())
-        return _error(400, message, param=param)
-    if isinstance(error, UnknownModel):
-        return _error(404, str(error), param="model", code="model_not_found")
-    if isinstance(error, Unauthorized):
-        response = _error(401, "no valid API key in the header Authorization: Bearer KEY", code="invalid_api_key")
-        response.headers["WWW-Authenticate"] = "Bearer"
-        return response
-    if isinstance(error, HTTPException):
-        return _error(error.status_code, str(error.detail))
-    if isinstance(error, QueueFull):
-        service.metrics.error("queue_full")
-        seconds = max(1, round(error.retry_after))
-        response = _error(429, f"the queue is full; try again in {seconds} s", "rate_limit_error", code="queue_full")
-        response.headers["Retry-After"] = str(seconds)
-        return response
-    if isinstance(error, TimeoutError):
-        service.metrics.error("timeout")
-        return _error(504, f"not done within {service.settings.timeout:g} s", "server_error", code="timeout")
-    if isinstance(error, OutOfMemory):
-        service.metrics.error("out_of_memory")
-        return _error(503, str(error), "server_error", code="out_of_memory")
-    if isinstance(error, Disconnected):
-        service.metrics.error("disconnected")
-        return _error(499, "the client is gone")
-    service.metrics.error("crash")
-    log.error(json.dumps({"event": "crash", "error": type(error).__name__}), exc_info=error)
-    return _error(500, "the request failed; the server's log has the reason", "server_error", code="internal_error")
-
-
-def _error(
-    status: int, message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
 
 
 def _log(service: Service, ticket: Ticket) -> None:

@@ -11,11 +11,13 @@ import torch
 from fewstep.core.batching import max_batch_size
 from fewstep.core.device import is_out_of_memory
 from fewstep.data.images import to_uint8
-from fewstep.inference.editing import SourceImages, encode_source, first_step
+from fewstep.inference.editing import SourceImages, encode_edits, first_step
 from fewstep.inference.generate import GenerationCancelled, GenerationStep, generate
 from fewstep.inference.params import ResolvedParams, SamplingParams
+from fewstep.models.lora.swap import LoraSwap
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.serve.jobs import Drawn, Job, Progress, preview_steps
+from fewstep.serve.loras import Chosen, LoraFolder
 
 
 class OutOfMemory(Exception):
@@ -26,6 +28,7 @@ class Engine:
     """One model. All but ``resolve`` is called in one thread.
 
     Args:
+        loras: that requests may name.
         max_batch: images drawn together; None fits two million pixels.
         observe: told the number of images of each batch and its seconds.
     """
@@ -33,10 +36,13 @@ class Engine:
     def __init__(
         self,
         pipeline: TextToImagePipeline,
+        loras: LoraFolder,
         max_batch: int | None = None,
         observe: Callable[[int, float], None] = lambda images, seconds: None,
     ) -> None:
         self.pipeline, self.max_batch, self.observe = pipeline, max_batch, observe
+        self.loras, self._swap = loras, LoraSwap(pipeline.transformer)
+        self._merged: Chosen | None = ()  # what the weights hold; None after an error
         # its own tokenizer: those of the tokenizers library must not be used in two threads at once
         tokenizer = copy.deepcopy(pipeline.tokenizer)
         self._encoder = pipeline.family.prompt_encoder(
@@ -91,6 +97,7 @@ class Engine:
         start, request = time.monotonic(), jobs[0].request
         for job in jobs:
             job.request.started = job.request.started or start
+        self._merge(request.loras)
         seeds = tuple(job.seed for job in jobs)
         params = request.params.model_copy(update={"seeds": seeds, "batch_size": len(jobs)})
         prompts = [job.request.prompt for job in jobs]
@@ -104,13 +111,18 @@ class Engine:
             if not job.request.cancelled:
                 job.request.emit(Drawn(job.index, image))
 
+    def _merge(self, chosen: Chosen) -> None:
+        """Have these adapters in the weights. Raises: UserError for a file that has changed."""
+        if chosen == self._merged:
+            return
+        loras = self.loras.get(chosen)
+        self._merged = None
+        self._swap.set(loras)
+        self._merged = chosen
+
     def _encode_uploads(self, jobs: Sequence[Job]) -> SourceImages | None:
         uploads = [job.request.upload for job in jobs if job.request.upload is not None]
-        if not uploads:
-            return None
-        masks = [upload.mask for upload in uploads if upload.mask is not None]
-        images = torch.stack([upload.image for upload in uploads])
-        return encode_source(self.pipeline, images, torch.stack(masks) if masks else None)
+        return encode_edits(self.pipeline, uploads) if uploads else None
 
     def _report(self, jobs: Sequence[Job], step: GenerationStep) -> bool:
         """False, which cancels the batch, when nobody waits for any of its images."""

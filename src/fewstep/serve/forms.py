@@ -12,8 +12,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from fewstep.errors import UserError
+from fewstep.inference.edit_input import EditInput, read_edit_input
 from fewstep.serve.schema import EditRequest, describe_errors
-from fewstep.serve.uploads import Upload, read_upload
 
 MAX_UPLOAD_PIXELS = 2**24  # of an image that a client sends, before it is resized
 
@@ -28,7 +28,7 @@ def edit_schema() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-async def read_edit(http: Request, check: Callable[[EditRequest], object]) -> tuple[EditRequest, Upload]:
+async def read_edit(http: Request, check: Callable[[EditRequest], object]) -> tuple[EditRequest, EditInput]:
     """The fields and files of a form.
 
     Args:
@@ -60,4 +60,4 @@ async def read_edit(http: Request, check: Callable[[EditRequest], object]) -> tu
         raise UserError(describe_errors(error.errors())[0]) from None
     if body.sides is not None:
         check(body)
-    return body, await asyncio.to_thread(read_upload, image, mask, body.sides, MAX_UPLOAD_PIXELS)
+    return body, await asyncio.to_thread(read_edit_input, image, mask, body.sides or (None, None), MAX_UPLOAD_PIXELS)

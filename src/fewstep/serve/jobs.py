@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fewstep.inference.edit_input import EditInput
 from fewstep.inference.params import ResolvedParams, SamplingParams
-from fewstep.serve.uploads import Upload
+from fewstep.serve.loras import Chosen
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Request:
         resolved: the same with the model's defaults.
         previews: intermediate predictions wanted of each image.
         upload: the image to begin from.
+        loras: the adapters to draw with.
         emit: receives events, in the drawing thread; must not block.
         cancelled: nobody waits for the images any more.
     """
@@ -65,7 +67,8 @@ class Request:
     seeds: tuple[int, ...]
     previews: int
     emit: Callable[[Event], None]
-    upload: Upload | None = None
+    upload: EditInput | None = None
+    loras: Chosen = ()
     cancelled: bool = False
     number: int = field(default_factory=lambda: next(_numbers))
     submitted: float = field(default_factory=time.monotonic)
@@ -76,7 +79,7 @@ class Request:
     def shape(self) -> Hashable:
         """Images of one shape can be drawn together: they differ in prompt and seed alone."""
         kind = None if self.upload is None else self.upload.mask is None
-        return self.resolved.model_dump_json(exclude={"seed", "seeds", "batch_size"}), kind
+        return self.resolved.model_dump_json(exclude={"seed", "seeds", "batch_size"}), kind, self.loras
 
     @property
     def cost(self) -> float:

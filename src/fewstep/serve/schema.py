@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fewstep.config.base import PlainValues, SamplingSteps
 from fewstep.core.seeds import MAX_SEED
 from fewstep.errors import UserError
+from fewstep.inference.editing import STRENGTH
+from fewstep.serve.loras import MAX_LORAS, MAX_STRENGTH
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+LoraStrength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
@@ -36,6 +40,12 @@ class GenerationRequest(PlainValues):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Extension. Random by default; the answer has it.")
     steps: SamplingSteps | None = Field(None, description="Extension. Sampling steps; by default the model's.")
     negative_prompt: str = Field("", description="Extension, for models with guidance.")
+    lora: dict[str, LoraStrength] = Field(
+        default_factory=dict,
+        max_length=MAX_LORAS,
+        description="Extension. Strengths of LoRA files, by their names in GET /v1/models.",
+    )
+    enhance: bool = Field(False, description="Extension. Let the server's language model revise the prompt.")
     progress: bool = Field(False, description="Extension. Events of the queue and of each step, in a stream.")
 
     @model_validator(mode="after")
@@ -56,20 +66,43 @@ class GenerationRequest(PlainValues):
 
 
 class EditRequest(GenerationRequest):
-    """The text fields of the form of ``POST /v1/images/edits``; ``image`` and ``mask`` are files beside them."""
+    """The text fields of the form of ``POST /v1/images/edits``; ``image`` and ``mask`` are files beside them.
+
+    ``lora`` is JSON in a text field.
+    """
 
     size: str = Field("auto", max_length=11, description="The image is resized to it; auto is the image's own size.")
     strength: float = Field(
-        0.8, gt=0, le=1, description="Extension. The share of the steps that are sampled; 1 forgets the image."
+        STRENGTH, gt=0, le=1, description="Extension. The share of the steps that are sampled; 1 forgets the image."
     )
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _parse_lora(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError('expected JSON, such as {"name": 0.8}') from None
+
+
+class SafetyDecision(BaseModel):
+    """Of the safety filter about an image, which is withheld if it is flagged."""
+
+    network: str
+    score: float = Field(description="Probability of pornography, in [0, 1].")
+    flagged: bool
 
 
 class ImageAnswer(BaseModel):
-    """One image: ``b64_json`` or ``url``. ``seed`` is an extension."""
+    """One image: ``b64_json`` or ``url``, or neither if it is withheld. ``seed`` and ``safety`` are extensions."""
 
     b64_json: str | None = None
     url: str | None = None
+    revised_prompt: str | None = None
     seed: int
+    safety: SafetyDecision | None = None
 
 
 class ImagesAnswer(BaseModel):
@@ -100,7 +133,7 @@ class ErrorAnswer(BaseModel):
 def describe_errors(errors: Sequence[Any]) -> tuple[str, str | None]:
     """One line for pydantic's errors, and the field that it is about."""
     first = min(errors, key=lambda one: one["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = " ".join(".".join(str(part) for part in first["loc"] if part != "body").split())[:200]
     problem = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         problem = f"there is no such field; there are {', '.join(GenerationRequest.model_fields)}"

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
 
 from fewstep.core.seeds import image_seed
 from fewstep.errors import UserError
+from fewstep.inference.edit_input import EditInput
+from fewstep.inference.enhancer import Enhancer
+from fewstep.inference.image_extras import Extras, UsedLora
 from fewstep.inference.image_metadata import ImageMetadata
 from fewstep.inference.params import SamplingParams
+from fewstep.models.lora.targets import LoraTargets
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.serve.engine import Engine
 from fewstep.serve.images import ImageStore
 from fewstep.serve.jobs import Drawn, Event, Failed, Request
+from fewstep.serve.loras import LoraFolder
 from fewstep.serve.metrics import Metrics
-from fewstep.serve.scheduler import Scheduler
-from fewstep.serve.schema import EditRequest, GenerationRequest, check_limits
+from fewstep.serve.safety import SafetyFilter
+from fewstep.serve.scheduler import QueueFull, Scheduler
+from fewstep.serve.schema import EditRequest, GenerationRequest, SafetyDecision, check_limits
 from fewstep.serve.settings import ServeSettings
-from fewstep.serve.uploads import Upload
+
+log = logging.getLogger("fewstep.serve")
 
 
 class UnknownModel(Exception):
@@ -40,6 +50,11 @@ class Ticket:
         resolved = service.engine.resolve(prompt, params)
         self.request = Request(client, prompt, params, resolved, seeds, 0, self._emit)
         self.deadline = self.loop.time() + service.settings.timeout
+        self.original_prompt: str | None = None  # where the prompt was revised
+
+    @property
+    def revised_prompt(self) -> str | None:
+        return None if self.original_prompt is None else self.request.prompt
 
     def _emit(self, event: Event) -> None:
         if not self.loop.is_closed():
@@ -82,10 +97,19 @@ class Ticket:
     def metadata(self, index: int) -> str:
         """What an image was made with, for its file."""
         service, request = self.service, self.request
-        made = ImageMetadata.of(
-            service.name, service.fingerprint, request.prompt, request.resolved, request.seeds[index], service.dtype
+        used = tuple(
+            UsedLora(path=name, fingerprint=service.loras.fingerprint(name), strength=strength)
+            for name, strength in request.loras
         )
-        return made.dump()
+        return ImageMetadata.of(
+            service.name,
+            service.fingerprint,
+            request.prompt,
+            request.resolved,
+            request.seeds[index],
+            service.dtype,
+            service.extras.model_copy(update={"loras": used, "original_prompt": self.original_prompt}),
+        ).dump()
 
 
 class Service:
@@ -95,6 +119,10 @@ class Service:
         name: of the model in the API.
         fingerprint: of the model's folder (:func:`fewstep.models.fingerprint.model_fingerprint`).
         dtype: that was given when the model was loaded.
+        loras: files that requests may name; None has none.
+        enhancer: revises prompts where requests want it.
+        safety_filter: decides about every image before it is sent.
+        extras: of all images.
     """
 
     def __init__(
@@ -104,11 +132,18 @@ class Service:
         fingerprint: str,
         settings: ServeSettings,
         dtype: str | None = None,
+        loras: LoraFolder | None = None,
+        enhancer: Enhancer | None = None,
+        safety_filter: SafetyFilter | None = None,
+        extras: Extras | None = None,
     ) -> None:
+        self.loras, self.extras = loras or LoraFolder(None, LoraTargets({}, None)), extras or Extras()
+        self.enhancer, self.safety_filter = enhancer, safety_filter
+        self._revisions, self._revising = 0, ThreadPoolExecutor(1, "fewstep revise")
         self.name, self.fingerprint, self.dtype, self.settings = name, fingerprint, dtype, settings
         self.created, self.ready = int(time.time()), False
         self.metrics = Metrics(lambda: self.scheduler.queued)
-        self.engine = Engine(pipeline, settings.max_batch, self.metrics.batch)
+        self.engine = Engine(pipeline, self.loras, settings.max_batch, self.metrics.batch)
         self.scheduler = Scheduler(self.engine, settings.max_queue)
         self.store = ImageStore()
         self.config = pipeline.generation_config
@@ -128,10 +163,42 @@ class Service:
         self.scheduler.submit(warm_up)
         self.scheduler.start()
 
-    def submit(self, body: GenerationRequest, client: str, upload: Upload | None = None) -> Ticket:
+    async def revise(self, body: GenerationRequest) -> str:
+        """The prompt of a body, revised if it wants that and the enhancer could; one is revised at a time.
+
+        Raises:
+            UserError: it is beyond a limit, or there is no enhancer.
+            QueueFull: too many prompts wait.
+            TimeoutError: the request's time is over.
+        """
+        if not body.enhance:
+            return body.prompt
+        if self.enhancer is None:
+            raise UserError("enhance: this server has no language model for it")
+        check_limits([body.prompt], self.settings.max_prompt)
+        if self._revisions >= self.settings.max_queue:
+            raise QueueFull(self.enhancer.seconds)
+        self._revisions += 1
+        try:
+            work = asyncio.get_running_loop().run_in_executor(self._revising, self.enhancer, body.prompt)
+            revision = await asyncio.wait_for(work, self.settings.timeout)
+        finally:
+            self._revisions -= 1
+        fits = len(revision.prompt) <= self.settings.max_prompt
+        if revision.problem is not None or not fits:
+            problem = {"problem": revision.problem} if self.settings.log_prompts else {}  # it may quote the prompt
+            log.warning(json.dumps({"event": "prompt not revised", **problem}))
+        return revision.prompt if fits else body.prompt
+
+    async def decide(self, image: Tensor) -> SafetyDecision | None:
+        """The safety filter's decision about an image, uint8 [H, W, 3]; None without one."""
+        return None if self.safety_filter is None else await asyncio.to_thread(self.safety_filter, image)
+
+    def submit(self, body: GenerationRequest, client: str, prompt: str, upload: EditInput | None = None) -> Ticket:
         """Queue a request.
 
         Args:
+            prompt: the body's, or a revised one.
             upload: of an edit, at the size that it is drawn in.
 
         Raises:
@@ -140,11 +207,13 @@ class Service:
             QueueFull: too many images wait.
         """
         sides = None if upload is None else (upload.image.shape[2], upload.image.shape[1])
-        params = self.params(body, sides)
+        params, loras = self.params(body, sides), self.loras.check(body.lora)
         if isinstance(body, EditRequest):
             params = params.model_copy(update={"strength": body.strength})
-        ticket = Ticket(self, client, body.prompt, params, self.seeds(body))
+        ticket = Ticket(self, client, prompt, params, self.seeds(body))
+        ticket.original_prompt = None if prompt == body.prompt else body.prompt
         ticket.request.previews, ticket.request.upload = body.partial_images, upload
+        ticket.request.loras = loras
         self.scheduler.submit(ticket.request)
         return ticket
 
@@ -174,13 +243,16 @@ class Service:
         return tuple(image_seed(first, index) for index in range(body.n))
 
     def describe(self) -> dict[str, Any]:
-        """The model as ``GET /v1/models`` lists it; ``defaults`` and ``limits`` are extensions."""
+        """The model as ``GET /v1/models`` lists it; all but the first four are
+        extensions."""
         config, settings = self.config, self.settings
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "fewstep",
+            "loras": self.loras.names,
+            "enhancer": self.enhancer is not None,
             "defaults": {"steps": config.steps, "width": config.width, "height": config.height},
             "limits": {
                 "max_pixels": self.max_pixels,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.serve.images import encode_image, to_base64
 from fewstep.serve.jobs import Drawn, Progress
-from fewstep.serve.schema import GenerationRequest
+from fewstep.serve.schema import GenerationRequest, SafetyDecision
 from fewstep.serve.service import Ticket, until
 
 _KEEP_ALIVE = 15.0  # seconds; proxies close connections that are silent
@@ -37,17 +37,23 @@ async def stream_events(
                 waiting = body.progress and ticket.request.started is None
                 yield _queued(ticket, kind) if waiting else ": waiting\n\n"
             elif isinstance(event, Drawn):
-                image = await _encoded(event.image, body, ticket.metadata(event.index))
+                image, decision = await _sendable(ticket, event.image, body, ticket.metadata(event.index))
                 usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
                 usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}  # type: ignore[assignment]
                 more = {"usage": usage, "seed": ticket.request.seeds[event.index], "index": event.index}
+                if ticket.revised_prompt is not None:
+                    more["revised_prompt"] = ticket.revised_prompt
+                if decision is not None:
+                    more["safety"] = decision.model_dump()
                 yield _event(f"{kind}.completed", _image(ticket, body, image) | more)
             elif isinstance(event, Progress):
                 if body.progress:
                     step = {"step": event.step, "steps": event.steps, "index": event.index}
                     yield _event(f"{kind}.progress", step)
                 if event.preview is not None:
-                    image = await _encoded(event.preview, body, None)
+                    image, _ = await _sendable(ticket, event.preview, body, None)
+                    if image is None:
+                        continue
                     more = {"partial_image_index": event.preview_index, "index": event.index}
                     yield _event(f"{kind}.partial_image", _image(ticket, body, image) | more)
     except Exception as error:
@@ -61,12 +67,18 @@ def _queued(ticket: Ticket, kind: str) -> str:
     return _event(f"{kind}.queued", {"images_ahead": ahead, "estimated_seconds": round(seconds, 2)})
 
 
-async def _encoded(image: Tensor, body: GenerationRequest, text: str | None) -> str:
+async def _sendable(
+    ticket: Ticket, image: Tensor, body: GenerationRequest, text: str | None
+) -> tuple[str | None, SafetyDecision | None]:
+    """An image in base64, or None if the safety filter withholds it; and the filter's decision."""
+    decision = await ticket.service.decide(image)
+    if decision is not None and decision.flagged:
+        return None, decision
     content = await asyncio.to_thread(encode_image, image, body.output_format, body.output_compression, text)
-    return to_base64(content)
+    return to_base64(content), decision
 
 
-def _image(ticket: Ticket, body: GenerationRequest, image: str) -> dict[str, Any]:
+def _image(ticket: Ticket, body: GenerationRequest, image: str | None) -> dict[str, Any]:
     resolved = ticket.request.resolved
     return {
         "b64_json": image,
