@@ -1,5 +1,8 @@
 // One page, no framework: the form, the stream of events, and a gallery in IndexedDB.
 
+import { closeImage, editForm, imageSize, openImage } from "./edit.js";
+import { chosenLoras, setLoras, showLoras } from "./loras.js";
+
 const $ = (id) => document.getElementById(id);
 const MAX_SEED = 2 ** 32;
 
@@ -9,7 +12,8 @@ const saved = JSON.parse(localStorage.getItem("fewstep") ?? "{}");
 
 function save() {
   const { value: theme } = $("theme");
-  const kept = { theme, key: $("key").value, lock: $("lock").checked };
+  const kept = { theme, key: $("key").value, lock: $("lock").checked, enhance: $("enhance").checked };
+  kept.lora = chosenLoras();
   for (const id of ["prompt", "negative", "size", "steps", "count", "seed"]) kept[id] = $(id).value;
   localStorage.setItem("fewstep", JSON.stringify(kept));
 }
@@ -22,7 +26,7 @@ function showTheme() {
 // --- the server --------------------------------------------------------------------------------------------------
 
 async function call(path, options = {}) {
-  const headers = { ...(options.body ? { "Content-Type": "application/json" } : {}) };
+  const headers = typeof options.body === "string" ? { "Content-Type": "application/json" } : {};
   if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
   const answer = await fetch(path, { ...options, headers });
   if (answer.ok) return answer;
@@ -68,6 +72,8 @@ async function loadModel() {
   $("count").max = limits.max_images;
   $("prompt").maxLength = limits.max_prompt;
   $("negative-field").hidden = !limits.negative_prompt;
+  $("enhance-field").hidden = !model.enhancer;
+  showLoras(model.loras, saved.lora);
   $("steps").value ||= saved.steps ?? defaults.steps;
   $("size").replaceChildren(...sizes(defaults, limits).map((size) => new Option(size.replace("x", " × "), size)));
   if ([...$("size").options].some((option) => option.value === saved.size)) $("size").value = saved.size;
@@ -134,6 +140,9 @@ function openViewer(entry, source, card) {
   $("caption").textContent = entry.prompt;
   const facts = { Seed: entry.seed, Steps: entry.steps, Size: entry.size.replace("x", " × "), Model: entry.model };
   if (entry.negative) facts["Negative prompt"] = entry.negative;
+  if (entry.original) facts["Prompt before it was revised"] = entry.original;
+  for (const [name, strength] of Object.entries(entry.lora ?? {})) facts[`LoRA ${name}`] = strength;
+  if (entry.strength) facts["Strength of the edit"] = entry.strength;
   $("facts").replaceChildren(
     ...Object.entries(facts).flatMap(([name, value]) => {
       const [term, detail] = [document.createElement("dt"), document.createElement("dd")];
@@ -150,6 +159,8 @@ function openViewer(entry, source, card) {
     $("steps").value = entry.steps;
     $("seed").value = entry.seed;
     $("lock").checked = true;
+    $("enhance").checked = false;
+    setLoras(entry.lora ?? {});
     save();
     $("viewer").close();
   };
@@ -179,10 +190,19 @@ function showRunning(isRunning) {
 }
 
 async function keep(card, event, body) {
+  if (event.b64_json === null) {
+    card.card.classList.remove("pending");
+    card.frame.replaceChildren(Object.assign(document.createElement("p"), { className: "withheld" }));
+    card.frame.firstChild.textContent = "Withheld by the safety filter";
+    return;
+  }
   const bytes = Uint8Array.from(atob(event.b64_json), (letter) => letter.charCodeAt(0));
   const entry = {
     blob: new Blob([bytes], { type: "image/png" }),
-    prompt: body.prompt,
+    prompt: event.revised_prompt ?? body.prompt,
+    original: event.revised_prompt ? body.prompt : "",
+    lora: body.lora ?? {},
+    strength: event.type.startsWith("image_edit") ? $("strength").value : "",
     negative: body.negative_prompt ?? "",
     seed: event.seed,
     steps: body.steps,
@@ -198,7 +218,9 @@ async function draw(body, signal) {
   const steps = new Array(body.n).fill(0);
   let done = 0;
   try {
-    const answer = await call("v1/images/generations", { method: "POST", body: JSON.stringify(body), signal });
+    const form = await editForm(body);
+    const path = form ? "v1/images/edits" : "v1/images/generations";
+    const answer = await call(path, { method: "POST", body: form ?? JSON.stringify(body), signal });
     for await (const event of events(answer)) {
       const kind = event.type.split(".")[1];
       if (kind === "queued") {
@@ -243,6 +265,8 @@ async function generate() {
       progress: true,
     };
     if (!$("negative-field").hidden && $("negative").value) body.negative_prompt = $("negative").value;
+    if (Object.keys(chosenLoras()).length) body.lora = chosenLoras();
+    if (!$("enhance-field").hidden && $("enhance").checked) body.enhance = true;
     await draw(body, running.signal);
     say(`Done in ${((performance.now() - start) / 1000).toFixed(1)} s, seed ${body.seed}`);
   } catch (error) {
@@ -261,6 +285,7 @@ showTheme();
 for (const id of ["prompt", "negative", "count", "key"]) if (saved[id]) $(id).value = saved[id];
 $("seed").value = saved.seed || Math.floor(Math.random() * MAX_SEED);
 $("lock").checked = saved.lock ?? false;
+$("enhance").checked = saved.enhance ?? false;
 if (saved.key) $("key-field").hidden = false;
 
 $("theme").onchange = () => { showTheme(); save(); };
@@ -269,6 +294,21 @@ $("form").onsubmit = (event) => { event.preventDefault(); generate(); };
 $("prompt").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
 };
+$("image").onchange = async () => {
+  try {
+    await openImage($("image").files[0]);
+  } catch {
+    closeImage();
+    say("This image cannot be read.", true);
+    return;
+  }
+  const size = imageSize(model.limits);
+  if (![...$("size").options].some((option) => option.value === size)) {
+    $("size").add(new Option(size.replace("x", " × "), size));
+  }
+  $("size").value = size;
+};
+$("close-image").onclick = closeImage;
 $("cancel").onclick = () => running?.abort();
 $("close").onclick = () => $("viewer").close();
 $("viewer").onclick = (event) => { if (event.target === $("viewer")) $("viewer").close(); };
