@@ -7,61 +7,30 @@
 (Poisson) at three servers in this process: fewstep's with batches, fewstep's without (one image at a time), and a plain
 one, FastAPI with a lock around the pipeline, as one writes it in an hour.
 
-``soak``: random sizes, steps and seeds; some clients cancel, are killed in the middle, or send nonsense. Every image is
-compared with the one of ``fewstep generate`` to the bit; memory is shown at the start and at the end.
+``soak``: random sizes, steps, seeds and LoRA files; some clients cancel a stream, are killed, or send nonsense. Every
+image is compared with the one of ``fewstep generate`` to the bit; memory is shown at the start and after each quarter.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import http.client
 import io
-import json
-import random
-import socket
 import statistics
 import threading
 import time
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-import torch
-import uvicorn
 from fastapi import FastAPI
-from PIL import Image
+from serve_bench import PROMPTS, Server, fewstep_server, post
+from serve_soak import soak
 
 from fewstep.data.images import to_pil
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline, load
-from fewstep.serve.app import make_app
-from fewstep.serve.service import Service
-from fewstep.serve.settings import ApiKeys, ServeSettings
-
-PROMPTS = ["a noto emoji of a red apple", "a dog", "a fluent emoji of a cat on a green background", "一辆绿色的汽车"]
-
-
-class Server:
-    """An application on a free port, in a thread."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-        self.socket.close()
 
 
 def plain_app(pipeline: TextToImagePipeline) -> FastAPI:
@@ -77,27 +46,6 @@ def plain_app(pipeline: TextToImagePipeline) -> FastAPI:
         return {"data": [{"b64_json": base64.b64encode(buffer.getvalue()).decode()}]}
 
     return app
-
-
-def fewstep_server(pipeline: TextToImagePipeline, **settings: object) -> tuple[Server, Service]:
-    service = Service(pipeline, "benchmark", "", ServeSettings(max_queue=10_000, timeout=3600.0, **settings))
-    server = Server(make_app(service, ApiKeys({})))
-    while not service.ready:
-        time.sleep(0.01)
-    return server, service
-
-
-def post(port: int, body: dict | bytes) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    content = body if isinstance(body, bytes) else json.dumps(body)
-    connection.request("POST", "/v1/images/generations", content, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    read = answer.status, answer.read()
-    connection.close()
-    return read
-
-
-# --- load ---------------------------------------------------------------------------------------------------------
 
 
 def bare_throughput(pipeline: TextToImagePipeline, steps: int, batch: int) -> float:
@@ -157,71 +105,6 @@ def load_test(pipeline: TextToImagePipeline, count: int, steps: int, batch: int,
         server.stop()
 
 
-# --- soak ---------------------------------------------------------------------------------------------------------
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
-
-
-def soak(pipeline: TextToImagePipeline, count: int, clients: int) -> None:
-    server, service = fewstep_server(pipeline)
-    outcomes: Counter[str] = Counter()
-    lock, checked = threading.Lock(), []
-
-    def client(index: int) -> None:
-        chance = random.Random(index)
-        body = {
-            "prompt": chance.choice(PROMPTS),
-            "seed": index,
-            "steps": chance.choice([1, 2, 4]),
-            "size": chance.choice(["64x64", "64x64", "32x64"]),
-            "n": chance.choice([1, 1, 2]),
-        }
-        kind = chance.choices(["good", "killed", "bad"], [8, 1, 1])[0]
-        if kind == "bad":
-            status, _ = post(server.port, chance.choice([b"{", b'{"prompt": 1}', b'{"prompt": "a", "size": "1x1"}']))
-            outcome = "bad body refused" if status == 400 else f"bad body: status {status}"
-        elif kind == "killed":
-            content = json.dumps(body | {"stream": chance.random() < 0.5}).encode()
-            with socket.create_connection(("127.0.0.1", server.port)) as sent:
-                head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-                sent.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
-                time.sleep(chance.random() * 0.5)
-            outcome = "client killed"
-        else:
-            status, content = post(server.port, body)
-            outcome = "answered" if status == 200 else f"lost: status {status}"
-            if status == 200:
-                images = [each["b64_json"] for each in json.loads(content)["data"]]
-                with lock:
-                    checked.append((body, images))
-        with lock:
-            outcomes[outcome] += 1
-
-    memory, start = [resident_mib()], time.perf_counter()
-    for first in range(0, count, max(1, count // 4)):
-        with ThreadPoolExecutor(clients) as threads:
-            list(threads.map(client, range(first, min(count, first + count // 4))))
-        memory.append(resident_mib())
-    seconds = time.perf_counter() - start
-    wrong = sum(not same(pipeline, body, images) for body, images in checked)
-    print(f"{count} requests in {seconds:.0f} s: {dict(outcomes)}")
-    print(f"wrong images: {wrong} of {sum(len(images) for _, images in checked)}")
-    print(f"waiting at the end: {service.scheduler.queued}; resident MiB by quarter: {[round(m) for m in memory]}")
-    server.stop()
-
-
-def same(pipeline: TextToImagePipeline, body: dict, images: list[str]) -> bool:
-    """Whether the server's images are those of ``generate``."""
-    width, height = map(int, body["size"].split("x"))
-    params = SamplingParams(seed=body["seed"], steps=body["steps"], width=width, height=height, batch_size=1)
-    expected = generate(pipeline, [body["prompt"]] * len(images), params).images
-    found = [np.array(Image.open(io.BytesIO(base64.b64decode(each)))) for each in images]
-    return torch.equal(torch.from_numpy(np.stack(found)), expected)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["load", "soak"])
@@ -240,7 +123,7 @@ def main() -> None:
     if options.what == "load":
         load_test(pipeline, options.requests, options.steps, options.batch, options.loads)
     else:
-        soak(pipeline, options.requests, options.clients)
+        soak(pipeline, options.model, options.requests, options.clients)
 
 
 if __name__ == "__main__":

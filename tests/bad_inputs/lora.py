@@ -50,6 +50,7 @@ _FLUX = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2
 }
 _QKV = "diffusion_model.layers.0.attention.qkv"
 LOKR = {f"{_QKV}.lokr_w1": torch.ones(4, 4), f"{_QKV}.lokr_w2": torch.ones(36, 12)}
+_WEIRD = {"weird": torch.ones(2)}
 _NAN = {f"{LAYER}.lora_A.weight": torch.full((2, 48), float("nan"))}
 
 SECTION = Section(
@@ -95,7 +96,10 @@ SECTION = Section(
         Message(
             "{file}: no LoRA: it has {key}",
             "None of its keys is that of an adapter.",
-            _generate("weird", tensors({"weird": torch.ones(2)}, {})),
+            _generate("weird", tensors(_WEIRD, {})),
+            Case(
+                "serve tiny --lora-dir loras", "weird", {"loras/a.safetensors": tensors({"weird": torch.ones(2)}, {})}
+            ),
         ),
         Message(
             "{folder}: no LoRA in this folder ({file} or {file} is found by itself)",

@@ -43,12 +43,12 @@ class InputFiles:
         loras = {used.checked(source, f"--lora FILE:{used.strength:g}"): used.strength for used in recorded.loras}
         image, mask = self.image, self.mask
         if image is None and made.image is not None:
-            image = made.image.checked(source, "--image FILE")
-            mask = mask or (made.mask and made.mask.checked(source, "--image FILE --mask FILE"))
+            image = _recorded(made.image, source, "--image FILE")
+            mask = mask or _recorded(made.mask, source, "--image FILE --mask FILE")
         return InputFiles(
             self.loras or loras,
             [*self.ignored, *recorded.ignored_keys],
-            self.vae or (made.vae and made.vae.checked(source, "--vae FOLDER")),
+            self.vae or _recorded(made.vae, source, "--vae FOLDER"),
             image,
             mask,
         )
@@ -71,3 +71,8 @@ class InputFiles:
             if given is not None:
                 raise UserError(f"{option}: an edit begins from an image; give --image FILE")
         return None
+
+
+def _recorded(used: UsedFile | None, source: str, option: str) -> str | None:
+    """The path of a recorded file. Errors as for :meth:`UsedFile.checked`."""
+    return None if used is None else used.checked(source, option)

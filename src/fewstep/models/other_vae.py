@@ -44,7 +44,7 @@ def _latents(folder: Path, name: str, family: ModelFamily) -> dict[str, Any]:
     """What describes the latents, with the class's defaults."""
     config = read_config(folder, name)
     with torch.device("meta"):
-        built: Mapping[str, Any] = family.build("vae", config).config
+        built: Any = family.build("vae", config).config
     return {
         **{key: built.get(key) for key in _SAME},
         "_class_name": config.get("_class_name"),
