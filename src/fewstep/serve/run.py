@@ -67,7 +67,7 @@ def serve(
         raise UserError("--lora-dir: LoRA files cannot be changed in weights in fp8; give --dtype bf16")
     folder = resolve_model(model)
     loras = None if lora_dir is None else LoraFolder(lora_dir, model_targets(folder))
-    extras = Extras(vae=None if vae is None else UsedFile.of(str(vae_folder(vae))))
+    extras = Extras(vae=None if vae is None else _named_vae(vae))
     safety_filter = None if safety_threshold is None else SafetyFilter(safety_threshold)
     answers = None
     if enhancer == OWN:
@@ -99,6 +99,12 @@ def serve(
             uvicorn.Server(config).run(sockets=[bound])
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _named_vae(vae: str) -> UsedFile:
+    """For the images' files, without the path, which is not the clients' business. Raises: UserError."""
+    folder = vae_folder(vae)
+    return UsedFile.of(str(folder)).model_copy(update={"path": folder.name})
 
 
 def _bind(settings: ServeSettings) -> socket.socket:
