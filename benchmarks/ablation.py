@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fewstep import api
 from fewstep.config.recipe import CacheRecipe
@@ -40,6 +41,7 @@ from fewstep.evaluation.images import as_float
 from fewstep.inference.generate import generate
 from fewstep.inference.params import parse_params
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.rewards.protocol import Scorer
 
 BASE = "micro-decoupled"
 NO_FAKE_SCORE = "optim.fake_score=null"
@@ -98,12 +100,20 @@ class Evaluator:
         count: number of test prompts.
         folder: keeps the teacher's features and metrics.
         diversity_prompts: how many of the prompts are generated with four seeds, for diversity.
+        further: scorers besides the classifier and the nearest real emoji.
     """
 
-    def __init__(self, teacher: TextToImagePipeline, count: int, folder: Path, diversity_prompts: int = 16) -> None:
+    def __init__(
+        self,
+        teacher: TextToImagePipeline,
+        count: int,
+        folder: Path,
+        diversity_prompts: int = 16,
+        further: Sequence[Scorer] = (),
+    ) -> None:
         self.prompts = list(open_prompts(PromptSettings()).texts("test")[:count])
         self.repeated = [prompt for prompt in self.prompts[:diversity_prompts] for _ in range(4)]
-        self.network, self.scorers = open_features(), (EmojiScorer(), NearestReal())
+        self.network, self.scorers = open_features(), (EmojiScorer(), NearestReal(), *further)
         if not (folder / "teacher.safetensors").exists():
             images = generate(teacher, self.prompts).images
             save_file({"features": self.network(images)}, folder / "teacher.safetensors")
@@ -123,6 +133,10 @@ class Evaluator:
         params = parse_params(options)
         images = generate(model, self.prompts, params).images
         seeds = generate(model, self.repeated, params.model_copy(update={"seed": len(self.prompts)})).images
+        return self.figures(images, seeds)
+
+    def figures(self, images: Tensor, seeds: Tensor) -> dict[str, float | None]:
+        """The metrics of images: uint8 [N, H, W, 3] of the prompts, and of the repeated prompts."""
         features = self.network(images)
         pixels = as_float(images)
         return {
@@ -166,10 +180,26 @@ def run(variant: str, seed: int, evaluator: Evaluator, arguments: argparse.Names
 
 def show(found: dict[str, list[dict[str, float | None]]], teacher: dict[str, dict[str, float | None]]) -> str:
     """A Markdown table of means over seeds with their range; also printed."""
-    rows = [[name, *(_cell(key, [one.get(key)]) for key in METRICS)] for name, one in teacher.items()]
-    rows += [[name, *(_cell(key, [one[key] for one in seeds]) for key in METRICS)] for name, seeds in found.items()]
-    columns = ["variant", *(title for title, _, _ in METRICS.values())]
-    table = Table(title="Decoupled-DMD on the emoji dataset, 4 steps")
+    rows = {**{name: [one] for name, one in teacher.items()}, **found}
+    return markdown(rows, METRICS, "Decoupled-DMD on the emoji dataset, 4 steps")
+
+
+def markdown(
+    found: Mapping[str, Sequence[Mapping[str, float | None]]],
+    metrics: Mapping[str, tuple[str, float, str]],
+    title: str,
+) -> str:
+    """A Markdown table, a row for each variant: of each metric the mean over seeds with its range; also printed.
+
+    Args:
+        metrics: key -> its title, its factor, and its format.
+    """
+    rows = [
+        [name, *(_cell([one.get(key) for one in seeds], factor, style) for key, (_, factor, style) in metrics.items())]
+        for name, seeds in found.items()
+    ]
+    columns = ["variant", *(each for each, _, _ in metrics.values())]
+    table = Table(title=title)
     for column in columns:
         table.add_column(column)
     for row in rows:
@@ -179,8 +209,7 @@ def show(found: dict[str, list[dict[str, float | None]]], teacher: dict[str, dic
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _cell(key: str, values: list[float | None]) -> str:
-    _, factor, style = METRICS[key]
+def _cell(values: Sequence[float | None], factor: float, style: str) -> str:
     numbers = [factor * value for value in values if value is not None]
     if not numbers:
         return "–"
