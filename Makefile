@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 MODEL ?= micro-turbo
 
-.PHONY: demo serve test test-slow test-gpu lint docs bench clean
+.PHONY: demo demo-dmdr serve test test-slow test-gpu lint docs bench clean
 
 demo: $(VENV)/ready
 	FEWSTEP_RESUME_COMMAND="make demo" $(BIN)/fewstep distill micro-turbo --out $(DEMO)
+
+demo-dmdr: $(VENV)/ready  # trains the demo's student further with a reward; the report shows both beside the teacher
+	@test -d $(DEMO)/student || { echo "error: $(DEMO)/student: no student to start from; run make demo first" >&2; exit 1; }
+	FEWSTEP_RESUME_COMMAND="make demo-dmdr" $(BIN)/fewstep distill micro-dmdr --out $(DEMO)-dmdr
 
 serve: $(VENV)/ready  # web page and API of a model: make serve MODEL=runs/demo/student
 	$(BIN)/fewstep serve $(MODEL)

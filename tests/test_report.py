@@ -67,6 +67,24 @@ def test_a_student_beside_its_teacher(seeds_used: list[list[int]], tmp_path: Pat
     assert (tmp_path / "report" / "grid.png").stat().st_size > 1000
 
 
+def test_further_models_have_a_column_each(seeds_used: list[list[int]], tmp_path: Path) -> None:
+    other = model(steps=2, guidance_scale=0.0, guidance_distilled=True)
+    found = evaluate(
+        STUDENT, teacher=TEACHER, compare={"distilled": other}, prompts=emoji_prompts(2), out=tmp_path, diversity_prompts=1
+    )  # fmt: skip
+    assert list(found.figures) == ["teacher_50", "teacher_4", "teacher_4_guided", "distilled_2", "student_4"]
+    assert (found.figures["distilled_2"]["nfe"], found.figures["student_4"]["nfe"]) == (2, 4)
+    assert found.targets[0].value == pytest.approx(
+        found.figures["student_4"]["object_acc"] / found.figures["teacher_50"]["object_acc"]
+    )
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.index("distilled") < page.index("real")
+    smaller = model(steps=2, guidance_scale=0.0, guidance_distilled=True)
+    smaller.generation_config.height = 32
+    with pytest.raises(UserError, match="distilled: it makes images of 32x64, the measured model of 64x64"):
+        evaluate(STUDENT, compare={"distilled": smaller}, prompts=emoji_prompts(2))
+
+
 def test_other_prompts_are_measured_without_scores(seeds_used: list[list[int]]) -> None:
     found = evaluate(STUDENT, prompts=["a quiet street", "two boats"], diversity_prompts=1)
     assert list(found.figures) == ["student_4"]

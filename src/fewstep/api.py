@@ -96,6 +96,7 @@ def distill(
     test = list(source.texts("test")[: settings.num_prompts])
     _check_evaluation(settings, stage.prompts.source, validation, test)
     stages: Sequence[Stage] = [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages
+    _check_models(resolved)
     rewards = {name: weight for each in stages for name, weight in each.method.trained_rewards().items()}
     for each in stages:
         _check_best_metric(each, validation, settings.scorers, rewards)
@@ -117,10 +118,16 @@ def distill(
         free_memory()
         try:
             made = load(student, dist.device, offload="model")
+            others = {"teacher": resolved.teacher} | settings.compare
+            opened = {
+                label: load(path, dist.device, made.transformer.dtype, offload="model")
+                for label, path in others.items()
+            }
             metrics = evaluate(
                 made,
                 test,
-                teacher=load(resolved.teacher, dist.device, made.transformer.dtype, offload="model"),
+                teacher=opened.pop("teacher"),
+                compare=opened,
                 scorers=settings.scorers,
                 features=settings.features,
                 max_minutes=settings.max_minutes,
@@ -163,6 +170,7 @@ def evaluate(
     *,
     num_prompts: int = 200,
     teacher: str | Path | TextToImagePipeline | None = None,
+    compare: Mapping[str, str | Path | TextToImagePipeline] | None = None,
     out: str | Path | None = None,
     device: str | torch.device = AUTO,
     **options: Any,
@@ -176,6 +184,7 @@ def evaluate(
         num_prompts: the number of prompts, the first ones, from a source, folder or file. A list is used whole.
         teacher: by default the one in the model's generation config. It is loaded on the model's device and in its
             dtype; a pipeline must be on the model's device.
+        compare: further models in the report, by label; loaded as the teacher is.
         device: as for :func:`generate`.
         out: folder of metrics.json and index.html; nothing is written by default.
         options: as in :func:`fewstep.evaluation.runner.evaluate`.
@@ -190,7 +199,13 @@ def evaluate(
     if teacher is not None and not isinstance(teacher, TextToImagePipeline):
         options = {"published": teacher / PUBLISHED} | options
         teacher = load(teacher, measured.device, measured.transformer.dtype)
-    return _evaluate(measured, prompts=texts, teacher=teacher, out=out, **options)
+    others = {
+        label: each
+        if isinstance(each, TextToImagePipeline)
+        else load(each, measured.device, measured.transformer.dtype)
+        for label, each in (compare or {}).items()
+    }
+    return _evaluate(measured, prompts=texts, teacher=teacher, compare=others, out=out, **options)
 
 
 def find_teacher(
@@ -234,6 +249,19 @@ def _check_held_out(recipe: DistillRecipe | StagesRecipe, last: PromptSource) ->
     if isinstance(recipe, StagesRecipe):
         training = {f"stage {one.name}, prompts": open_prompts(one.prompts).texts("train") for one in recipe.stages}
     check_held_out(training, last.texts("validation"), last.texts("test"))
+
+
+def _check_models(recipe: DistillRecipe | StagesRecipe) -> None:
+    """Raises: UserError if a model that the run needs besides the teacher is not there."""
+    compared = recipe.evaluate.compare if recipe.evaluate.enabled else {}
+    named = {f"evaluate.compare.{label}": path for label, path in compared.items()}
+    if isinstance(recipe, DistillRecipe) and recipe.init is not None:
+        named = {"init": recipe.init} | named
+    for key, path in named.items():
+        try:
+            resolve_model(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def _check_evaluation(settings: EvaluateSettings, source: str, validation: Sequence[str], test: Sequence[str]) -> None:

@@ -22,6 +22,28 @@ SECTION = Section(
             Case("distill mine.yaml -s 'evaluate.scorers=[guess]'", "'guess'", _RECIPE),
         ),
         Message(
+            "evaluate.compare.{label}: {model}: no model with {file}{...}",
+            "A further model of the report is not there.",
+            Case("distill mine.yaml -s evaluate.compare.a=nowhere", "evaluate.compare.a: nowhere: no model", _RECIPE),
+        ),
+        Message(
+            "--compare {given}: write LABEL=MODEL",
+            "The label heads the model's column in the report.",
+            Case(f"{EVALUATE} --compare tiny", "--compare tiny", _PROMPTS),
+        ),
+        Message(
+            "{given}: the label '{label}' must be of letters, digits, - and ., and none of teacher, student and real",
+            "Give the model another label.",
+            Case(f"{EVALUATE} --compare real=tiny", "the label 'real'", _PROMPTS),
+            Case(f"{EVALUATE} --compare a_b=tiny", "the label 'a_b'", _PROMPTS),
+            Case("distill mine.yaml -s evaluate.compare.student=tiny", "evaluate.compare.student", _RECIPE),
+        ),
+        Message(
+            "--compare {given}: another model has the label {label}",
+            "Give each model a label of its own.",
+            Case(f"{EVALUATE} --compare a=tiny --compare a=micro", "the label a", _PROMPTS),
+        ),
+        Message(
             "unknown feature network '{name}'; known: {names}",
             "Check the spelling.",
             Case(f"{EVALUATE} --features guess", "'guess'", _PROMPTS),

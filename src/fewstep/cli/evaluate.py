@@ -28,6 +28,10 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(help="The model it was distilled from. [default: as in its fewstep.json]")
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL=MODEL", help="A further model in the report; may be repeated."),
+    ] = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,6 +60,7 @@ def evaluate(
     from fewstep.evaluation.feature_networks import open_features
     from fewstep.evaluation.prompts import read_test_prompts
     from fewstep.evaluation.runner import check_report_folder, report_writer
+    from fewstep.evaluation.settings import parse_compared
     from fewstep.evaluation.table import print_summary
     from fewstep.inference.params import parse_params
     from fewstep.outputs import claimed_folder
@@ -71,6 +76,7 @@ def evaluate(
     open_scorers(chosen)
     open_features(features)
     chosen_teacher = api.find_teacher(model, teacher)
+    others = parse_compared(compare or [])
     with claimed_folder(folder):
         if (folder / "metrics.json").exists():
             warnings.warn(f"{folder}: the report in it will be replaced", stacklevel=1)
@@ -79,6 +85,7 @@ def evaluate(
                 api.load(model, device, dtype.torch_dtype if dtype else None),
                 texts,
                 teacher=chosen_teacher,
+                compare=others,
                 scorers=chosen,
                 features=features,
                 max_minutes=max_minutes,

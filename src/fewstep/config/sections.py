@@ -6,11 +6,12 @@ its pre-shift value `u`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fewstep.config.base import BatchSize, Fraction, GuidanceScale, SamplingSteps, Seed, Settings, Updates
 from fewstep.core import flow
@@ -243,6 +244,18 @@ class WatchSettings(Settings):
     share: Fraction = Field(default=0.95, description="Share of its first value below which a measure has fallen.")
 
 
+def check_label(label: str) -> str:
+    """The label of a compared model, which heads its column. Raises: ValueError."""
+    if label in ("teacher", "student", "real") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", label):
+        raise ValueError(
+            f"the label {label!r} must be of letters, digits, - and ., and none of teacher, student and real"
+        )
+    return label
+
+
+Label = Annotated[str, AfterValidator(check_label)]
+
+
 class EvaluateSettings(Settings):
     """Validation while a student trains, and the evaluation at the end."""
 
@@ -255,6 +268,11 @@ class EvaluateSettings(Settings):
     validate_every: int = Field(default=0, ge=0, description="Steps between evaluations while training; 0 is never.")
     scorers: list[str] | None = Field(
         None, description="Scorers by name; null is every bundled scorer that applies to the prompts."
+    )
+    compare: dict[Label, str] = Field(
+        default_factory=dict,
+        description="Further models in the report, each with its own steps and guidance: label -> folder, hub id or "
+        "bundled name.",
     )
     features: str = Field(
         default="open-nsfw",

@@ -61,6 +61,9 @@ def planned_evaluation(stage: Stage, settings: EvaluateSettings, prompts: int) -
     """What the evaluation after a distillation will measure, its cost, and how to change them."""
     few = stage.student.steps
     passes = [nfe(TEACHER_STEPS, True), nfe(few, False), nfe(few, True), nfe(few, False)]  # if the teacher is guided
+    for path in settings.compare.values():
+        config = load_generation_config(resolve_model(path))
+        passes.append(nfe(config.steps, config.guidance_scale > 0))
     cost = evaluation_cost(prompts, passes, DIVERSITY_PROMPTS, DIVERSITY_SEEDS)
     limit = "no limit" if settings.max_minutes is None else f"at most about {settings.max_minutes:g} min"
     source = stage.prompts.test_source or stage.prompts.source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ def evaluate(
     *,
     prompts: Sequence[str],
     teacher: TextToImagePipeline | None = None,
+    compare: Mapping[str, TextToImagePipeline] | None = None,
     settings: Sequence[Setting] | None = None,
     scorers: Sequence[str | Scorer] | None = None,
     features: str = DEFAULT,
@@ -48,6 +49,7 @@ def evaluate(
     Args:
         prompts: at least two. Real images are compared where an image source has some of the prompt.
         teacher: the model that a student was distilled from; adds its settings and the targets.
+        compare: further models by label, each with its own steps and guidance.
         settings: others than ``default_settings``; the first is the reference of the distances to the teacher.
         scorers: by name, as "clip_score:PATH_OR_HUB_ID" where they need a checkpoint, or as objects; None is every
             registered scorer that needs none. A score that applies to none of the prompts is left out.
@@ -63,8 +65,8 @@ def evaluate(
             prompts and settings, and a few that are made here agree.
 
     Raises:
-        UserError: too few prompts or seeds, models on several devices, an unknown scorer or network, a folder that
-            cannot be written, or a package that is not installed.
+        UserError: too few prompts or seeds, models on several devices or of several image sizes, an unknown scorer or
+            network, a folder that cannot be written, or a package that is not installed.
     """
     if len(prompts) < 2:
         raise UserError(f"an evaluation needs at least 2 prompts, got {len(prompts)}")
@@ -77,7 +79,7 @@ def evaluate(
     if folder is not None:
         check_report_folder(folder)
     write_report = report_writer() if folder is not None else None
-    chosen = list(settings) if settings is not None else default_settings(model, teacher, many_steps)
+    chosen = list(settings) if settings is not None else default_settings(model, teacher, many_steps, compare)
     device = model.device
     for setting in chosen:
         if setting.model.device != device:
@@ -132,7 +134,7 @@ def evaluate(
         },
     )
     if teacher is not None and settings is None:
-        many, few, guided, student = (setting.name for setting in chosen)
+        many, few, guided, *_, student = (setting.name for setting in chosen)
         result.targets = targets(figures, student, many, few, guided, network.name)
     if folder is not None and write_report is not None:
         titles = {setting.name: setting.title for setting in chosen}

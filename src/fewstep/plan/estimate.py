@@ -119,7 +119,10 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
         if recipe.evaluate.enabled:  # the student is loaded as it is stored, the teacher in its dtype
             merged = models.shares_base and recipe.models.frozen_dtype != "fp32"
             dtype = torch.bfloat16 if merged else torch.float32
-            whole = {name: float(counts.parameters * dtype.itemsize) for name in ("teacher", "student")}
+            whole = {
+                name: float(counts.parameters * dtype.itemsize)
+                for name in ("teacher", "student", *recipe.evaluate.compare)
+            }
             found.peaks[EVALUATION] = whole | dry_run.evaluation(dtype)
         flops = dry_run.flops()
     if not models.shares_base:  # one whole copy, before it is sharded
