@@ -94,9 +94,9 @@ def distill(
     _check_held_out(resolved, source)
     validation = list(source.texts("validation")[: settings.validation_prompts])
     test = list(source.texts("test")[: settings.num_prompts])
+    _check_models(resolved)
     _check_evaluation(settings, stage.prompts.source, validation, test)
     stages: Sequence[Stage] = [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages
-    _check_models(resolved)
     rewards = {name: weight for each in stages for name, weight in each.method.trained_rewards().items()}
     for each in stages:
         _check_best_metric(each, validation, settings.scorers, rewards)

@@ -22,11 +22,6 @@ SECTION = Section(
             Case("distill mine.yaml -s 'evaluate.scorers=[guess]'", "'guess'", _RECIPE),
         ),
         Message(
-            "evaluate.compare.{label}: {model}: no model with {file}{...}",
-            "A further model of the report is not there.",
-            Case("distill mine.yaml -s evaluate.compare.a=nowhere", "evaluate.compare.a: nowhere: no model", _RECIPE),
-        ),
-        Message(
             "--compare {given}: write LABEL=MODEL",
             "The label heads the model's column in the report.",
             Case(f"{EVALUATE} --compare tiny", "--compare tiny", _PROMPTS),

@@ -36,6 +36,11 @@ SECTION = Section(
             Case("encode-prompts prompts.txt --out shards --model nowhere", "nowhere: no model", _PROMPTS),
             Case("convert nowhere --out model", "nowhere: no model"),
             Case("distill mine.yaml -s teacher=nowhere", "nowhere: no model", _PROMPTS | {"mine.yaml": DISTILL}),
+            Case(
+                "distill mine.yaml -s evaluate.enabled=true -s evaluate.compare.a=nowhere",
+                "evaluate.compare.a: nowhere: no model",
+                _PROMPTS | {"mine.yaml": DISTILL},
+            ),
             Case("distill mine.yaml -s init=nowhere", "init: nowhere: no model", _PROMPTS | {"mine.yaml": DISTILL}),
             Case("plan mine.yaml -s teacher=nowhere", "nowhere: no model", _PROMPTS | {"mine.yaml": DISTILL}),
             Case("cache-trajectories cache.yaml -s teacher=nowhere", "nowhere", _PROMPTS | {"cache.yaml": CACHE}),

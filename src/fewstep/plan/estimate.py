@@ -106,6 +106,8 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
         own = trained.keys() - {"student", *models.extra}
         held |= {f"{_label(name)} weights": 4.0 * trained[name] for name in sorted(own)}
         held |= dry_run.method.frozen_bytes()
+        if recipe.method.trained_rewards():  # images are decoded in every step
+            held["VAE"] = bytes_of(models.teacher.vae)
         if gpus > 1:
             held["all-gather buffers"] = (2.0 if bf16 else 4.0) * (2 * counts.block + counts.root)
         found.peaks = {
