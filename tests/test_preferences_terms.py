@@ -12,6 +12,7 @@ from fewstep.core import flow
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.base import Renoised
 from fewstep.methods.dmd.terms.dpo import DPO, DPOSettings
+from fewstep.methods.dmd.terms.dpo_pairs import SampledPairs
 from fewstep.methods.dmd.terms.surrogate import Surrogate, SurrogateSettings
 from fewstep.methods.rl.dpo import best_and_worst, dpo_loss
 from fewstep.methods.rl.surrogate import denoising_error, surrogate_loss
@@ -130,7 +131,8 @@ def test_pairs_are_the_best_and_worst_of_each_group_that_differ():
 
 def dpo_term(slope, student, reference=None, group_size=COUNT):
     reference = reference or Gaussian().requires_grad_(False)
-    return DPO(student, reference, scorer_of(Linear(slope)), SIGMAS, group_size, DPOSettings(**REWARD, beta=5.0))
+    pairs = SampledPairs(student, scorer_of(Linear(slope)), SIGMAS, 0.9, group_size, 0.1)
+    return DPO(student, reference, pairs, DPOSettings(**REWARD, beta=5.0))
 
 
 @pytest.mark.parametrize("slope", [1.0, -1.0])

@@ -69,9 +69,8 @@ def test_a_student_beside_its_teacher(seeds_used: list[list[int]], tmp_path: Pat
 
 def test_further_models_have_a_column_each(seeds_used: list[list[int]], tmp_path: Path) -> None:
     other = model(steps=2, guidance_scale=0.0, guidance_distilled=True)
-    found = evaluate(
-        STUDENT, teacher=TEACHER, compare={"distilled": other}, prompts=emoji_prompts(2), out=tmp_path, diversity_prompts=1
-    )  # fmt: skip
+    options = {"compare": {"distilled": other}, "diversity_prompts": 1}
+    found = evaluate(STUDENT, teacher=TEACHER, prompts=emoji_prompts(2), out=tmp_path, **options)
     assert list(found.figures) == ["teacher_50", "teacher_4", "teacher_4_guided", "distilled_2", "student_4"]
     assert (found.figures["distilled_2"]["nfe"], found.figures["student_4"]["nfe"]) == (2, 4)
     assert found.targets[0].value == pytest.approx(

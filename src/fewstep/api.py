@@ -12,20 +12,21 @@ from typing import Any
 import torch
 
 from fewstep.config.load import load_recipe, with_overrides
-from fewstep.config.method import VALIDATION
 from fewstep.config.recipe import DistillRecipe, Recipe, Stage, StagesRecipe
-from fewstep.config.sections import EvaluateSettings
 from fewstep.core.device import AUTO, parse_device
-from fewstep.data.prompts import PromptSource, check_held_out, open_prompts
+from fewstep.data.prompts import open_prompts
 from fewstep.errors import UserError
-from fewstep.evaluation.applicability import check_applicable
-from fewstep.evaluation.feature_networks import open_features
 from fewstep.evaluation.kept_images import PUBLISHED
 from fewstep.evaluation.metrics_file import Metrics
 from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
+from fewstep.evaluation.run_checks import (
+    check_best_metric,
+    check_evaluation,
+    check_named_models,
+    check_training_prompts,
+)
 from fewstep.evaluation.runner import evaluate as _evaluate
-from fewstep.evaluation.runner import report_writer
-from fewstep.evaluation.validation import Validator, validation_metrics
+from fewstep.evaluation.validation import Validator
 from fewstep.inference.generate import Callback, GenerationResult
 from fewstep.inference.generate import generate as _generate
 from fewstep.inference.params import parse_params
@@ -35,7 +36,6 @@ from fewstep.models.fingerprint import recipe_fingerprints
 from fewstep.models.generation_config import load_generation_config
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.progress import log_line
-from fewstep.rewards.scorers import open_scorers
 from fewstep.stages import free_memory, run_stages
 from fewstep.training.distributed import init_distributed, open_run
 from fewstep.training.precision import resolve_precision
@@ -91,15 +91,15 @@ def distill(
     settings = resolved.evaluate
     stage: Stage = resolved if isinstance(resolved, DistillRecipe) else resolved.stages[-1]
     source = open_prompts(stage.prompts)
-    _check_held_out(resolved, source)
+    check_training_prompts(resolved, source)
     validation = list(source.texts("validation")[: settings.validation_prompts])
     test = list(source.texts("test")[: settings.num_prompts])
-    _check_models(resolved)
-    _check_evaluation(settings, stage.prompts.source, validation, test)
+    check_named_models(resolved)
+    check_evaluation(settings, stage.prompts.source, validation, test)
     stages: Sequence[Stage] = [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages
     rewards = {name: weight for each in stages for name, weight in each.method.trained_rewards().items()}
     for each in stages:
-        _check_best_metric(each, validation, settings.scorers, rewards)
+        check_best_metric(each, validation, settings.scorers, rewards)
     validator = Validator.of(validation, settings, rewards)
     with ExitStack() as stack:
         dist = stack.enter_context(init_distributed(device))
@@ -241,64 +241,3 @@ def _loaded(model: str | Path | TextToImagePipeline, device: str | torch.device)
     if wanted.type != model.device.type or wanted.index not in (None, model.device.index):
         raise UserError(f"device {device}: the model is on {model.device}; load or move it there, or leave device out")
     return model
-
-
-def _check_held_out(recipe: DistillRecipe | StagesRecipe, last: PromptSource) -> None:
-    """Raises: UserError if any stage trains on the prompts that the run is measured on."""
-    training = {"prompts": last.texts("train")}
-    if isinstance(recipe, StagesRecipe):
-        training = {f"stage {one.name}, prompts": open_prompts(one.prompts).texts("train") for one in recipe.stages}
-    check_held_out(training, last.texts("validation"), last.texts("test"))
-
-
-def _check_models(recipe: DistillRecipe | StagesRecipe) -> None:
-    """Raises: UserError if a model that the run needs besides the teacher is not there."""
-    compared = recipe.evaluate.compare if recipe.evaluate.enabled else {}
-    named = {f"evaluate.compare.{label}": path for label, path in compared.items()}
-    if isinstance(recipe, DistillRecipe) and recipe.init is not None:
-        named = {"init": recipe.init} | named
-    for key, path in named.items():
-        try:
-            resolve_model(path)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
-
-
-def _check_evaluation(settings: EvaluateSettings, source: str, validation: Sequence[str], test: Sequence[str]) -> None:
-    """Find the mistakes that would otherwise stop a run at its first validation, or at its report after the training.
-
-    Raises:
-        UserError: too few prompts, a scorer or feature network that cannot be opened, or a package that is missing.
-    """
-    if settings.enabled and len(test) < 2:
-        raise UserError(
-            f"prompts.source={source}: {len(test)} test prompts with evaluate.num_prompts={settings.num_prompts}, at "
-            "least 2 are needed; name a file in prompts.test_source, or set evaluate.enabled=false"
-        )
-    if settings.validate_every and not validation:
-        raise UserError(
-            f"prompts.source={source}: no validation prompts; name a file in prompts.validation_source, or set "
-            "evaluate.validate_every=0"
-        )
-    if settings.enabled or settings.validate_every:
-        opened = open_scorers(settings.scorers)
-        if settings.scorers is not None:
-            check_applicable(opened, [*test] if settings.enabled else [*validation])
-    if settings.enabled:
-        open_features(settings.features)
-        report_writer()
-
-
-def _check_best_metric(
-    stage: Stage, validation: Sequence[str], scorers: Sequence[str] | None, rewards: Mapping[str, float]
-) -> None:
-    """Raises: UserError if the best checkpoint is chosen by a score that validation does not have."""
-    best = stage.train.keep_best
-    wanted = [] if best is None else [name for name in (best.metric, *best.at_least) if name.startswith(VALIDATION)]
-    known = validation_metrics(validation, scorers, rewards) if wanted else []
-    for name in wanted:
-        if name not in known:
-            raise UserError(
-                f"train.keep_best.metric: there is no {name!r} with these scorers and validation prompts; there are "
-                + ", ".join(known)
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,14 @@ class MethodConfig(Settings):
 
     def trained_rewards(self) -> dict[str, float]:
         """The rewards that are trained on, as "name" or "name:argument", with their weights."""
+        return {}
+
+    def further_prompts(self) -> dict[str, Sequence[str]]:
+        """Prompts that are trained on besides the recipe's, by the key that names them.
+
+        Raises:
+            UserError: they cannot be read.
+        """
         return {}
 
     @property

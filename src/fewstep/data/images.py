@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.machine import reading
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], rounded as diffusers does."""
     return (images.clamp(0, 1).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
+
+
+def read_image(file: Path) -> Tensor:
+    """uint8 [H, W, 3]. Raises: UserError if the file cannot be read."""
+    with reading(file), Image.open(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -18,7 +18,7 @@ BLOCK, BLOCKS = 4096, 64  # bytes of a sample, samples of a large file
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype")  # keys that programs rewrite; so are those with "_"
 #: Ends of the keys of recipes that name files or folders.
 _PATH_KEYS = (
-    *(".teacher", ".init", ".vae", ".text_encoder", ".trajectory.cache"),
+    *(".teacher", ".init", ".vae", ".text_encoder", ".trajectory.cache", ".dpo.votes"),
     *(".prompts.source", ".prompts.validation_source", ".prompts.test_source"),
 )
 

@@ -13,9 +13,10 @@ from fewstep.config.recipe import DistillRecipe
 from fewstep.core.batching import max_batch_size, max_decode_batch_size
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.method import Shard
+from fewstep.core.method import BatchSource, Shard
 from fewstep.core.registry import methods
 from fewstep.data.batch import DistillBatch
+from fewstep.data.preference_batches import PairBatch
 from fewstep.methods.base import DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models
 from fewstep.models.denoiser import TransformerDenoiser
@@ -80,7 +81,11 @@ class DryRun:
 
         quiet = recipe.model_copy(update={"train": recipe.train.model_copy(update={"on_alert": "off"})})
         method_class: type[DistillMethod] = methods.get(recipe.method.name)
-        sources = {"train": source, "real": source}
+
+        def pairs(position: int, shard: Shard) -> PairBatch:
+            return PairBatch(noise, noise, self.batch.prompts)
+
+        sources: dict[str, BatchSource] = {"train": source, "real": source, "preferences": pairs}
         setup = MethodSetup(quiet, models, self.prompts(1), sources, [], DistContext(device=torch.device("meta")))
         self.method = method_class.build(setup)
         self.passes: Passes = count_passes(method_class, setup, self.batch)

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fewstep.machine import reading
+from fewstep.data.images import read_image
 
 BATCH_SIZE = 32  # images
 
@@ -32,15 +30,9 @@ def image_batches(folder: Path, wanted: Sequence[PromptedImage]) -> Iterator[tup
     """
     by_size: dict[torch.Size, list[tuple[PromptedImage, Tensor]]] = defaultdict(list)
     for one in wanted:
-        image = _load(folder / one.image)
+        image = read_image(folder / one.image)
         by_size[image.shape].append((one, image))
     for group in by_size.values():
         for start in range(0, len(group), BATCH_SIZE):
             part = group[start : start + BATCH_SIZE]
             yield [one for one, _ in part], torch.stack([image for _, image in part]).permute(0, 3, 1, 2).float() / 255
-
-
-def _load(file: Path) -> Tensor:
-    """uint8 [H, W, 3]."""
-    with reading(file), Image.open(file) as image:
-        return torch.from_numpy(np.array(image.convert("RGB")))

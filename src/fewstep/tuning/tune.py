@@ -148,7 +148,7 @@ def _validation_prompts(recipe: DistillRecipe) -> list[str]:
         raise UserError(
             f"prompts.source={recipe.prompts.source}: no validation prompts; name a file in prompts.validation_source"
         )
-    check_held_out({"prompts": source.texts("train")}, found, [])
+    check_held_out({"prompts": source.texts("train"), **recipe.method.further_prompts()}, found, [])
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -125,6 +125,10 @@ class DMDConfig(MethodConfig):
     def trained_rewards(self) -> dict[str, float]:
         scored = [each for each in self.terms.on.values() if isinstance(each, ScoredTermSettings)]
         return {reward.reward: reward.weight for settings in scored for reward in settings.rewards}
+
+    def further_prompts(self) -> dict[str, Sequence[str]]:
+        found = {f"method.terms.{name}": settings.further_prompts() for name, settings in self.terms.on.items()}
+        return {key: prompts for key, prompts in found.items() if prompts}
 
     @property
     def requires_real(self) -> bool:

@@ -9,6 +9,7 @@ from fewstep.core.batching import batched, max_batch_size
 from fewstep.core.compiler import eager
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import BatchSource, Shard
+from fewstep.core.registry import loss_terms
 from fewstep.core.samplers import sample_euler
 from fewstep.data.image_batches import rendered_image_batches
 from fewstep.data.prompt_batches import prompt_batches
@@ -25,7 +26,7 @@ REFERENCE_STEPS = 16  # of the teacher's samples that the student's latents are 
 
 def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     """ "train": prompts alone, or real batches where a term needs them; "real": latents of images with their prompts,
-    the teacher's or an image source's, where any term uses them."""
+    the teacher's or an image source's, where any term uses them; and the terms' own."""
     recipe, config, train = setup.recipe, setup.recipe.method, setup.recipe.train
     assert isinstance(config, DMDConfig)
     sources: dict[str, BatchSource] = {}
@@ -39,7 +40,11 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
             *(config.real_source, setup.teacher, setup.prompts),
             *(config.num_real_images, train.batch_size, train.seed),
         )
-    return {"train": sources["real"]} | sources if config.requires_real else sources
+    if config.requires_real:
+        sources = {"train": sources["real"]} | sources
+    for name, settings in config.terms.on.items():
+        sources |= loss_terms.get(name).batch_sources(settings, setup)
+    return sources
 
 
 def check_whole_groups(batch_size: int, group_size: int, processes: int) -> None:

@@ -21,6 +21,7 @@ from fewstep.training.distributed import DistContext
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
+    from fewstep.methods.base import DataSetup
     from fewstep.methods.dmd.config import DMDConfig
 
 
@@ -31,6 +32,10 @@ class TermSettings(Settings):
 
     def check(self, stage: Stage, method: DMDConfig) -> None:
         """Refuse what does not fit the rest of the recipe. Raises: ValueError."""
+
+    def further_prompts(self) -> Sequence[str]:
+        """Prompts that the term trains on besides the recipe's. Raises: UserError if they cannot be read."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,11 @@ class LossTerm(ABC):
     def metric_names(cls, settings: TermSettings) -> set[str] | None:
         """Every metric that it may give, as ``<part>/<name>``; None if they are not known beforehand."""
         return None
+
+    @classmethod
+    def batch_sources(cls, settings: TermSettings, setup: DataSetup) -> dict[str, BatchSource]:
+        """Sources of its own by name, which ``build`` finds in ``TermSetup.sources``; made before the models are."""
+        return {}
 
     @classmethod
     def student_copies(cls, settings: TermSettings) -> tuple[str, ...]:

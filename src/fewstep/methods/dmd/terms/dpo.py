@@ -1,9 +1,8 @@
-"""DPO on pairs made by sampling and scoring: the best and the worst sample of a group, at the student's steps."""
+"""DPO on preference pairs at the student's steps: people's votes on images, or samples that rewards score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Self
 
 import torch
@@ -11,29 +10,42 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.method import BatchSource
 from fewstep.core.registry import loss_terms
-from fewstep.core.samplers import SamplerStep, iterate, normal_log_prob, sde_mean_std
+from fewstep.core.samplers import SamplerStep, normal_log_prob, sde_mean_std
 from fewstep.data.batch import DistillBatch
+from fewstep.data.preference_batches import preference_batches
+from fewstep.data.preferences import preference_pairs
 from fewstep.methods.dmd.terms.base import RolloutTerm, TermSettings, TermSetup
+from fewstep.methods.dmd.terms.dpo_pairs import PairMaker, Pairs, SampledPairs, VotedPairs
 from fewstep.methods.dmd.terms.grpo import REFERENCE
 from fewstep.methods.dmd.terms.scoring import (
-    LatentScorer,
-    ScoredTerm,
+    RewardSettings,
     ScoredTermSettings,
     check_groups,
     open_scorer,
     score_metrics,
 )
-from fewstep.methods.rl.dpo import best_and_worst, dpo_loss
+from fewstep.methods.rl.dpo import dpo_loss
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
+    from fewstep.methods.base import DataSetup
     from fewstep.methods.dmd.config import DMDConfig
+
+VOTED = "preferences"  # the batch source of pairs from votes
 
 
 class DPOSettings(ScoredTermSettings):
     """Settings of the DPO term."""
 
+    rewards: list[RewardSettings] = Field(  # type: ignore[assignment]
+        default_factory=list, description="Rewards that score the student's samples; leave them out with votes."
+    )
+    votes: str | None = Field(
+        None, description="Folder of fewstep prefs collect, whose pairs of images are trained on; null samples pairs."
+    )
+    voter: str | None = Field(None, description="Only this voter's votes; null is all voters.")
     beta: Annotated[float, Field(gt=0)] = Field(100.0, description="Sharpness, for mean log-probabilities.")
     eta: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of fresh noise in the stochastic steps.")
     least_difference: Annotated[float, Field(gt=0)] = Field(
@@ -42,42 +54,34 @@ class DPOSettings(ScoredTermSettings):
     )
 
     def check(self, stage: Stage, method: DMDConfig) -> None:
-        check_groups("dpo", method)
-        if stage.student.steps < 2:
-            raise ValueError("method.terms.dpo: a student of 1 step has no stochastic step; use reward or surrogate")
+        if bool(self.rewards) == (self.votes is not None):
+            raise ValueError("method.terms.dpo: give rewards, or votes (a folder of fewstep prefs collect), not both")
+        if self.voter is not None and self.votes is None:
+            raise ValueError("method.terms.dpo.voter: no effect without votes; leave it out")
+        least = 2 if self.votes is None else 3
+        if self.votes is None:
+            check_groups("dpo", method)
+        if stage.student.steps < least:
+            raise ValueError(
+                f"method.terms.dpo: a student of {stage.student.steps} steps has no stochastic step to train, it takes "
+                f"{least}; use reward or surrogate"
+            )
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """Rollouts, the rows of winners and losers [P], and whether a pair's scores differ enough to count [P]."""
-
-    steps: Sequence[SamplerStep]
-    prompts: EncodedPrompts
-    winners: Tensor
-    losers: Tensor
-    counted: Tensor
+    def further_prompts(self) -> list[str]:
+        return [] if self.votes is None else [pair.prompt for pair in preference_pairs(self.votes, self.voter)]
 
 
 @loss_terms.register("dpo")
-class DPO(ScoredTerm, RolloutTerm):
+class DPO(RolloutTerm):
     """
     reference: the student as it was at first.
-    sigmas: the student's noise levels from 1 down, with the terminal 0.
+    pairs: makes the preference pairs.
     """
 
     Settings = DPOSettings
 
-    def __init__(
-        self,
-        student: nn.Module,
-        reference: nn.Module,
-        scorer: LatentScorer,
-        sigmas: Sequence[float],
-        group_size: int,
-        settings: DPOSettings,
-    ) -> None:
-        self.student, self.reference, self.scorer = student, reference, scorer
-        self.sigmas, self.group_size, self.settings = list(sigmas), group_size, settings
+    def __init__(self, student: nn.Module, reference: nn.Module, pairs: PairMaker, settings: DPOSettings) -> None:
+        self.student, self.reference, self.pairs, self.settings = student, reference, pairs, settings
         self._metrics: dict[str, Tensor] = {}
 
     @classmethod
@@ -90,18 +94,28 @@ class DPO(ScoredTerm, RolloutTerm):
         return (REFERENCE,)
 
     @classmethod
+    def batch_sources(cls, settings: TermSettings, setup: DataSetup) -> dict[str, BatchSource]:
+        assert isinstance(settings, DPOSettings)
+        if settings.votes is None:
+            return {}
+        train = setup.recipe.train
+        return {VOTED: preference_batches(settings.votes, settings.voter, setup.teacher, train.batch_size, train.seed)}
+
+    @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, DPOSettings)
-        scorer = open_scorer(settings, setup, "dpo", differentiable=False)
-        return cls(setup.student, setup.copies[REFERENCE], scorer, setup.sigmas, setup.config.group_size, settings)
+        pairs: PairMaker
+        if settings.votes is None:
+            scorer = open_scorer(settings, setup, "dpo", differentiable=False)
+            sampled = setup.sigmas, settings.eta, setup.config.group_size, settings.least_difference
+            pairs = SampledPairs(setup.student, scorer, *sampled)
+        else:
+            pairs = VotedPairs(setup.sources[VOTED], setup.dist.shard, setup.sigmas, settings.eta)
+        return cls(setup.student, setup.copies[REFERENCE], pairs, settings)
 
     @torch.no_grad()
     def collect(self, batch: DistillBatch) -> Pairs:
-        options = {"sampler": "sde", "eta": self.settings.eta}
-        steps = list(iterate(self.student, batch.noise, self.sigmas, batch.prompts, **options))  # type: ignore[arg-type]
-        z = self.scorer.combined(steps[-1].x_next, batch.texts)
-        found = best_and_worst(z, self.group_size, self.settings.least_difference)
-        return Pairs([step for step in steps if step.std > 0], batch.prompts, *found)
+        return self.pairs(batch)
 
     def loss(self, collected: Pairs) -> Tensor:
         """The mean over pairs and stochastic steps; a pair that does not count has no gradient."""
@@ -124,4 +138,13 @@ class DPO(ScoredTerm, RolloutTerm):
         return normal_log_prob(step.x_next, mean, std)
 
     def metrics(self) -> dict[str, Tensor]:
-        return self._metrics | super().metrics()
+        return self._metrics | self.pairs.metrics()
+
+    def frozen_bytes(self) -> float:
+        return self.pairs.frozen_bytes()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.pairs.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.pairs.load_state_dict(state)
