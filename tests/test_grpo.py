@@ -3,13 +3,14 @@
 import pytest
 import torch
 from dmd_setup import COUNT, LEVELS, SHIFT, batch_of, dmd
-from gaussian import Gaussian
+from gaussian import SHAPE, Gaussian, prompts_of
 from reward_setup import Linear, Quadratic, scorer_of
 
 from fewstep.config.load import load_recipe
 from fewstep.core import flow
 from fewstep.errors import UserError
 from fewstep.methods.dmd.terms.grpo import GRPO, GRPOSettings
+from fewstep.methods.dmd.terms.matching_reward import MatchingDivergence, MatchingSettings
 from fewstep.methods.models_setup import build_models
 from fewstep.methods.rl.grpo import gaussian_kl, policy_loss
 from fewstep.models.pipeline import load
@@ -143,6 +144,58 @@ def test_the_reference_is_a_frozen_copy_of_the_student_as_it_begins(tiny_folder,
     assert not any(weight.requires_grad for weight in reference.parameters())
 
 
+# --- DMD as the reward --------------------------------------------------------------------------------------------
+
+
+def divergence_of(teacher, fake, levels=4, group_size=1):
+    return MatchingDivergence(teacher, fake, group_size, MatchingSettings(levels=levels))
+
+
+def kept_share(deviation):
+    """Of the log-ratio of Gaussians, the part between the levels of the estimate."""
+    signal_to_noise = [((1 - level) / level) ** 2 * deviation**2 for level in (0.98, 0.02)]
+    return 1 / (1 + signal_to_noise[0]) - 1 / (1 + signal_to_noise[1])
+
+
+def test_the_mean_divergence_of_the_students_samples_is_kullback_leiblers():
+    count, offset, deviation = 4000, 0.4, 0.5
+    x0 = 1.0 + offset + deviation * torch.randn(count, *SHAPE)
+    found = divergence_of(Gaussian(deviation), Gaussian(deviation, offset))(x0, prompts_of([1.0] * count))
+    assert found.mean().item() == pytest.approx(kept_share(deviation) * offset**2 / (2 * deviation**2), rel=0.05)
+
+
+@pytest.mark.parametrize("value", [0.5, 1.2, 2.0])
+def test_the_divergence_of_a_sample_is_its_log_density_ratio(value):
+    count, offset, deviation = 4000, 0.4, 0.5
+    x0 = torch.full((count, *SHAPE), value)
+    found = divergence_of(Gaussian(deviation), Gaussian(deviation, offset))(x0, prompts_of([1.0] * count))
+    expected = ((value - 1.0) ** 2 - (value - 1.0 - offset) ** 2) / (2 * deviation**2)
+    assert found.mean().item() == pytest.approx(expected, abs=0.05)
+
+
+def test_where_fake_score_and_teacher_agree_the_divergence_is_0_and_a_group_shares_its_noise():
+    x0 = torch.randn(1, *SHAPE).expand(COUNT, *SHAPE)
+    assert divergence_of(Gaussian(), Gaussian())(x0, prompts_of([1.0] * COUNT)).tolist() == [0.0] * COUNT
+    found = divergence_of(Gaussian(), Gaussian(offset=1.0), group_size=3)(x0, prompts_of([1.0] * COUNT))
+    assert found[:3].unique().numel() == found[3:].unique().numel() == 1
+    assert found[0] != found[3]
+
+
+def test_with_dmd_as_the_only_reward_the_update_is_back_to_the_teacher():
+    torch.manual_seed(0)
+    for offset in (-1.0, 1.0):
+        student, fake = Gaussian(offset=offset), Gaussian(offset=offset)
+        term = grpo(Linear(0.0), student, group_size=256)
+        term.divergence = divergence_of(Gaussian(), fake, group_size=256)
+        for _ in range(4):
+            with torch.no_grad():
+                collected = term.collect(batch_of(count=256))
+            term.loss(collected).backward()
+        assert student.offset.grad.item() * offset > 0.02
+        assert fake.offset.grad is None
+        assert term.metrics()["grpo_divergence"] > 0
+
+
 TERMS = "method.terms={cfg_augmentation: {}, distribution_matching: {}, grpo: {rewards: [{reward: x}]}}"
 
 
@@ -153,6 +206,10 @@ TERMS = "method.terms={cfg_augmentation: {}, distribution_matching: {}, grpo: {r
         (["student.steps=2"], "a student of 2 steps has too few stochastic ones"),
         (["method.terms.grpo.trained_steps=4"], "4 steps have 3 stochastic ones"),
         (["method.terms.distribution_matching=null", "optim.fake_score=null"], "nothing keeps the student"),
+        (
+            ["method.terms.distribution_matching=null", "optim.fake_score=null", "method.terms.grpo.matching={}"],
+            "grpo.matching: it compares the teacher with the fake score",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(overrides, message):

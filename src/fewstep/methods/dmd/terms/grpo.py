@@ -21,6 +21,7 @@ from fewstep.core.registry import loss_terms
 from fewstep.core.samplers import SamplerStep, iterate, normal_log_prob, sde_mean_std
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd.terms.base import RolloutTerm, TermSettings, TermSetup
+from fewstep.methods.dmd.terms.matching_reward import MatchingDivergence, MatchingSettings
 from fewstep.methods.dmd.terms.scoring import (
     LatentScorer,
     ScoredTerm,
@@ -57,8 +58,19 @@ class GRPOSettings(ScoredTermSettings):
         0.1, description="Least deviation of the scores that is divided by, in running deviations of the reward."
     )
 
+    matching: MatchingSettings | None = Field(
+        None,
+        description="DMD as a part of the reward: a sample's log-density ratio of fake score and teacher is "
+        "subtracted; null leaves it out.",
+    )
+
     def check(self, stage: Stage, method: DMDConfig) -> None:
         check_groups("grpo", method)
+        if self.matching is not None and "distribution_matching" not in method.terms.active(stage.train.steps):
+            raise ValueError(
+                "method.terms.grpo.matching: it compares the teacher with the fake score, which distribution_matching "
+                "trains; give that term a weight, small if the reward alone should match"
+            )
         if stage.student.steps < 3:
             raise ValueError(
                 f"method.terms.grpo: a student of {stage.student.steps} steps has too few stochastic ones (the last is "
@@ -90,6 +102,7 @@ class GRPO(ScoredTerm, RolloutTerm):
     """
     sigmas: the student's noise levels from 1 down, with the terminal 0.
     reference: the student as it was at first, for ``kl_weight``.
+    divergence: what is subtracted from the reward, for ``matching``.
     reduce: sums over processes.
     """
 
@@ -104,17 +117,21 @@ class GRPO(ScoredTerm, RolloutTerm):
         settings: GRPOSettings,
         reference: nn.Module | None = None,
         reduce: Reduce = lambda tensor: tensor,
+        divergence: MatchingDivergence | None = None,
     ) -> None:
         self.student, self.scorer, self.sigmas, self.group_size = student, scorer, list(sigmas), group_size
-        self.settings, self.reference, self.reduce = settings, reference, reduce
+        self.settings, self.reference, self.reduce, self.divergence = settings, reference, reduce, divergence
         self.updates = settings.updates
         self._metrics: dict[str, Tensor] = {}
+        self._collected: dict[str, Tensor] = {}
 
     @classmethod
     def metric_names(cls, settings: TermSettings) -> set[str]:
         assert isinstance(settings, GRPOSettings)
         own = {"student/grpo", "student/grpo_advantage_abs", "student/grpo_ratio_diff"}
-        return own | score_metrics(settings.rewards) | ({"student/grpo_kl"} if settings.kl_weight else set())
+        own |= {"student/grpo_kl"} if settings.kl_weight else set()
+        own |= {"student/grpo_divergence"} if settings.matching else set()
+        return own | score_metrics(settings.rewards)
 
     @classmethod
     def student_copies(cls, settings: TermSettings) -> tuple[str, ...]:
@@ -127,7 +144,12 @@ class GRPO(ScoredTerm, RolloutTerm):
         scorer = open_scorer(settings, setup, "grpo", differentiable=False)
         reference = setup.copies[REFERENCE] if settings.kl_weight else None
         group_size, reduce = setup.config.group_size, setup.dist.all_reduce_sum
-        return cls(setup.student, scorer, setup.sigmas, group_size, settings, reference, reduce)
+        divergence = None
+        if settings.matching is not None:
+            models = setup.teacher.denoiser, setup.extra["fake_score"]
+            levels = setup.renoise.low, setup.renoise.high
+            divergence = MatchingDivergence(*models, group_size, settings.matching, *levels)
+        return cls(setup.student, scorer, setup.sigmas, group_size, settings, reference, reduce, divergence)
 
     @torch.no_grad()
     def collect(self, batch: DistillBatch) -> Rollout:
@@ -135,6 +157,10 @@ class GRPO(ScoredTerm, RolloutTerm):
             iterate(self.student, batch.noise, self.sigmas, batch.prompts, sampler="sde", eta=self.settings.eta)
         )
         z = self.scorer.combined(made[-1].x_next, batch.texts)
+        if self.divergence is not None:
+            found = self.divergence(made[-1].x_next, batch.prompts)
+            z = z - self.divergence.settings.weight * found
+            self._collected = {"grpo_divergence": found.mean()}
         advantages = group_advantages(
             z,
             self.group_size,
@@ -181,4 +207,4 @@ class GRPO(ScoredTerm, RolloutTerm):
         return sde_mean_std(step.x, step.sigma, step.sigma_next, velocity, self.settings.eta)[0]
 
     def metrics(self) -> dict[str, Tensor]:
-        return self._metrics | super().metrics()
+        return self._metrics | self._collected | super().metrics()
