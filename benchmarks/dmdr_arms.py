@@ -68,5 +68,9 @@ ARMS: dict[str, Arm] = {
     ),
     "GRPO, DM": Arm(f"{CA}, {DM}, grpo: {{{REWARD}}}", changes=GROUPS),
     "GRPO, KL": Arm(f"grpo: {{{REWARD}, kl_weight: 0.1}}", changes=(*GROUPS, *NO_FAKE_SCORE)),
+    "GRPO, DMD as reward": Arm(
+        f"distribution_matching: {{weight: 1.0e-3}}, grpo: {{{REWARD}, matching: {{weight: 10}}}}", changes=GROUPS
+    ),
+    "on-policy targets": Arm(f"{CA}, {DM}, reward_targets: {{{REWARD}}}"),
     "DPO": Arm(f"{CA}, {DM}, dpo: {{{REWARD}}}", changes=GROUPS),
 }

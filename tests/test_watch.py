@@ -135,10 +135,10 @@ def test_the_watch_measures_rewards_diversity_and_distance(tiny):
     validator = Validator(PROMPTS, ["emoji"], trained, "test_pixels", settings)
     validate = validator(tiny, tiny)
     found = validate()
-    assert set(found) == set(validation_metrics(PROMPTS, ["emoji"], trained))
+    assert set(found) == set(validation_metrics(PROMPTS, ["emoji"], trained, "test_pixels"))
     assert found[REWARD] == pytest.approx(2 * found["val/reward_test_dark"] - found["val/reward_test_light"])
     assert found["val/diversity"] > 0
-    assert found["val/fd_teacher"] > 0  # its own images at other steps and guidance
+    assert found["val/fd_teacher[test_pixels]"] > 0  # its own images at other steps and guidance
     assert validate() == found
     watched = {rule.falling for rule in validator.alert_rules()}
     assert watched == {"val/object_acc", "val/style_acc", "val/background_acc", "val/diversity"}

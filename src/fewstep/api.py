@@ -99,7 +99,7 @@ def distill(
     stages: Sequence[Stage] = [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages
     rewards = {name: weight for each in stages for name, weight in each.method.trained_rewards().items()}
     for each in stages:
-        check_best_metric(each, validation, settings.scorers, rewards)
+        check_best_metric(each, validation, settings, rewards)
     validator = Validator.of(validation, settings, rewards)
     with ExitStack() as stack:
         dist = stack.enter_context(init_distributed(device))

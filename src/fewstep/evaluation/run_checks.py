@@ -66,12 +66,12 @@ def check_evaluation(settings: EvaluateSettings, source: str, validation: Sequen
 
 
 def check_best_metric(
-    stage: Stage, validation: Sequence[str], scorers: Sequence[str] | None, rewards: Mapping[str, float]
+    stage: Stage, validation: Sequence[str], settings: EvaluateSettings, rewards: Mapping[str, float]
 ) -> None:
     """Raises: UserError if the best checkpoint is chosen by a score that validation does not have."""
     best = stage.train.keep_best
     wanted = [] if best is None else [name for name in (best.metric, *best.at_least) if name.startswith(VALIDATION)]
-    known = validation_metrics(validation, scorers, rewards) if wanted else []
+    known = validation_metrics(validation, settings.scorers, rewards, settings.features) if wanted else []
     for name in wanted:
         if name not in known:
             raise UserError(

@@ -19,11 +19,14 @@ from fewstep.training.alerts import DivergenceRule
 
 
 def validation_metrics(
-    prompts: Sequence[str], scorers: Sequence[str] | None = None, rewards: Mapping[str, float] | None = None
+    prompts: Sequence[str],
+    scorers: Sequence[str] | None = None,
+    rewards: Mapping[str, float] | None = None,
+    features: str = DEFAULT,
 ) -> list[str]:
     """The names of the metrics that a :class:`Validator` gives for these prompts. Arguments as there."""
     scores = [key for scorer in open_scorers(scorers).values() for key in applicable_scores(scorer, prompts)]
-    return [*(f"val/{key}" for key in [*scores, "saturation", "hf_energy"]), *watch_metrics(rewards or {})]
+    return [*(f"val/{key}" for key in [*scores, "saturation", "hf_energy"]), *watch_metrics(rewards or {}, features)]
 
 
 class Validator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from fewstep.config.sections import WatchSettings
 from fewstep.core.seeds import image_seed
 from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
-from fewstep.evaluation.feature_networks import open_features
+from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.images import as_float
+from fewstep.evaluation.teacher_distance import TeacherDistance, distance_name
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
@@ -21,7 +21,7 @@ from fewstep.rewards.guarded import guarded_scores
 from fewstep.rewards.open import open_reward
 from fewstep.training.alerts import DivergenceRule
 
-REWARD, DIVERSITY, DISTANCE = "val/reward", "val/diversity", "val/fd_teacher"
+REWARD, DIVERSITY = "val/reward", "val/diversity"
 
 _MICRO_BATCH = 8
 _CAUSE = (
@@ -30,10 +30,12 @@ _CAUSE = (
 )
 
 
-def watch_metrics(rewards: Mapping[str, float]) -> list[str]:
-    """The names of the metrics of :class:`RewardWatch`."""
+def watch_metrics(rewards: Mapping[str, float], features: str = DEFAULT) -> list[str]:
+    """The names of the metrics of :class:`RewardWatch`; none without rewards."""
+    if not rewards:
+        return []
     single = [f"{REWARD}_{name}" for name in _names(rewards)] if len(rewards) > 1 else []
-    return [REWARD, *single, DIVERSITY, DISTANCE] if rewards else []
+    return [REWARD, *single, DIVERSITY, f"val/{distance_name(open_features(features).name)}"]
 
 
 def hacking_rules(scores: Sequence[str], settings: WatchSettings) -> list[DivergenceRule]:
@@ -66,22 +68,16 @@ class RewardWatch:
         features: str,
         settings: WatchSettings,
     ) -> None:
-        self.student, self.teacher, self.prompts, self.settings = student, teacher, list(prompts), settings
+        self.student, self.prompts, self.settings = student, list(prompts), settings
         self.weights = dict(zip(_names(rewards), rewards.values(), strict=True))
         opened = [open_reward(spec, student.device) for spec in rewards]
         self.rewards = dict(zip(self.weights, opened, strict=True))
         self.network = open_features(features, student.device)
-
-    @cached_property
-    def teacher_features(self) -> Tensor:
-        """Features of the teacher's images of the same prompts and seeds, made once."""
-        scale = self.teacher.generation_config.guidance_scale
-        params = SamplingParams(steps=self.settings.teacher_steps, guidance_scale=scale)
-        return self.network(generate(self.teacher, self.prompts, params).images)
+        self.distance = TeacherDistance(teacher, prompts, self.network, settings.teacher_steps)
 
     def __call__(self, images: Tensor) -> dict[str, float]:
         """``val/reward`` (the weighted sum of the rewards' means), each reward's mean where there are several,
-        ``val/diversity`` and ``val/fd_teacher``.
+        ``val/diversity`` and the distance to the teacher, ``val/fd_teacher[NETWORK]``.
 
         Args:
             images: uint8 [N, H, W, 3], of the prompts.
@@ -97,7 +93,7 @@ class RewardWatch:
         features = self.network(images)
         found[DIVERSITY] = measure.diversity(self._seed_features(features))
         if len(images) > 1:
-            found[DISTANCE] = measure.frechet_distance(features, self.teacher_features)
+            found |= {f"val/{name}": value for name, value in self.distance.of_features(features).items()}
         return found
 
     def _seed_features(self, features: Tensor) -> Tensor:

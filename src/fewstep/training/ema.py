@@ -26,6 +26,10 @@ class EMA:
         decay = min(self.decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(list(self.weights.values()), list(self._live.values()), 1 - decay)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights.values())
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the module has the averaged weights."""

@@ -16,6 +16,7 @@ from fewstep.data.prompts import check_held_out, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
+from fewstep.evaluation.teacher_distance import distance_name
 from fewstep.evaluation.validation import validation_metrics
 from fewstep.outputs import claimed_folder
 from fewstep.progress import log_line
@@ -31,7 +32,6 @@ from fewstep.tuning.search import STUDY, TRIALS, Search, claim, earlier_budget
 from fewstep.tuning.session import Session, run_parallel, run_trials
 from fewstep.tuning.space import Space, read_space
 from fewstep.tuning.study import WAITING, Study, TrialRow
-from fewstep.tuning.teacher_distance import distance_name
 
 RUNGS = 3
 SHARE = 5  # whole trials' lengths in a search, where none is given

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fewstep.config.recipe import DistillRecipe
 from fewstep.evaluation.feature_networks import FeatureNetwork
+from fewstep.evaluation.teacher_distance import TeacherDistance
 from fewstep.evaluation.validation import Validator
 from fewstep.jobs import Inputs, make_trainer, open_inputs
 from fewstep.models.pipeline import TextToImagePipeline
@@ -19,7 +20,6 @@ from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
 from fewstep.tuning.budget import Clock
-from fewstep.tuning.teacher_distance import TeacherDistance
 from fewstep.tuning.turns import one_at_a_time
 
 
@@ -80,7 +80,9 @@ class Workbench:
         side = recipe.resolution
         if side not in self._distances:
             file = self.folder / f"teacher-{side or 'own'}.safetensors"
-            self._distances[side] = TeacherDistance(inputs.teacher, self.validation, self.network, file)
+            distance = TeacherDistance(inputs.teacher, self.validation, self.network, file=file)
+            distance.features  # noqa: B018  # made now, while the clock is stopped
+            self._distances[side] = distance
         return self._distances[side]
 
     def _cache(self, recipe: DistillRecipe) -> Path:

@@ -266,8 +266,10 @@ class DMD(DistillMethod):
         return {}
 
     def frozen_bytes(self) -> dict[str, float]:
-        rewards = sum(each.term.frozen_bytes() for each in self.terms.values())
-        return {"rewards": rewards} if rewards else {}
+        found: dict[str, float] = {}
+        for name, size in (item for each in self.terms.values() for item in each.term.frozen_bytes().items()):
+            found[name] = found.get(name, 0.0) + size
+        return {name: size for name, size in found.items() if size}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The terms' states, as ``<term>.<name>``."""

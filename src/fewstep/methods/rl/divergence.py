@@ -1,7 +1,7 @@
 """The log-density ratio of two denoisers at a sample: the matching divergence of DMD, sample by sample.
 
-For the velocity ``v = eps - x0`` and levels s, the log-density of a sample in a denoiser's distribution is ``log p(x0) =
-const - integral of (1 - s) / s E|v(x_s) - v|^2 ds`` over s in (0, 1), summed over dimensions (Kong et al., arXiv
+With the velocity ``v = eps - x0`` and levels s, the log-density of a sample in a denoiser's distribution is
+``const - integral of (1 - s) / s E|v(x_s) - v|^2 ds`` over s in (0, 1), summed over dimensions (Kong et al., arXiv
 2302.03792, with the signal-to-noise ratio ``(1 - s)^2 / s^2``). The constant is the same for both.
 """
 

@@ -9,6 +9,7 @@ from fewstep.methods.dmd.terms import grpo as _grpo
 from fewstep.methods.dmd.terms import mean_variance as _mean_variance
 from fewstep.methods.dmd.terms import mmd as _mmd
 from fewstep.methods.dmd.terms import reward as _reward
+from fewstep.methods.dmd.terms import reward_targets as _reward_targets
 from fewstep.methods.dmd.terms import reward_tilt as _reward_tilt
 from fewstep.methods.dmd.terms import reward_weighting as _reward_weighting
 from fewstep.methods.dmd.terms import surrogate as _surrogate
@@ -24,6 +25,7 @@ __all__ = [
     "_mean_variance",
     "_mmd",
     "_reward",
+    "_reward_targets",
     "_reward_tilt",
     "_reward_weighting",
     "_surrogate",

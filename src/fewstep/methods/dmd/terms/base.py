@@ -156,9 +156,9 @@ class LossTerm(ABC):
         """Its own trainable parts, with their losses."""
         return []
 
-    def frozen_bytes(self) -> float:
-        """Bytes of frozen weights that it needs on the device beside the models, such as rewards; for ``plan``."""
-        return 0.0
+    def frozen_bytes(self) -> dict[str, float]:
+        """Bytes of frozen weights that it needs on the device beside the models, by component; for ``plan``."""
+        return {}
 
     def metrics(self) -> dict[str, Tensor]:
         """Further metrics of its last loss, by name."""

@@ -140,7 +140,7 @@ class DPO(RolloutTerm):
     def metrics(self) -> dict[str, Tensor]:
         return self._metrics | self.pairs.metrics()
 
-    def frozen_bytes(self) -> float:
+    def frozen_bytes(self) -> dict[str, float]:
         return self.pairs.frozen_bytes()
 
     def state_dict(self) -> dict[str, Tensor]:

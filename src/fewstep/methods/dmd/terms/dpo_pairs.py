@@ -34,7 +34,7 @@ class PairMaker(Protocol):
     """A batch -> preference pairs, with state for checkpoints and metrics."""
 
     def __call__(self, batch: DistillBatch) -> Pairs: ...
-    def frozen_bytes(self) -> float: ...
+    def frozen_bytes(self) -> dict[str, float]: ...
     def metrics(self) -> dict[str, Tensor]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
@@ -68,8 +68,8 @@ class SampledPairs:
         found = best_and_worst(z, self.group_size, self.least_difference)
         return Pairs([step for step in steps if step.std > 0], batch.prompts, *found)
 
-    def frozen_bytes(self) -> float:
-        return float(self.scorer.rewards.info.parameters)
+    def frozen_bytes(self) -> dict[str, float]:
+        return self.scorer.frozen_bytes()
 
     def metrics(self) -> dict[str, Tensor]:
         return self.scorer.metrics()
@@ -103,8 +103,8 @@ class VotedPairs:
         counted = torch.ones_like(winners, dtype=torch.bool)
         return Pairs(steps, EncodedPrompts.concat([pairs.prompts] * 2), winners, winners + count, counted)
 
-    def frozen_bytes(self) -> float:
-        return 0.0
+    def frozen_bytes(self) -> dict[str, float]:
+        return {}
 
     def metrics(self) -> dict[str, Tensor]:
         return {}

@@ -99,6 +99,9 @@ class LatentScorer:
             found[f"unscored_{name}"] = failed.float().mean()
         return found
 
+    def frozen_bytes(self) -> dict[str, float]:
+        return {"rewards": float(self.rewards.info.parameters)}
+
     def state_dict(self) -> dict[str, Tensor]:
         return self.rewards.state_dict()
 
@@ -114,8 +117,8 @@ class ScoredTerm(LossTerm):
     def metrics(self) -> dict[str, Tensor]:
         return self.scorer.metrics()
 
-    def frozen_bytes(self) -> float:
-        return float(self.scorer.rewards.info.parameters)
+    def frozen_bytes(self) -> dict[str, float]:
+        return self.scorer.frozen_bytes()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.scorer.state_dict()

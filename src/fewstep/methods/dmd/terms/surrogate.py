@@ -153,6 +153,9 @@ class Surrogate(ScoredTerm, DirectionTerm):
     def metrics(self) -> dict[str, Tensor]:
         return {}
 
+    def frozen_bytes(self) -> dict[str, float]:
+        return super().frozen_bytes() | {"surrogate average": float(self.recent.nbytes)}
+
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | {f"recent.{name}": weight for name, weight in self.recent.weights.items()}
 

@@ -1,0 +1,62 @@
+"""The Fréchet distance of a student's validation images to the teacher's, as a validation metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.atomic import write_tensors
+from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
+from fewstep.evaluation.metrics import frechet_distance
+from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
+from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.progress import log_line
+
+
+def distance_name(network: str) -> str:
+    """The metric's name, as in "fd_teacher[open-nsfw]"."""
+    return with_network("fd_teacher", network)
+
+
+class TeacherDistance:
+    """Measures images against the teacher's images of the same prompts and seeds, which it samples once.
+
+    Args:
+        steps: of the teacher; None is its generation config's.
+        file: keeps the features of the teacher's images; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        teacher: TextToImagePipeline,
+        prompts: Sequence[str],
+        network: FeatureNetwork,
+        steps: int | None = None,
+        file: Path | None = None,
+    ) -> None:
+        self.teacher, self.prompts, self.network = teacher, list(prompts), network
+        self.params, self.file = SamplingParams(steps=steps), file
+
+    @cached_property
+    def features(self) -> Tensor:
+        """[N, D], of the teacher's images."""
+        if self.file is not None and self.file.exists():
+            return load_file(self.file)["features"]
+        log_line(f"the teacher's images of {len(self.prompts)} validation prompts, once")
+        found = self.network(generate(self.teacher, self.prompts, self.params).images)
+        if self.file is not None:
+            write_tensors(self.file, {"features": found})
+        return found
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        """images: uint8 [N, H, W, 3] of the same prompts."""
+        return self.of_features(self.network(images))
+
+    def of_features(self, features: Tensor) -> dict[str, float]:
+        """features: [N, D], of images of the same prompts."""
+        return {distance_name(self.network.name): frechet_distance(features, self.features)}
