@@ -22,7 +22,7 @@ from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
 from fewstep.evaluation.run_checks import (
     check_best_metric,
     check_evaluation,
-    check_named_models,
+    check_named_files,
     check_training_prompts,
 )
 from fewstep.evaluation.runner import evaluate as _evaluate
@@ -94,7 +94,7 @@ def distill(
     check_training_prompts(resolved, source)
     validation = list(source.texts("validation")[: settings.validation_prompts])
     test = list(source.texts("test")[: settings.num_prompts])
-    check_named_models(resolved)
+    check_named_files(resolved)
     check_evaluation(settings, stage.prompts.source, validation, test)
     stages: Sequence[Stage] = [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages
     rewards = {name: weight for each in stages for name, weight in each.method.trained_rewards().items()}

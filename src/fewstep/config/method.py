@@ -41,6 +41,14 @@ class MethodConfig(Settings):
         """The rewards that are trained on, as "name" or "name:argument", with their weights."""
         return {}
 
+    def check_files(self) -> None:
+        """Find what is wrong with files and models that the method needs besides the recipe's own, before any is
+        loaded.
+
+        Raises:
+            UserError: one is missing, or does not fit.
+        """
+
     def further_prompts(self) -> dict[str, Sequence[str]]:
         """Prompts that are trained on besides the recipe's, by the key that names them.
 

@@ -27,8 +27,8 @@ def check_training_prompts(recipe: DistillRecipe | StagesRecipe, last: PromptSou
     check_held_out(training, last.texts("validation"), last.texts("test"))
 
 
-def check_named_models(recipe: DistillRecipe | StagesRecipe) -> None:
-    """Raises: UserError if a model that the run needs besides the teacher is not there."""
+def check_named_files(recipe: DistillRecipe | StagesRecipe) -> None:
+    """Raises: UserError if a model or reward that the run needs besides the teacher is not there."""
     compared = recipe.evaluate.compare if recipe.evaluate.enabled else {}
     named = {f"evaluate.compare.{label}": path for label, path in compared.items()}
     if isinstance(recipe, DistillRecipe) and recipe.init is not None:
@@ -38,6 +38,8 @@ def check_named_models(recipe: DistillRecipe | StagesRecipe) -> None:
             resolve_model(path)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
+    for stage in recipe.stages if isinstance(recipe, StagesRecipe) else [recipe]:
+        stage.method.check_files()
 
 
 def check_evaluation(settings: EvaluateSettings, source: str, validation: Sequence[str], test: Sequence[str]) -> None:

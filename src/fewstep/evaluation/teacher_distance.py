@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -24,7 +23,7 @@ def distance_name(network: str) -> str:
 
 
 class TeacherDistance:
-    """Measures images against the teacher's images of the same prompts and seeds, which it samples once.
+    """Measures images against the teacher's images of the same prompts and seeds, which are sampled here, once.
 
     Args:
         steps: of the teacher; None is its generation config's.
@@ -39,19 +38,14 @@ class TeacherDistance:
         steps: int | None = None,
         file: Path | None = None,
     ) -> None:
-        self.teacher, self.prompts, self.network = teacher, list(prompts), network
-        self.params, self.file = SamplingParams(steps=steps), file
-
-    @cached_property
-    def features(self) -> Tensor:
-        """[N, D], of the teacher's images."""
-        if self.file is not None and self.file.exists():
-            return load_file(self.file)["features"]
-        log_line(f"the teacher's images of {len(self.prompts)} validation prompts, once")
-        found = self.network(generate(self.teacher, self.prompts, self.params).images)
-        if self.file is not None:
-            write_tensors(self.file, {"features": found})
-        return found
+        self.network = network
+        if file is not None and file.exists():
+            self.features = load_file(file)["features"]
+            return
+        log_line(f"the teacher's images of {len(prompts)} validation prompts, once")
+        self.features = network(generate(teacher, prompts, SamplingParams(steps=steps)).images)
+        if file is not None:
+            write_tensors(file, {"features": self.features})
 
     def __call__(self, images: Tensor) -> dict[str, float]:
         """images: uint8 [N, H, W, 3] of the same prompts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,12 +69,16 @@ class RewardWatch:
         features: str,
         settings: WatchSettings,
     ) -> None:
-        self.student, self.prompts, self.settings = student, list(prompts), settings
+        self.student, self.teacher, self.prompts, self.settings = student, teacher, list(prompts), settings
         self.weights = dict(zip(_names(rewards), rewards.values(), strict=True))
         opened = [open_reward(spec, student.device) for spec in rewards]
         self.rewards = dict(zip(self.weights, opened, strict=True))
         self.network = open_features(features, student.device)
-        self.distance = TeacherDistance(teacher, prompts, self.network, settings.teacher_steps)
+
+    @cached_property
+    def distance(self) -> TeacherDistance:
+        """To the teacher; its images are made at the first validation."""
+        return TeacherDistance(self.teacher, self.prompts, self.network, self.settings.teacher_steps)
 
     def __call__(self, images: Tensor) -> dict[str, float]:
         """``val/reward`` (the weighted sum of the rewards' means), each reward's mean where there are several,

@@ -102,6 +102,7 @@ def tune(
     folder = Path(out or Path("runs") / f"{resolved.name}-tune")
     dist = DistContext(device=resolve_device(device))
     opened.check(resolved)
+    resolved.method.check_files()
     validation = _validation_prompts(resolved)
     objective, features = _objective(resolved, opened, validation, metric, direction)
     length = _trial_length(minutes, trial_minutes, trial_steps, {} if overwrite else earlier_budget(folder))

@@ -80,9 +80,7 @@ class Workbench:
         side = recipe.resolution
         if side not in self._distances:
             file = self.folder / f"teacher-{side or 'own'}.safetensors"
-            distance = TeacherDistance(inputs.teacher, self.validation, self.network, file=file)
-            distance.features  # noqa: B018  # made now, while the clock is stopped
-            self._distances[side] = distance
+            self._distances[side] = TeacherDistance(inputs.teacher, self.validation, self.network, file=file)
         return self._distances[side]
 
     def _cache(self, recipe: DistillRecipe) -> Path:

@@ -18,7 +18,7 @@ from fewstep.core.schedules import Schedule
 from fewstep.methods.dmd.cold_start import DynaRSSettings
 from fewstep.methods.dmd.refused import check_refused
 from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, WeightingTerm
-from fewstep.methods.dmd.terms.scoring import ScoredTermSettings
+from fewstep.methods.dmd.terms.scoring import ScoredTermSettings, open_rewards
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
@@ -125,6 +125,11 @@ class DMDConfig(MethodConfig):
     def trained_rewards(self) -> dict[str, float]:
         scored = [each for each in self.terms.on.values() if isinstance(each, ScoredTermSettings)]
         return {reward.reward: reward.weight for settings in scored for reward in settings.rewards}
+
+    def check_files(self) -> None:
+        for name, settings in self.terms.on.items():
+            if isinstance(settings, ScoredTermSettings):
+                open_rewards(settings, name, "meta")
 
     def further_prompts(self) -> dict[str, Sequence[str]]:
         found = {f"method.terms.{name}": settings.further_prompts() for name, settings in self.terms.on.items()}

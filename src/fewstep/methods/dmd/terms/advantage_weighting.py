@@ -66,7 +66,7 @@ class AdvantageWeighting(ScoredTerm, WeightingTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, AdvantageWeightingSettings)
-        scorer = open_scorer(settings, setup, "advantage_weighting", differentiable=False)
+        scorer = open_scorer(settings, setup, "advantage_weighting")
         return cls(scorer, setup.config.group_size, settings.std_floor, setup.dist.all_reduce_sum)
 
     @torch.no_grad()

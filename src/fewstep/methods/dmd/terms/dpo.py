@@ -106,7 +106,7 @@ class DPO(RolloutTerm):
         assert isinstance(settings, DPOSettings)
         pairs: PairMaker
         if settings.votes is None:
-            scorer = open_scorer(settings, setup, "dpo", differentiable=False)
+            scorer = open_scorer(settings, setup, "dpo")
             sampled = setup.sigmas, settings.eta, setup.config.group_size, settings.least_difference
             pairs = SampledPairs(setup.student, scorer, *sampled)
         else:

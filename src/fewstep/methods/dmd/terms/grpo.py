@@ -141,7 +141,7 @@ class GRPO(ScoredTerm, RolloutTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, GRPOSettings)
-        scorer = open_scorer(settings, setup, "grpo", differentiable=False)
+        scorer = open_scorer(settings, setup, "grpo")
         reference = setup.copies[REFERENCE] if settings.kl_weight else None
         group_size, reduce = setup.config.group_size, setup.dist.all_reduce_sum
         divergence = None

@@ -40,6 +40,8 @@ class ReflRewardSettings(RewardSettings):
 class RewardTermSettings(ScoredTermSettings):
     """Settings of the reward term."""
 
+    needs_gradient = True
+
     rewards: Annotated[list[ReflRewardSettings], Field(min_length=1)] = Field(  # type: ignore[assignment]
         description="The rewards, each with its weight and margin. Their scores count as they are."
     )
@@ -100,7 +102,7 @@ class Reward(ScoredTerm, RegularizerTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, RewardTermSettings)
-        scorer = open_scorer(settings, setup, "reward", differentiable=True)
+        scorer = open_scorer(settings, setup, "reward")
         names = reward_names(settings.rewards)
         goals = {name: Goal(each.weight, each.margin) for name, each in zip(names, settings.rewards, strict=True)}
         balance = None

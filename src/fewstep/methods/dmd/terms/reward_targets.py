@@ -38,6 +38,8 @@ from fewstep.training.ema import EMA
 class RewardTargetsSettings(ScoredTermSettings):
     """Settings of the on-policy reward targets."""
 
+    needs_gradient = True
+
     rewards: Annotated[list[ReflRewardSettings], Field(min_length=1)] = Field(  # type: ignore[assignment]
         description="The rewards, each with its weight and margin. Their scores count as they are."
     )
@@ -94,7 +96,7 @@ class RewardTargets(ScoredTerm, RolloutTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, RewardTargetsSettings)
-        scorer = open_scorer(settings, setup, "reward_targets", differentiable=True)
+        scorer = open_scorer(settings, setup, "reward_targets")
         names = reward_names(settings.rewards)
         goals = {name: Goal(each.weight, each.margin) for name, each in zip(names, settings.rewards, strict=True)}
         return cls(setup.student, scorer, goals, setup.sigmas, settings)

@@ -35,6 +35,8 @@ from fewstep.methods.rl.tilt import tilt
 class RewardTiltSettings(ScoredTermSettings):
     """Settings of the reward-tilted term. Scores count as they are, without normalization."""
 
+    needs_gradient = True
+
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0,
         description="Of the tilt: the reward counts 1 / temperature, in units of the score.",
@@ -72,7 +74,7 @@ class RewardTilt(ScoredTerm, RegularizerTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, RewardTiltSettings)
-        scorer = open_scorer(settings, setup, "reward_tilt", differentiable=True)
+        scorer = open_scorer(settings, setup, "reward_tilt")
         names = reward_names(settings.rewards)
         weights = {name: each.weight for name, each in zip(names, settings.rewards, strict=True)}
         eps = setup.config.dmd_norm_eps

@@ -60,7 +60,7 @@ class RewardWeighting(ScoredTerm, WeightingTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, RewardWeightingSettings)
-        scorer = open_scorer(settings, setup, "reward_weighting", differentiable=False)
+        scorer = open_scorer(settings, setup, "reward_weighting")
         return cls(scorer, settings.beta, settings.low, settings.high, settings.score_every)
 
     def before_step(self, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from fewstep.methods.dmd.terms.planned_rewards import AnyReward, plan_reward
 from fewstep.rewards.combine import WeightedRewards
 from fewstep.rewards.decode import decode_images
 from fewstep.rewards.open import open_reward
+from fewstep.rewards.protocol import Reward
 
 if TYPE_CHECKING:
     from fewstep.methods.dmd.config import DMDConfig
@@ -30,7 +31,13 @@ class RewardSettings(Settings):
 
 
 class ScoredTermSettings(TermSettings):
-    """Base of the sections of terms that score the student's images."""
+    """Base of the sections of terms that score the student's images.
+
+    Attributes:
+        needs_gradient: whether each reward must have one.
+    """
+
+    needs_gradient: ClassVar[bool] = False
 
     rewards: Annotated[list[RewardSettings], Field(min_length=1)] = Field(
         description="The rewards, each with its weight in their sum; each is normalized by its running mean and "
@@ -127,28 +134,34 @@ class ScoredTerm(LossTerm):
         self.scorer.load_state_dict(state)
 
 
-def open_scorer(settings: ScoredTermSettings, setup: TermSetup, key: str, *, differentiable: bool) -> LatentScorer:
-    """The scorer of a term's rewards, on the teacher's device.
+def open_rewards(settings: ScoredTermSettings, key: str, device: torch.device | str) -> list[Reward]:
+    """The rewards of a term; on "meta" their shapes alone, which checks them before a model is loaded.
 
     Args:
         key: of the term in the recipe, for messages.
-        differentiable: whether each reward must have a gradient.
 
     Raises:
         UserError: there is no such reward, it cannot be opened, or it has no gradient where one is needed.
     """
-    device = setup.dist.device
-    if device.type == "meta":
-        return _planned(settings, setup)
-    opened = {}
-    for name, each in zip(reward_names(settings.rewards), settings.rewards, strict=True):
+    opened = []
+    for each in settings.rewards:
         reward = open_reward(each.reward, device)
-        if differentiable and not reward.info.differentiable:
+        if settings.needs_gradient and not reward.info.differentiable:
             raise UserError(
                 f"method.terms.{key}.rewards: {each.reward} has no gradient; use it in reward_weighting, grpo or "
                 "surrogate, which need none"
             )
-        opened[name] = reward, each.weight
+        opened.append(reward)
+    return opened
+
+
+def open_scorer(settings: ScoredTermSettings, setup: TermSetup, key: str) -> LatentScorer:
+    """The scorer of a term's rewards, on the teacher's device. Arguments and errors as for :func:`open_rewards`."""
+    device = setup.dist.device
+    if device.type == "meta":
+        return _planned(settings, setup)
+    weights, names = [each.weight for each in settings.rewards], reward_names(settings.rewards)
+    opened = dict(zip(names, zip(open_rewards(settings, key, device), weights, strict=True), strict=True))
     weighted = WeightedRewards(
         opened, settings.micro_batch, max_failures=settings.max_failures, reduce=setup.dist.all_reduce_sum
     )

@@ -96,7 +96,7 @@ class Surrogate(ScoredTerm, DirectionTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, SurrogateSettings)
-        scorer = open_scorer(settings, setup, "surrogate", differentiable=False)
+        scorer = open_scorer(settings, setup, "surrogate")
         return cls(
             *(setup.teacher.denoiser, setup.student, setup.extra["surrogate"], scorer, setup.renoise, setup.sigmas),
             *(setup.config.group_size, settings, setup.config.dmd_norm_eps, setup.dist.all_reduce_sum),
