@@ -2,8 +2,11 @@
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from fewstep.config.load import load_recipe
 
 TESTS = Path(__file__).parent
 SCRIPTS = sorted((TESTS.parent / "benchmarks").glob("*.py"))
@@ -13,6 +16,35 @@ SCRIPTS = sorted((TESTS.parent / "benchmarks").glob("*.py"))
 def test_benchmark_can_be_imported(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(script.parent)
     importlib.import_module(script.stem)
+
+
+def study(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TESTS.parent / "benchmarks")
+    return importlib.import_module(name)
+
+
+def test_every_arm_and_cold_start_of_the_dmdr_study_is_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = study("dmdr_arms", monkeypatch)
+    for name, changes in arms.COLD_STARTS.items():
+        recipe = load_recipe("micro-turbo", [each.replace("STEPS", "100") for each in changes])
+        assert (recipe.models.train == "lora") is (name in ("LoRA", "DynaDG"))
+    for arm in arms.ARMS.values():
+        recipe = load_recipe("micro-dmdr", [*arm.overrides, f"optim.student.lr={arm.lr}"])
+        started = arm.cold_start in ("LoRA", "DynaDG")
+        assert (recipe.models.train == "lora") is started  # an adapter starts from an adapter
+        assert arm.cold_start is None or arm.cold_start in arms.COLD_STARTS
+
+
+def test_targets_of_the_dmdr_study_are_counted_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = study("dmdr_results", monkeypatch)
+    same = {"object_acc": 0.9, "style_acc": 0.9, "diversity": 0.02, "saturation": 0.40, "hf_energy": 0.4e-3}
+    reference = {results.TEACHER: same | {"nearest_real_acc": 0.7}, results.REAL: same | {"nearest_real_acc": 1.0}}
+    plain = same | {"nearest_real_acc": 0.72, "saturation": 0.36}
+    joint = [plain | {"nearest_real_acc": 0.76, "saturation": 0.39}, plain | {"diversity": 0.01, "object_acc": 0.8}]
+    lines = results.targets({results.DISTILLED: [plain, plain], "joint": joint}, reference).splitlines()
+    assert lines[3] == "| joint | 1 of 2 | 1 of 2 | 2 of 2 | 1 of 2 | 1 of 2 | 0 of 2 |"
+    alone = results.targets({"joint": joint}, reference).splitlines()
+    assert alone[2] == "| joint | 1 of 2 | 1 of 2 | 2 of 2 | – | – | – |"
 
 
 def test_benchmarks_and_test_helpers_have_different_names() -> None:

@@ -149,6 +149,13 @@ def recipe(folder, dpo):
     return [f"teacher={folder}", *SHORT, f"method.terms={{distribution_matching: {{}}, dpo: {dpo}}}"]
 
 
+def on_votes(folder, votes):
+    """Few prompts are encoded quickly."""
+    prompts = votes.parent / "train.txt"
+    prompts.write_text("a cat\na dog\n")
+    return [*recipe(folder, f"{{votes: {votes}}}"), f"prompts.source={prompts}"]
+
+
 @pytest.mark.parametrize(
     ("dpo", "message"),
     [
@@ -169,13 +176,13 @@ def test_a_student_of_two_steps_is_refused(tiny_folder):
 
 def test_prompts_of_votes_that_the_run_is_measured_on_are_refused(votes, tiny_folder, tmp_path):
     (tmp_path / "test.txt").write_text("a bear\na cow\n")
-    overrides = [*recipe(tiny_folder, f"{{votes: {votes}}}"), f"prompts.test_source={tmp_path / 'test.txt'}"]
+    overrides = [*on_votes(tiny_folder, votes), f"prompts.test_source={tmp_path / 'test.txt'}"]
     with pytest.raises(UserError, match=r"method\.terms\.dpo: 1 prompts are also test prompts, such as 'a bear'"):
         api.distill("micro-aligned", tmp_path / "run", overrides=overrides)
 
 
 def test_a_run_on_votes_resumes_exactly(votes, tiny_folder, tmp_path):
-    overrides = recipe(tiny_folder, f"{{votes: {votes}}}")
+    overrides = on_votes(tiny_folder, votes)
     api.distill("micro-aligned", tmp_path / "whole", overrides=overrides)
     api.distill("micro-aligned", tmp_path / "parts", overrides=[*overrides, "train.max_minutes=1.0e-6"])
     api.distill("micro-aligned", tmp_path / "parts", overrides=overrides)

@@ -66,7 +66,7 @@ def test_alone_it_ends_at_the_rewards_optimum(goal):
     """Within the length of a step, which is bounded but does not fall; the prompts' mean is 1."""
     torch.manual_seed(0)
     student = Gaussian(deviation=0.1)
-    train(term_of(Quadratic(goal), student, radius=0.05), 80)
+    train(term_of(Quadratic(goal), student, radius=0.05, behavior_ema=0.5), 80)
     assert 1.0 + student.offset.item() == pytest.approx(goal, abs=0.15)
 
 

@@ -39,7 +39,7 @@ VOTED = "preferences"  # the batch source of pairs from votes
 class DPOSettings(ScoredTermSettings):
     """Settings of the DPO term."""
 
-    rewards: list[RewardSettings] = Field(  # type: ignore[assignment]
+    rewards: list[RewardSettings] = Field(
         default_factory=list, description="Rewards that score the student's samples; leave them out with votes."
     )
     votes: str | None = Field(
