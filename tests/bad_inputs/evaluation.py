@@ -27,7 +27,7 @@ SECTION = Section(
             Case(f"{EVALUATE} --compare tiny", "--compare tiny", _PROMPTS),
         ),
         Message(
-            "{given}: the label '{label}' must be of letters, digits, - and ., and none of teacher, student and real",
+            "{given}: the label '{label}' must be of letters, digits, - and ., and none of {names}",
             "Give the model another label.",
             Case(f"{EVALUATE} --compare real=tiny", "the label 'real'", _PROMPTS),
             Case(f"{EVALUATE} --compare a_b=tiny", "the label 'a_b'", _PROMPTS),

@@ -142,7 +142,7 @@ SECTION = Section(
             "evaluate.scorers: {scorer} is trained on, which a scorer must not be; it is logged as val/reward anyway",
             "What is trained on does not measure the result.",
             _terms(
-                "reward: {rewards: [{reward: background}]}".replace("reward:", "reward_weighting:", 1),
+                "reward_weighting: {weight: 0.2, rewards: [{reward: background}]}",
                 "background is trained on",
                 "-s 'evaluate.scorers=[background]'",
             ),
