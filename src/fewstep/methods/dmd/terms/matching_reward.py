@@ -55,8 +55,7 @@ class MatchingDivergence:
             drawn = torch.rand_like(x0.flatten(1)[:, 0].float())[rows]
             sigma, eps = stratified_levels(drawn, part, parts, self.low, self.high), torch.randn_like(x0)[rows]
             noisy, target = flow.add_noise(x0, sigma, eps), eps - x0
-            errors = (
-                denoising_error(denoiser(noisy, sigma, prompts), target) for denoiser in (self.fake_score, self.teacher)
-            )
-            total = total + log_ratio(*errors, sigma, self.low, self.high) / parts
+            of_fake = denoising_error(self.fake_score(noisy, sigma, prompts), target)
+            of_teacher = denoising_error(self.teacher(noisy, sigma, prompts), target)
+            total = total + log_ratio(of_fake, of_teacher, sigma, self.low, self.high) / parts
         return total
