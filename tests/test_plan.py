@@ -190,7 +190,8 @@ def test_checkpointing_saves_less_and_computes_more(tiny_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "gpu", "gpus"), [("zimage-turbo-8", "24", 1), ("zimage-turbo-4", "24", 1),
-                                                   ("zimage-dmdr", "24", 1), ("zimage-turbo-full", "80", 8)])  # fmt: skip
+                                                   ("zimage-dmdr", "24", 1),
+                                                   ("zimage-turbo-full", "80", 8)])  # fmt: skip
 def test_bundled_recipes_of_the_6b_model_fit(name, gpu, gpus):
     done = CliRunner().invoke(app, ["plan", name, "--gpu", gpu, "--gpus", str(gpus)])
     assert done.exit_code == 0, done.output
