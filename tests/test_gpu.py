@@ -22,7 +22,7 @@ from fewstep.methods.dmd.method import DMD
 from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
 from fewstep.models.quantize import Fp8Linear, supports_fp8_matmul
-from fewstep.plan.dry_run import PROMPT_TOKENS
+from fewstep.plan.costs import PROMPT_TOKENS
 from fewstep.plan.estimate import plan
 from fewstep.training.distributed import DistContext
 from fewstep.training.train_state import TrainState

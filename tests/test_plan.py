@@ -18,7 +18,7 @@ from fewstep.methods.base import MethodSetup
 from fewstep.methods.dmd.method import DMD
 from fewstep.methods.models_setup import build_models
 from fewstep.models.pipeline import load
-from fewstep.plan.dry_run import PROMPT_TOKENS
+from fewstep.plan.costs import PROMPT_TOKENS
 from fewstep.plan.estimate import plan
 from fewstep.plan.gpus import parse_gpu
 from fewstep.stages import stage_recipe

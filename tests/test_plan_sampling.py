@@ -10,7 +10,7 @@ from fewstep.cli.main import app
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.models.pipeline import load
-from fewstep.plan.dry_run import PROMPT_TOKENS
+from fewstep.plan.costs import PROMPT_TOKENS
 from fewstep.plan.estimate import EVALUATION, TRAJECTORIES, plan
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config.recipe import DistillRecipe
-from fewstep.core.batching import max_batch_size, max_decode_batch_size
-from fewstep.core.conditioning import EncodedPrompts
-from fewstep.core.denoiser import Denoiser
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.registry import methods
 from fewstep.data.batch import DistillBatch
@@ -22,11 +16,10 @@ from fewstep.methods.models_setup import Models, build_models
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.meta_pipeline import meta_pipeline
 from fewstep.models.pipeline import TextToImagePipeline
-from fewstep.plan.memory_tracker import DeviceType, EmulatedDevice, MemoryTracker
+from fewstep.plan.costs import decoding_bytes, forward_flops, loss_bytes, meta_noise, meta_prompts, sampling_bytes
+from fewstep.plan.memory_tracker import DeviceType, EmulatedDevice
 from fewstep.plan.passes import Passes, count_passes
 from fewstep.training.distributed import DistContext
-
-PROMPT_TOKENS = 64  # a prompt of about 40 words, with the chat template
 
 
 def meta_teacher(recipe: DistillRecipe, folder: Path) -> TextToImagePipeline:
@@ -43,11 +36,6 @@ def meta_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> Models:
         changed = recipe.model_copy(update={"init": None, "models": plain})
         method = recipe.method
         return build_models(changed, teacher, method.extra_models(), copies=method.student_copies())
-
-
-def bytes_of(module: nn.Module) -> float:
-    """Bytes of parameters and buffers, such as the scales of fp8 weights."""
-    return float(sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()]))
 
 
 class DryRun:
@@ -71,10 +59,9 @@ class DryRun:
                 block.contexts.append(lambda _: self.device.autocast_region())
             if recipe.models.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
-        self.latent = teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width)
-        noise = self.noise(batch_size)
+        noise = meta_noise(teacher, batch_size)
         states = noise[:, None].expand(-1, recipe.student.steps, *noise.shape[1:])
-        self.batch = DistillBatch(noise, self.prompts(batch_size), states, [""] * batch_size)
+        self.batch = DistillBatch(noise, meta_prompts(teacher, batch_size), states, [""] * batch_size)
 
         def source(position: int, shard: Shard) -> DistillBatch:
             return self.batch
@@ -86,85 +73,37 @@ class DryRun:
             return PairBatch(noise, noise, self.batch.prompts)
 
         sources: dict[str, BatchSource] = {"train": source, "real": source, "preferences": pairs}
-        setup = MethodSetup(quiet, models, self.prompts(1), sources, [], DistContext(device=torch.device("meta")))
+        null, dist = meta_prompts(teacher, 1), DistContext(device=torch.device("meta"))
+        setup = MethodSetup(quiet, models, null, sources, [], dist)
         self.method = method_class.build(setup)
         self.passes: Passes = count_passes(method_class, setup, self.batch)
 
-    def noise(self, count: int) -> Tensor:
-        return torch.empty(count, *self.latent, device="meta")
-
-    def prompts(self, count: int) -> EncodedPrompts:
-        width = self.models.teacher.family.prompt_features(self.models.teacher.components)
-        features = torch.empty(count, PROMPT_TOKENS, width, device="meta")
-        return EncodedPrompts(features, torch.full((count,), PROMPT_TOKENS))
-
     def step(self) -> dict[str, float]:
         """Bytes beyond weights and optimizer states, for the loss that needs most: saved activations, temporaries."""
-        found = [self.update(part.module, loss) for part, loss in self.method.dry_run(self.batch)]
+        found = [loss_bytes(self.device, part.module, loss) for part, loss in self.method.dry_run(self.batch)]
         worst = max(found, key=lambda rows: sum(rows.values()))
         return {name: size for name, size in worst.items() if size}
 
-    def update(self, module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
-        """Bytes of one loss and its backward pass."""
-        weights = [p for p in module.parameters() if p.requires_grad]
-        for weight in weights:  # gradients are counted elsewhere; an accumulating backward pass allocates more
-            weight.grad = torch.empty_like(weight)
-        with MemoryTracker() as tracker:
-            with self.device.autocast_region():
-                value = loss()
-                saved, copies, peak = tracker.bytes, self.device.copy_bytes, tracker.peak
-            tracker.reset_peak()
-            if value.requires_grad:  # no term may have a weight yet
-                value.backward()
-            peak = max(peak, tracker.peak)
-        for weight in weights:
-            weight.grad = None
-        return {
-            "bf16 copies": float(copies),
-            "saved activations": float(saved - copies),
-            "temporaries": float(peak - saved),
-        }
-
     def preview(self) -> dict[str, float]:
         """Bytes for sampling a batch of previews, or for decoding it, whichever is more."""
-        sampling = self._sampling(self.models.student.denoiser, self.device)
+        sampling = sampling_bytes(self.models.teacher, self.models.student.denoiser, self.device)
         return max(sampling, self._decoding(), key=lambda rows: sum(rows.values()))
 
     def trajectories(self) -> dict[str, float]:
         """Bytes for sampling a batch of the guided teacher, as in the training's precision."""
-        return self._sampling(self.models.teacher.denoiser, self.device, copies=2)
+        return sampling_bytes(self.models.teacher, self.models.teacher.denoiser, self.device, copies=2)
 
     def evaluation(self, dtype: torch.dtype) -> dict[str, float]:
         """Bytes for sampling a batch of the guided teacher in ``dtype``, or for decoding it, whichever is more."""
         teacher = self.models.teacher
         larger = dtype.itemsize / teacher.transformer.dtype.itemsize
-        found = self._sampling(teacher.denoiser, self.decoding, copies=2)
+        found = sampling_bytes(teacher, teacher.denoiser, self.decoding, copies=2)
         sampling = {name: larger * size for name, size in found.items()}
         return max(sampling, self._decoding(), key=lambda rows: sum(rows.values()))
 
-    @torch.no_grad()
     def _decoding(self) -> dict[str, float]:
-        """Bytes for decoding a batch of images."""
-        teacher = self.models.teacher
-        config = teacher.generation_config
-        count = min(max_batch_size(config.height, config.width), max_decode_batch_size(config.height, config.width))
-        with MemoryTracker() as decoding, self.decoding.autocast_region():
-            teacher.family.decode_latents(teacher.vae, self.noise(count))
-        return {"VAE": bytes_of(teacher.vae), "decoding activations": float(decoding.peak)}
+        return decoding_bytes(self.models.teacher, self.decoding)
 
-    @torch.no_grad()
-    def _sampling(self, denoiser: Denoiser, device: EmulatedDevice, copies: int = 1) -> dict[str, float]:
-        """Bytes of a forward on a batch; with guidance a forward takes two copies of it."""
-        config = self.models.teacher.generation_config
-        count = copies * max_batch_size(config.height, config.width)
-        with MemoryTracker() as sampling, device.autocast_region():
-            denoiser(self.noise(count), torch.empty(count, device="meta"), self.prompts(count))
-        return {"sampling activations": float(sampling.peak)}
-
-    @torch.no_grad()
     def flops(self) -> float:
         """Floating point operations of one forward on a batch."""
-        with FlopCounterMode(display=False) as counter, self.device.autocast_region():
-            sigma = torch.empty(self.batch_size, device="meta")
-            self.models.teacher.denoiser(self.noise(self.batch_size), sigma, self.prompts(self.batch_size))
-        return float(counter.get_total_flops())
+        return forward_flops(self.models.teacher, self.models.teacher.denoiser, self.device, self.batch_size)

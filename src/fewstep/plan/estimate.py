@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from fewstep.config.recipe import DistillRecipe
-from fewstep.config.sections import OptimSettings
 from fewstep.methods.models_setup import Models, check_processes
 from fewstep.models.components import resolve_model
-from fewstep.models.pipeline import TextToImagePipeline
-from fewstep.models.text import MAX_TOKENS_PER_BATCH
 from fewstep.plan.communication import ParamCounts
-from fewstep.plan.dry_run import DryRun, bytes_of, meta_models, meta_teacher
+from fewstep.plan.costs import bytes_of, count_parameters, encoding_bytes, label, state_bytes
+from fewstep.plan.dry_run import DryRun, meta_models, meta_teacher
 from fewstep.plan.gpus import GPUSpec
 from fewstep.plan.memory_tracker import DeviceType
 
@@ -87,7 +85,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
     check_processes(recipe, gpus)
     teacher = meta_teacher(recipe, BUNDLED_CONFIGS.get(recipe.teacher) or resolve_model(recipe.teacher))
     config, teacher_bytes = teacher.generation_config, bytes_of(teacher.transformer)
-    encoding = {"text encoder": bytes_of(teacher.text_encoder), "text-encoder activations": _encoding(teacher)}
+    encoding = encoding_bytes(teacher)
     counts = ParamCounts.of(teacher.denoiser)
     found = Plan(counts.parameters, config.height, config.width)
     models = meta_models(recipe, teacher)
@@ -99,12 +97,12 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
             nn.Module.to(module, torch.bfloat16)
     with torch.random.fork_rng(devices=[]):  # the losses draw noise
         dry_run = DryRun(recipe, models, -(-recipe.train.batch_size // gpus), device_type, bf16)
-        trained = {part.name: _count(part.module) for part in dry_run.method.trainables}
-        states = _states(recipe, trained)
+        trained = {part.name: count_parameters(part.module) for part in dry_run.method.trainables}
+        states = state_bytes(recipe.optim, trained)
         held = {name: size / gpus for name, size in {**weights, **states}.items() if size}
         # a term's own parts, such as a discriminator, are whole on each GPU
         own = trained.keys() - {"student", *models.extra}
-        held |= {f"{_label(name)} weights": 4.0 * trained[name] for name in sorted(own)}
+        held |= {f"{label(name)} weights": 4.0 * trained[name] for name in sorted(own)}
         held |= dry_run.method.frozen_bytes()
         if recipe.method.trained_rewards():  # images are decoded in every step
             held["VAE"] = bytes_of(models.teacher.vae)
@@ -143,41 +141,9 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
 def _weights(models: Models) -> dict[str, float]:
     """Bytes of all weights: adapters and trainable copies are fp32."""
     trained = {"student": models.student.denoiser, **models.extra, **models.copies}
-    sizes = {name: 4.0 * _count(module) for name, module in trained.items()}
+    sizes = {name: 4.0 * count_parameters(module) for name, module in trained.items()}
     transformer = bytes_of(models.teacher.transformer)
     if models.shares_base:
         base = {"base": transformer - sum(sizes.values())}
-        return base | {f"{_label(name)} adapter": size for name, size in sizes.items()}
-    return {"teacher": transformer} | {f"{_label(name)} weights": size for name, size in sizes.items()}
-
-
-def _states(recipe: DistillRecipe, counts: dict[str, int]) -> dict[str, float]:
-    """Bytes of gradients (of one trainable at a time), optimizer states and EMA."""
-    optim = recipe.optim
-    return {
-        "gradients": 4.0 * max(counts.values()),
-        **{f"{_label(name)} optimizer": count * _moments(optim[name]) for name, count in counts.items()},
-        **{f"{_label(name)} EMA": 4.0 * count for name, count in counts.items() if optim[name].ema_decay is not None},
-    }
-
-
-def _label(part: str) -> str:
-    """A trainable part's name in a table."""
-    return part.replace("_", " ")
-
-
-def _encoding(teacher: TextToImagePipeline) -> float:
-    """Bytes of the hidden states of all text-encoder layers for one batch of tokens."""
-    config = teacher.text_encoder.config
-    numbers = MAX_TOKENS_PER_BATCH * config.hidden_size * (config.num_hidden_layers + 1)
-    return float(numbers * teacher.text_encoder.dtype.itemsize)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _moments(optim: OptimSettings) -> float:
-    """Bytes of the optimizer state for each parameter: AdamW's two moments, in 8 bits with an fp32 scale for every 256
-    numbers; Muon's momentum, as if every parameter were a matrix of a block."""
-    return {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "muon": 4.0}[optim.optimizer]
+        return base | {f"{label(name)} adapter": size for name, size in sizes.items()}
+    return {"teacher": transformer} | {f"{label(name)} weights": size for name, size in sizes.items()}

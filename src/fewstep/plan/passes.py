@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.method import Method
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.base import DistillMethod, MethodSetup
 
@@ -72,6 +73,11 @@ def count_passes(method_class: type[DistillMethod], setup: MethodSetup, batch: D
     changed = replace(models, teacher=teacher, student=student, extra=extra, copies=copies)
     method = method_class.build(replace(setup, models=changed, count_passes=True))
     method.before_step(setup.recipe.train.steps - 1)
+    return average_passes(method, batch, passes)
+
+
+def average_passes(method: Method, batch: DistillBatch, passes: Passes) -> Passes:
+    """The mean passes of one step of a method on stand-ins, which count theirs in ``passes``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for _ in range(DRAWS):
