@@ -29,3 +29,14 @@ class FeatureExtractor(Protocol):
 def predict_x0(denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
     """The denoiser's data prediction at ``x``: ``x - sigma * velocity``."""
     return flow.x0_from_velocity(x, sigma, denoiser(x, sigma, prompts))
+
+
+def flow_matching_loss(denoiser: Denoiser, x0: Tensor, eps: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+    """``||velocity - (eps - x0)||^2`` of each sample, averaged over its elements: [B] (arXiv 2210.02747).
+
+    Args:
+        x0, eps: [B, C, ..., H, W], data and noise.
+        sigma: [B].
+    """
+    velocity = denoiser(flow.add_noise(x0, sigma, eps), sigma, prompts)
+    return (velocity.float() - (eps - x0)).square().flatten(1).mean(dim=1)

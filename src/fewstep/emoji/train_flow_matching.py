@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.core import flow, seeds
 from fewstep.core.conditioning import EncodedPrompts
-from fewstep.core.denoiser import Denoiser
+from fewstep.core.denoiser import flow_matching_loss
 from fewstep.core.guidance import ClassifierFreeGuidance
 from fewstep.core.method import Batch, Method, Shard, Trainable
 from fewstep.core.samplers import sample_euler
@@ -73,13 +73,6 @@ def draw_sigmas(count: int, mean: float, std: float, shift: float, device: torch
     return flow.shift_sigma(torch.sigmoid(mean + std * torch.randn(count, device=device)), shift)
 
 
-def flow_matching_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-    """``||velocity - (eps - x0)||^2`` of each sample, averaged over its elements: [B] (arXiv 2210.02747)."""
-    eps = torch.randn_like(x0)
-    velocity = denoiser(flow.add_noise(x0, sigma, eps), sigma, prompts)
-    return (velocity.float() - (eps - x0)).square().flatten(1).mean(dim=1)
-
-
 class FlowMatching(Method):
     """One trainable, the denoiser. A batch is (x0, encoded prompts); some of the prompts are the null prompt."""
 
@@ -90,7 +83,7 @@ class FlowMatching(Method):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x0, prompts = batch
         sigma = draw_sigmas(len(x0), self.mean, self.std, self.shift, x0.device)
-        each = flow_matching_loss(self.denoiser, x0, sigma, prompts)
+        each = flow_matching_loss(self.denoiser, x0, torch.randn_like(x0), sigma, prompts)
         noisy = sigma > 0.75
         parts = {"noisy": each[noisy], "clean": each[~noisy]}
         return each.mean(), {name: part.detach().mean() for name, part in parts.items() if len(part)}

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,14 +22,14 @@ from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
 from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter, copy_adapter
-from fewstep.models.components import load_component, read_config, resolve_model
+from fewstep.models.components import load_component, resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
-from fewstep.models.family import resolve_family
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.linear_layers import matching_linears
 from fewstep.models.parallel import shard_denoiser
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import is_fp8, quantize_fp8_
+from fewstep.models.same_latents import check_same_latents
 from fewstep.training.distributed import DistContext
 from fewstep.training.optim import check_optimizer
 
@@ -260,15 +259,7 @@ def load_init(student: TextToImagePipeline, path_or_name: str) -> None:
         UserError: there is no such model, its transformer has other shapes, or its latents another scale.
     """
     folder = resolve_model(path_or_name)
-    with torch.device("meta"):  # its configuration with the defaults of its class, without weights
-        vae: Any = resolve_family(folder).build("vae", read_config(folder, "vae"))
-    for name in ("scaling_factor", "shift_factor"):
-        own, other = student.vae.config.get(name), vae.config.get(name)
-        if own != other:
-            raise UserError(
-                f"init: {path_or_name} has other latents: {name} is {other} in its vae/config.json, expected {own}; "
-                "start from a model with the same autoencoder"
-            )
+    check_same_latents(student, folder, f"init: {path_or_name}")
     try:
         student.transformer.load_state_dict(load_component(folder, "transformer").state_dict())
     except RuntimeError as error:
