@@ -23,7 +23,7 @@ COMMANDS = {
 }
 GROUPS = {
     "emoji": {"build", "gallery", "sheet", "train", "publish", "publish-student"},
-    "lora": {"check", "convert", "extract", "info", "merge", "mix", "prepare", "resize"},
+    "lora": {"adapter", "check", "convert", "extract", "info", "merge", "mix", "prepare", "resize", "train"},
     "prefs": {"collect", "rank", "train"},
 }
 

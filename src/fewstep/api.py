@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fewstep.config.load import load_recipe, with_overrides
+from fewstep.config.load import load_recipe, with_overrides, wrong_kind
 from fewstep.config.recipe import DistillRecipe, Recipe, Stage, StagesRecipe
 from fewstep.core.device import AUTO, parse_device
 from fewstep.data.prompts import open_prompts
@@ -84,9 +84,7 @@ def distill(
     else:
         resolved = load_recipe(recipe, overrides)
     if not isinstance(resolved, DistillRecipe | StagesRecipe):
-        command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "emoji train"
-        name = resolved.name if isinstance(recipe, Recipe) else recipe
-        raise UserError(f"{name}: its kind is {resolved.kind}; use: fewstep {command} {name}")
+        raise wrong_kind(resolved, resolved.name if isinstance(recipe, Recipe) else recipe)
     directory = out or Path("runs") / resolved.name
     settings = resolved.evaluate
     stage: Stage = resolved if isinstance(resolved, DistillRecipe) else resolved.stages[-1]

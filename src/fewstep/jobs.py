@@ -18,6 +18,7 @@ from fewstep.data.images import grid
 from fewstep.data.prompts import open_prompts
 from fewstep.data.text_prompts import encodable
 from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models, check_models
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -151,10 +152,12 @@ def distill(
     return student
 
 
-def make_preview(student: TextToImagePipeline, prompts: Sequence[str]) -> Callable[[int], Image.Image]:
+def make_preview(
+    student: TextToImagePipeline, prompts: Sequence[str], params: SamplingParams | None = None
+) -> Callable[[int], Image.Image]:
     """A function of the step that returns a grid of images: equal prompts and seeds, the student's present weights."""
 
     def preview(step: int) -> Image.Image:
-        return grid(generate(student, prompts).images, columns=8)
+        return grid(generate(student, prompts, params).images, columns=8)
 
     return preview

@@ -1,6 +1,7 @@
 """Devices, dtypes, attention backends and GPUs that are not there."""
 
 from bad_inputs.files import CACHE, DISTILL, PROMPTS
+from bad_inputs.lora_train import LORA
 from bad_inputs.table import Case, Message, Section
 
 _RECIPE = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
@@ -23,6 +24,8 @@ SECTION = Section(
             Case("cache-trajectories cache.yaml --device gpu", "device gpu", _RECIPE | {"cache.yaml": CACHE}),
             Case("encode-prompts prompts.txt --out shards --model tiny --device gpu", "device gpu", _RECIPE),
             Case("prefs collect tiny a=tiny --prompts prompts.txt --out votes --device gpu", "device gpu", _RECIPE),
+            Case("lora train mine.yaml --device gpu", "device gpu", {"mine.yaml": LORA}),
+            Case("lora adapter tiny --out a.safetensors --prompts prompts.txt --device gpu", "device gpu"),
             Case("prefs train votes --out head --device gpu", "device gpu"),
         ),
         Message(

@@ -58,6 +58,7 @@ SECTION = Section(
             "{file}: the name of the file must end with .safetensors",
             "Only safetensors are written.",
             Case("lora convert a.safetensors --to kohya --out b.pt", "b.pt", LORA_FILE),
+            Case("lora adapter tiny --out b.pt --prompts prompts.txt", "b.pt"),
             Case("lora mix a.safetensors b.safetensors --out c", "c", LORA_FILE),
         ),
         Message(

@@ -1,6 +1,7 @@
 """Outputs that cannot be written."""
 
 from bad_inputs.files import CACHE, DISTILL, PROMPTS, folder
+from bad_inputs.lora_train import LORA
 from bad_inputs.table import Case, Message, Section
 
 _RECIPE = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
@@ -26,6 +27,10 @@ SECTION = Section(
             Case("emoji sheet --out prompts.txt/sheet.png", "prompts.txt: cannot", _PROMPTS),
             Case("emoji gallery --out prompts.txt/a.safetensors", "prompts.txt: cannot", _PROMPTS),
             Case("emoji publish runs/a --out prompts.txt", "prompts.txt: cannot", _PROMPTS),
+            Case("lora train lora.yaml --out prompts.txt", "prompts.txt: cannot", _PROMPTS | {"lora.yaml": LORA}),
+            Case(
+                "lora adapter tiny --out a.safetensors --prompts p --run prompts.txt", "prompts.txt: cannot", _PROMPTS
+            ),
             Case("distill mine.yaml --out prompts.txt", "prompts.txt: cannot", _RECIPE),
             Case("distill mine.yaml --out prompts.txt/run", "prompts.txt: cannot", _RECIPE),
             Case("emoji train classifier --out prompts.txt", "prompts.txt: cannot", _PROMPTS),

@@ -61,6 +61,7 @@ SECTION = Section(
             _generate("loop.txt", "loop.txt", link_loop),
             Case("evaluate tiny --prompts emojis", "emojis"),
             Case("encode-prompts nowhere.csv --out shards --model tiny", "nowhere.csv"),
+            Case("lora adapter micro-turbo --out a.safetensors --prompts nowhere", "nowhere"),
             Case("distill mine.yaml -s prompts.source=nowhere", "nowhere", _RECIPE),
             Case("distill mine.yaml -s prompts.validation_source=nowhere", "nowhere", _RECIPE),
             Case("distill mine.yaml -s prompts.test_source=nowhere", "nowhere", _RECIPE),

@@ -15,13 +15,11 @@ def cache(
     device: Device = "auto",
 ) -> None:
     """Sample a teacher's trajectories and keep them on disk. Running the same command again resumes."""
-    from fewstep.config.load import load_recipe
+    from fewstep.config.load import load_recipe, wrong_kind
     from fewstep.config.recipe import CacheRecipe
     from fewstep.data.teacher_trajectories import make_cache
-    from fewstep.errors import UserError
 
     resolved = load_recipe(recipe, overrides or [])
     if not isinstance(resolved, CacheRecipe):
-        command = "distill" if resolved.kind in ("distill", "stages") else "emoji train"
-        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
+        raise wrong_kind(resolved, recipe)
     typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, overwrite=overwrite, device=device))

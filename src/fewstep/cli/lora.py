@@ -1,4 +1,4 @@
-"""`fewstep lora`: LoRA files of all programs: checked, described, merged, converted."""
+"""`fewstep lora`: training; LoRA files of all programs: checked, described, merged, converted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import typer
 from fewstep.cli.lora_edit import extract, mix, resize
 from fewstep.cli.lora_options import Ignore, LoraDtype, LoraFormatName, ModelOfNames, WeightedFile, WeightedFiles
 from fewstep.cli.lora_prepare import prepare
+from fewstep.cli.lora_train import adapter, train
 from fewstep.cli.options import Device, Model
 
-app = typer.Typer(help="LoRA: training sets; files of all programs, merged, converted, mixed.", no_args_is_help=True)
+app = typer.Typer(
+    help="LoRA: training sets, training; files of all programs, merged, converted, mixed.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -127,6 +130,8 @@ def _range(values: list[int] | list[float]) -> str:
 
 
 app.command()(prepare)
+app.command()(train)
+app.command()(adapter)
 app.command()(extract)
 app.command()(resize)
 app.command()(mix)

@@ -1,4 +1,4 @@
-"""`fewstep plan`: memory and time of a distillation before it starts."""
+"""`fewstep plan`: memory and time of a training before it starts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fewstep.cli.options import Overrides, RecipeFile
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fewstep.config.lora_recipe import LoraRecipe
     from fewstep.config.recipe import DistillRecipe
     from fewstep.plan.estimate import Plan
     from fewstep.plan.gpus import GPUSpec
@@ -23,20 +24,19 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that share the weights (torchrun).")] = 1,
     overrides: Overrides = None,
 ) -> None:
-    """Print the memory, the passes and the time of a recipe's distillation, before any weight is loaded.
+    """Print the memory, the passes and the time of a distillation or a LoRA's training, before any weight is loaded.
 
     The figures are estimates for each GPU; fragmentation by the allocator is left out.
     """
     from rich.console import Console
 
-    from fewstep.plan.estimate import plan as make_plan
     from fewstep.plan.gpus import ASSUMED_MFU, parse_gpu
 
     chosen = parse_gpu(gpu) if gpu else None
     console, status = Console(soft_wrap=True), Console(stderr=True)
-    for prefix, stage in _distillations(recipe, overrides or []):
+    for prefix, stage in _trainings(recipe, overrides or []):
         with status.status(f"{stage.name}: dry run of a step ..."):
-            found = make_plan(stage, gpus)
+            found = _plan(stage, gpus)
         print_plan(console, stage, found, gpus)
         print_fit(console, found, str(gpu), chosen)
         if chosen is not None and not found.fits(chosen):
@@ -44,9 +44,10 @@ def plan(
     console.print(f"the times assume {100 * ASSUMED_MFU:.0f}% MFU (model FLOPs utilization) in bf16")
 
 
-def _distillations(recipe: str, overrides: Sequence[str]) -> list[tuple[str, DistillRecipe]]:
-    """A recipe's distillations, itself or its stages, each with the prefix of its keys. Raises: UserError."""
+def _trainings(recipe: str, overrides: Sequence[str]) -> list[tuple[str, DistillRecipe | LoraRecipe]]:
+    """A recipe's trainings, itself or its stages, each with the prefix of its keys. Raises: UserError."""
     from fewstep.config.load import load_recipe
+    from fewstep.config.lora_recipe import LoraRecipe
     from fewstep.config.recipe import DistillRecipe, StagesRecipe
     from fewstep.errors import UserError
     from fewstep.stages import stage_recipe
@@ -55,19 +56,40 @@ def _distillations(recipe: str, overrides: Sequence[str]) -> list[tuple[str, Dis
     if isinstance(found, StagesRecipe):
         stages = [(f"stages.{number}.", stage_recipe(found, stage)) for number, stage in enumerate(found.stages)]
         stages[-1][1].evaluate.enabled = found.evaluate.enabled  # the last student is evaluated
-        return stages
-    if not isinstance(found, DistillRecipe):
-        raise UserError(f"{recipe}: its kind is {found.kind}; fewstep plan takes recipes of kind distill or stages")
+        return [*stages]
+    if not isinstance(found, DistillRecipe | LoraRecipe):
+        raise UserError(
+            f"{recipe}: its kind is {found.kind}; fewstep plan takes recipes of kind distill, stages or lora"
+        )
     return [("", found)]
 
 
-def print_plan(console: Console, recipe: DistillRecipe, found: Plan, gpus: int) -> None:
+def _plan(recipe: DistillRecipe | LoraRecipe, gpus: int) -> Plan:
+    """Raises: UserError."""
+    from fewstep.config.recipe import DistillRecipe
+    from fewstep.errors import UserError
+    from fewstep.plan.estimate import plan as plan_distillation
+    from fewstep.plan.lora import plan_lora
+
+    if isinstance(recipe, DistillRecipe):
+        return plan_distillation(recipe, gpus)
+    if gpus > 1:
+        raise UserError(f"--gpus {gpus}: a LoRA is trained by one process, on one GPU")
+    return plan_lora(recipe)
+
+
+def print_plan(console: Console, recipe: DistillRecipe | LoraRecipe, found: Plan, gpus: int) -> None:
     """The memory of every peak by component, and the arithmetic of a step."""
     from rich.table import Table
 
+    from fewstep.config.recipe import DistillRecipe
+
+    trained = (
+        recipe.models.train if isinstance(recipe, DistillRecipe) else f"{recipe.method.name} {recipe.adapter.kind}"
+    )
     console.print(
         f"{recipe.name}: {found.parameters / 1e6:,.4g}e6 parameters, {found.width}x{found.height} px, "
-        f"batch size {recipe.train.batch_size}, {recipe.models.train} training" + (f", {gpus} GPUs" if gpus > 1 else "")
+        f"batch size {recipe.train.batch_size}, {trained} training" + (f", {gpus} GPUs" if gpus > 1 else "")
     )
     table = Table()
     table.add_column("memory" if gpus == 1 else "memory of each GPU")
@@ -94,7 +116,7 @@ def print_fit(console: Console, found: Plan, name: str, chosen: GPUSpec | None) 
 
 
 def suggest_savings(
-    console: Console, recipe: DistillRecipe, found: Plan, chosen: GPUSpec, gpus: int, prefix: str
+    console: Console, recipe: DistillRecipe | LoraRecipe, found: Plan, chosen: GPUSpec, gpus: int, prefix: str
 ) -> None:
     """Adds settings that save memory, one after another, until the plan fits."""
     from rich.console import Console
@@ -103,16 +125,17 @@ def suggest_savings(
     from fewstep.config.recipe import DistillRecipe
     from fewstep.errors import UserError
     from fewstep.plan.estimate import MEMORY_OPTIONS
-    from fewstep.plan.estimate import plan as make_plan
+    from fewstep.plan.lora import LORA_MEMORY_OPTIONS
 
+    options = MEMORY_OPTIONS if isinstance(recipe, DistillRecipe) else LORA_MEMORY_OPTIONS
     applied: list[str] = []
     optimizers = [f"optim.{part}.optimizer=adamw8bit" for part in recipe.optim]
-    for option in [*MEMORY_OPTIONS, *optimizers]:
+    for option in [*options, *optimizers]:
         changed = with_overrides(recipe, [*applied, option])
-        assert isinstance(changed, DistillRecipe)
+        assert isinstance(changed, type(recipe))
         try:
             with Console(stderr=True).status(f"trying {option} ..."):
-                less = make_plan(changed, gpus)
+                less = _plan(changed, gpus)
         except UserError:  # not with several GPUs
             continue
         if less.total < 0.99 * found.total:

@@ -20,6 +20,15 @@ from fewstep.errors import UserError
 
 BUNDLED_RECIPES = Path(__file__).parent / "recipes"
 
+#: The command that runs a recipe, by its kind; those of other kinds are the emoji plug-in's.
+COMMANDS = {"distill": "distill", "stages": "distill", "cache_trajectories": "cache-trajectories", "lora": "lora train"}
+
+
+def wrong_kind(recipe: Recipe, name: str | Path) -> UserError:
+    """The error of a command that does not run recipes of this kind; it names the one that does."""
+    command = COMMANDS.get(recipe.kind, "emoji train")
+    return UserError(f"{name}: its kind is {recipe.kind}; use: fewstep {command} {name}")
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The checked recipe at `path`, with `overrides` like "train.steps=100" (values are YAML) put in first.

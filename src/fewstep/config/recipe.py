@@ -176,3 +176,4 @@ def flat_recipe(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 recipe_kinds.register("distill", DistillRecipe)
 recipe_kinds.register("stages", StagesRecipe)
 recipe_kinds.register("cache_trajectories", CacheRecipe)
+recipe_kinds.register("lora", "fewstep.config.lora_recipe:LoraRecipe")

@@ -1,8 +1,9 @@
 """Registries: what a name in a recipe or on the command line stands for.
 
-Methods, loss terms, model families, prompt sources, image sources, scorers, rewards and feature networks register
-themselves when their module is imported. ``load_plugins`` imports the modules that do: those of fewstep, those of
-installed packages (entry points of the group "fewstep"), and those named in the environment variable FEWSTEP_PLUGINS.
+Methods, loss terms, model families, prompt sources, image sources, training sets, scorers, rewards and feature networks
+register themselves when their module is imported. ``load_plugins`` imports the modules that do: those of fewstep,
+those of installed packages (entry points of the group "fewstep"), and those named in the environment variable
+FEWSTEP_PLUGINS.
 """
 
 from __future__ import annotations
@@ -80,10 +81,12 @@ class Registry(Generic[T]):
 
 
 methods: Registry[Any] = Registry("method")
+lora_methods: Registry[Any] = Registry("LoRA method")
 loss_terms: Registry[Any] = Registry("loss term")
 model_families: Registry[Any] = Registry("model family")
 prompt_sources: Registry[Any] = Registry("prompt source")
 image_sources: Registry[Any] = Registry("image source")
+training_sets: Registry[Callable[[Path], None]] = Registry("training set")
 scorers: Registry[Any] = Registry("scorer")
 rewards: Registry[Any] = Registry("reward")
 feature_networks: Registry[Any] = Registry("feature network")

@@ -1,5 +1,5 @@
-"""The emoji dataset and the models trained on it: a plug-in of prompts, images, scorers,
-rewards, recipes and commands.
+"""The emoji dataset and the models trained on it: a plug-in of prompts, images, training sets,
+scorers, rewards, recipes and commands.
 
 Importing this module registers all of them by name and imports none of them: each is imported when it is first used.
 """
@@ -14,10 +14,12 @@ from fewstep.core.registry import (
     recipe_kinds,
     rewards,
     scorers,
+    training_sets,
 )
 
 prompt_sources.register("emoji", "fewstep.emoji.prompts:EmojiPrompts")
 image_sources.register("emoji", "fewstep.emoji.images:EmojiImages")
+training_sets.register("emoji-fluent", "fewstep.emoji.lora_set:write_fluent_set")
 scorers.register("emoji", "fewstep.emoji.scorer:EmojiScorer")
 scorers.register("nearest_real", "fewstep.emoji.nearest_real:NearestReal")
 recipe_kinds.register("vae", "fewstep.emoji.recipes:VAERecipe")

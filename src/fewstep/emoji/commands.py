@@ -85,16 +85,14 @@ def train(
     """Train an autoencoder, decoder, text encoder, teacher, classifier or reward. The same command resumes the run."""
     import importlib
 
-    from fewstep.config.load import load_recipe
-    from fewstep.errors import UserError
+    from fewstep.config.load import load_recipe, wrong_kind
     from fewstep.models.fingerprint import recipe_fingerprints
     from fewstep.training.precision import resolve_precision
     from fewstep.training.run_dir import RunDir
 
     resolved = load_recipe(recipe, overrides or [])
     if resolved.kind not in TRAINERS:
-        command = "cache-trajectories" if resolved.kind == "cache_trajectories" else "distill"
-        raise UserError(f"{recipe}: its kind is {resolved.kind}; use: fewstep {command} {recipe}")
+        raise wrong_kind(resolved, recipe)
     trainer = importlib.import_module(TRAINERS[resolved.kind])
     directory = out or Path("runs") / resolved.name
     resolved = resolve_precision(resolved, directory, overwrite=overwrite)

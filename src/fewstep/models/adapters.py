@@ -27,7 +27,13 @@ LayerState = tuple[list[str], bool, dict[str, float]]
 
 
 def add_adapter(
-    transformer: nn.Module, name: str, rank: int, alpha: float | None = None, *, target_modules: Sequence[str]
+    transformer: nn.Module,
+    name: str,
+    rank: int,
+    alpha: float | None = None,
+    *,
+    target_modules: Sequence[str],
+    dora: bool = False,
 ) -> None:
     """Add a LoRA adapter that changes nothing yet, in fp32 whatever the base's dtype; the base's weights are frozen.
 
@@ -36,17 +42,20 @@ def add_adapter(
     Args:
         alpha: peft's ``lora_alpha``; unset, the rank.
         target_modules: endings of the linear layers' names.
+        dora: also train the norms of the weights' rows (DoRA, arXiv 2402.09353).
 
     Raises:
         UserError: an ending matches no linear layer.
     """
     matching_linears(transformer, target_modules, "target_modules")
+    trained = {key for key, p in transformer.named_parameters() if p.requires_grad and ".lora_" in key}
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # any number works
         target_modules=list(target_modules),
         init_lora_weights=True,
+        use_dora=dora,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
@@ -56,7 +65,7 @@ def add_adapter(
     for key, parameter in transformer.named_parameters():
         if ".lora_" in key:
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(key in trained or f".{name}." in key)  # others stay as they are
 
 
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:

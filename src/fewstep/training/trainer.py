@@ -36,6 +36,7 @@ class Trainer:
     preview: step -> image or None, called every `train.sample_every` steps with the averaged weights.
     validate: metrics of the averaged weights, every `validate_every` steps, 0 is never; validate_first: and before all.
     alert_rules: metrics that mean trouble; `train.on_alert` decides what happens.
+    on_save: called with the step after every checkpoint, with the averaged weights.
 
     On the CPU a training that is interrupted and resumed gives the same weights, bit for bit, as an uninterrupted one.
     """
@@ -53,17 +54,16 @@ class Trainer:
         validate_every: int = 0,
         validate_first: bool = False,
         alert_rules: Sequence[Rule] = (),
+        on_save: Callable[[int], None] | None = None,
         dist: DistContext | None = None,
     ) -> None:
         self.method, self.source, self.run, self.train, self.preview = method, source, run, train, preview
         self.validate, self.validate_every, self.validate_first = validate, validate_every, validate_first
-        self.alert_rules = alert_rules
-        self.ended = False  # by an alert
+        self.alert_rules, self.on_save, self.ended = alert_rules, on_save, False  # ended by an alert
         self._until = train.steps  # of the present `fit`
         self.dist = dist or DistContext()
         self.train_states = [TrainState(part, optim[part.name], train, self.dist) for part in method.trainables]
-        self.step = 0  # finished steps
-        self.position = 0  # batches used
+        self.step = self.position = 0  # finished steps, used batches
         self.seconds = 0.0  # of training, over all sessions
         self.best: Best | None = None  # by `train.keep_best`, so far
         self.first: dict[str, float] = {}  # the first logged value of each metric
@@ -180,11 +180,9 @@ class Trainer:
 
     def _collect(self) -> list[Any]:
         """What the method makes of new batches, for all updates of this step that share it."""
-        collected = []
-        for batch in self._next_batches():
-            with torch.no_grad(), self.train_states[0].loss_context():
-                collected.append(self.method.collect(batch))
-        return collected
+        batches = self._next_batches()
+        with torch.no_grad(), self.train_states[0].loss_context():
+            return [self.method.collect(batch) for batch in batches]
 
     def _after_step(self) -> None:
         """Validates, logs, previews and saves where this step is due for it."""
@@ -271,6 +269,9 @@ class Trainer:
         protect = [] if self.best is None else [self.best.step]
         checkpoint.save(self.run.checkpoints, self.step, groups, values, self.train.max_checkpoints, protect, self.dist)
         self._saved = (self.step, time.monotonic())
+        if self.on_save is not None:
+            with self._evaluating():
+                self.on_save(self.step)
 
     def _restore(self) -> None:
         notice = log_line if self.dist.is_main_process else lambda _: None

@@ -1,0 +1,1 @@
+"""Methods that train a LoRA, one file each."""
