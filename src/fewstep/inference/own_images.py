@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batching import batched, max_batch_size
+from fewstep.core.compiler import eager
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.samplers import iterate, last_state
 from fewstep.core.seeds import derive_seed
@@ -34,7 +35,7 @@ def own_examples(
 
     @torch.no_grad()
     def compute() -> Iterator[Tensor]:
-        with progress_bar(len(captions), "own images sampled") as advance:
+        with eager(), progress_bar(len(captions), "own images sampled") as advance:
             for part in batched(len(captions), max_batch_size(height, width)):
                 prompts = EncodedPrompts.pad(features[part]).to(model.device)
                 noise = initial_noise(model, seeds[part], height, width)

@@ -60,8 +60,7 @@ class Trainer:
         self.method, self.source, self.run, self.train, self.preview = method, source, run, train, preview
         self.validate, self.validate_every, self.validate_first = validate, validate_every, validate_first
         self.alert_rules, self.on_save, self.ended = alert_rules, on_save, False  # ended by an alert
-        self._until = train.steps  # of the present `fit`
-        self.dist = dist or DistContext()
+        self.dist, self._until = dist or DistContext(), train.steps  # until: of the present `fit`
         self.train_states = [TrainState(part, optim[part.name], train, self.dist) for part in method.trainables]
         self.step = self.position = 0  # finished steps, used batches
         self.seconds = 0.0  # of training, over all sessions

@@ -30,7 +30,7 @@ from fewstep.methods.dmd.student_sampler import StudentSampler
 from fewstep.methods.dmd.terms.cfg_augmentation import CFGAugmentation
 from fewstep.methods.dmd.terms.distribution_matching import DistributionMatching
 from fewstep.methods.lora.base import LoraMethod, LoraSetup
-from fewstep.methods.lora.flow_matching import weighted_flow_matching
+from fewstep.methods.lora.flow_matching import FLOW_MATCHING, weighted_flow_matching
 
 SIGMA_RANGE = (0.02, 0.98)  # of noise levels, as in a distillation
 NORM_EPS = 0.1  # lower bound of the per-sample normalizers, likewise
@@ -94,7 +94,8 @@ class DecoupledDMDLora(LoraMethod):
         student, *others = dmd.trainables
         self.trainables = [replace(student, name="lora", start_step=start), *others]
         if updates:
-            self.trainables = [Trainable("teacher", teacher, self.teacher_loss, updates), *self.trainables]
+            learner = Trainable("teacher", teacher, self.teacher_loss, updates, loss_meaning=FLOW_MATCHING)
+            self.trainables = [learner, *self.trainables]
 
     @classmethod
     def config_model(cls) -> type[DecoupledDMDConfig]:

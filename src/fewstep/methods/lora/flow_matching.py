@@ -41,6 +41,9 @@ class FlowMatchingConfig(LoraMethodConfig):
         return self.training_adapter_strength
 
 
+FLOW_MATCHING = "error in denoising the images; noisy, falls slowly"
+
+
 def weighted_flow_matching(
     denoiser: Denoiser, batch: DistillBatch, settings: TimestepSettings, shift: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,7 +63,7 @@ class FlowMatchingLora(LoraMethod):
 
     def __init__(self, denoiser: nn.Module, timesteps: TimestepSettings, shift: float) -> None:
         self.denoiser, self.timesteps, self.shift = denoiser, timesteps, shift
-        self.trainables = [Trainable("lora", denoiser, self.loss)]
+        self.trainables = [Trainable("lora", denoiser, self.loss, loss_meaning=FLOW_MATCHING)]
 
     @classmethod
     def config_model(cls) -> type[FlowMatchingConfig]:

@@ -57,7 +57,8 @@ class LoraTrajectory(LoraMethod):
     def __init__(self, student: nn.Module, teacher: Denoiser, levels: list[float], shift: float, substeps: int) -> None:
         self.student, self.teacher, self.levels, self.shift, self.substeps = student, teacher, levels, shift, substeps
         self.sigmas = flow.sigmas_from_timesteps(levels, shift)
-        self.trainables = [Trainable("lora", student, self.loss)]
+        meaning = "squared distance to the teacher's states; falls"
+        self.trainables = [Trainable("lora", student, self.loss, loss_meaning=meaning)]
 
     @classmethod
     def config_model(cls) -> type[LoraTrajectoryConfig]:
