@@ -141,7 +141,6 @@ def test_each_loss_reaches_its_own_adapter_alone(few_step, tiny_folder):
     [
         (),
         pytest.param(("models.gradient_checkpointing=true",), marks=pytest.mark.slow),
-        pytest.param(("models.frozen_dtype=fp8", "models.gradient_checkpointing=true"), marks=pytest.mark.slow),
     ],
 )
 def test_a_step_takes_the_planned_memory(few_step, tiny_folder, more, monkeypatch):
@@ -178,7 +177,9 @@ def test_a_step_takes_the_planned_memory(few_step, tiny_folder, more, monkeypatc
 )
 def test_recipes_fit_their_gpus(name, gpu, monkeypatch):
     monkeypatch.setattr("fewstep.plan.passes.DRAWS", 1)
-    assert plan_lora(load_recipe(name, [])).fits(parse_gpu(gpu))
+    found = plan_lora(load_recipe(name, []))
+    assert found.fits(parse_gpu(gpu))
+    assert found.forwards <= 1 + 7 + 1 + 2 + 7 + 1  # Turbo has 8 steps: rollouts of at most 7, each once for two losses
 
 
 def test_the_plan_of_a_lora_is_printed(few_step):

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from fewstep.core.seeds import generator
 from fewstep.data.images import to_pil, to_uint8
 from fewstep.data.training_set.prepare import PrepareSettings, prepare
-from fewstep.emoji.dataset import EmojiDataset
+from fewstep.emoji.dataset import EmojiDataset, EmojiSpec
 
 COUNT = 75
 SIDE = 64  # pixels
@@ -21,7 +21,7 @@ def write_fluent_set(folder: Path, count: int = COUNT) -> None:
         UserError: it cannot be written.
     """
     dataset = EmojiDataset.load()
-    chosen = {}
+    chosen: dict[int, EmojiSpec] = {}
     for spec in dataset.sample(len(dataset.specs("train", ["fluent"])), "train", seed=0, styles=["fluent"]):
         chosen.setdefault(spec.object, spec)
     specs = list(chosen.values())[:count]

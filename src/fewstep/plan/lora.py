@@ -94,7 +94,11 @@ def _folder(name: str) -> Path:
 
 
 def _meta(recipe: LoraRecipe, name: str) -> TextToImagePipeline:
-    return meta_pipeline(_folder(name), frozen_dtype(recipe.models))
+    model = meta_pipeline(_folder(name), frozen_dtype(recipe.models))
+    if name in BUNDLED_CONFIGS and name.endswith("-Turbo"):  # the bundled files are the base's
+        turbo = {"steps": 8, "guidance_scale": 0.0}
+        model.generation_config = model.generation_config.model_copy(update=turbo)
+    return model
 
 
 def _meta_models(recipe: LoraRecipe, model: TextToImagePipeline) -> LoraModels:

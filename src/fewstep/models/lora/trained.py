@@ -84,10 +84,10 @@ def adapter_updates(transformer: nn.Module, name: str) -> Mapping[str, Update]:
     for layer in lora_layers(transformer):
         if name not in layer.scaling:
             continue
-        down, up = (part[name].weight.detach().float().cpu() for part in (layer.lora_A, layer.lora_B))  # type: ignore[union-attr]
+        down, up = (part[name].weight.detach().float().cpu() for part in (layer.lora_A, layer.lora_B))  # type: ignore[union-attr, operator]
         change = LowRank(down.clone(), up.clone(), layer.lora_alpha[name] / layer.r[name])
         magnitude = None
         if name in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[name].weight.detach().float().cpu().reshape(-1, 1).clone()  # type: ignore[union-attr]
+            magnitude = layer.lora_magnitude_vector[name].weight.detach().float().cpu().reshape(-1, 1).clone()  # type: ignore[union-attr, operator]
         found[paths[id(layer)]] = Update(change, magnitude)
     return found
