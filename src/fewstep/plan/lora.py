@@ -20,7 +20,8 @@ from fewstep.methods.lora.base import LoraMethod, LoraModels, LoraSetup
 from fewstep.methods.lora.models_setup import LoraFiles, build_lora_models, frozen_dtype
 from fewstep.models.components import resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
-from fewstep.models.pipeline import TextToImagePipeline, meta_pipeline
+from fewstep.models.meta_pipeline import meta_pipeline
+from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.plan import costs
 from fewstep.plan.estimate import BUNDLED_CONFIGS, ENCODING, PREVIEW, STEP, Plan
 from fewstep.plan.memory_tracker import DeviceType, EmulatedDevice, MemoryTracker
