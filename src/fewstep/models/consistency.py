@@ -33,7 +33,7 @@ def check_components(folder: Path, family: ModelFamily, components: Components) 
 
 
 def text_mismatches(components: Components, width: int | None) -> Iterator[Mismatch]:
-    """What is wrong with a tokenizer and a language model as the prompt encoder.
+    """What is wrong with a language model as the text encoder, and with its tokenizer.
 
     Args:
         width: of the prompts' features that the transformer takes; None if it is not loaded.
@@ -45,6 +45,12 @@ def text_mismatches(components: Components, width: int | None) -> Iterator[Misma
         return
     if len(tokenizer) > config.vocab_size:
         yield "tokenizer", f"has {len(tokenizer)} tokens, the text encoder has embeddings for {config.vocab_size}"
+
+
+def chat_template_mismatches(tokenizer: Any) -> Iterator[Mismatch]:
+    """What is wrong with a tokenizer whose chat template makes the prompts; None is that of a model of shapes alone."""
+    if tokenizer is None:
+        return
     if tokenizer.chat_template is None:
         yield "tokenizer", "has no chat template; add the chat_template.jinja that the text encoder was trained with"
     elif _PROBE not in apply_chat_template(tokenizer, _PROBE):

@@ -3,3 +3,4 @@
 from fewstep.core.registry import model_families
 
 model_families.register("ZImagePipeline", "fewstep.models.zimage.family:ZIMAGE")
+model_families.register("Lumina2Pipeline", "fewstep.models.lumina2.family:LUMINA2")

@@ -46,6 +46,7 @@ class ModelFamily(ABC):
         quantizable_modules: endings of the names of the linear layers that fp8 quantizes.
         key_layouts: names of tensors in single files, by format; empty if the family has none.
         fp16: whether fp16 weights work; they do not where activations overflow.
+        attention_backends: whether the transformer computes attention with the backends of diffusers.
     """
 
     pipeline_class: str
@@ -56,6 +57,7 @@ class ModelFamily(ABC):
     quantizable_modules: tuple[str, ...]
     key_layouts: Mapping[str, KeyLayout] = {}
     fp16 = False
+    attention_backends = True
 
     @property
     def component_names(self) -> tuple[str, ...]:

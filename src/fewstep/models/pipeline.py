@@ -123,9 +123,11 @@ class TextToImagePipeline:
         """Compute attention with one of diffusers' backends, for all models of this process.
 
         Raises:
-            UserError: there is no such backend, or it does not run here.
+            UserError: there is no such backend, it does not run here, or the family's attention has none.
         """
         name = check_attention_backend(backend)
+        if not self.family.attention_backends:
+            raise UserError(f"attention {backend}: {self.family.pipeline_class} always uses PyTorch's own; leave it out")
         with silence_loggers():
             try:
                 self.transformer.set_attention_backend(backend)

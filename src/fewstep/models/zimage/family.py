@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from fewstep.atomic import atomic_folder
 from fewstep.errors import UserError
-from fewstep.models.consistency import Mismatch, text_mismatches, vae_mismatches
+from fewstep.models.consistency import Mismatch, chat_template_mismatches, text_mismatches, vae_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.scheduler import load_scheduler
@@ -110,6 +110,7 @@ class ZImageFamily(ModelFamily):
         if transformer is not None:
             yield from vae_mismatches(components["vae"], transformer.config.in_channels)
         yield from text_mismatches(components, None if transformer is None else self.prompt_features(components))
+        yield from chat_template_mismatches(components["tokenizer"])
 
     def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
         if self.shift(components) == TURBO_SHIFT:

@@ -1,0 +1,248 @@
+"""What every model family must do, as tests: ``class TestMine(FamilyConformance)`` runs them on a tiny model.
+
+The reference is diffusers alone: its pipeline opens what fewstep writes and gives the same images.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep import api
+from fewstep.errors import UserError
+from fewstep.export.diffusers import to_diffusers
+from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
+from fewstep.models.adapter_files import adapter_state_dict
+from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter
+from fewstep.models.family import resolve_family
+from fewstep.models.meta_pipeline import meta_pipeline
+from fewstep.models.noise import initial_noise
+from fewstep.models.offload import offload_blocks
+from fewstep.models.pipeline import TextToImagePipeline, load, load_prompt_encoder
+from fewstep.models.quantize import FP8, Fp8Linear
+
+PROMPTS = ["a fox", "a red apple on blue", ""]
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+DISTILL = [
+    *("train.batch_size=2", "train.log_every=1", "train.save_every=5", "train.sample_every=0", "train.precision=fp32"),
+    *("method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0", "train.steps=1"),
+    *("optim={student: {lr: 0.01}, fake_score: {lr: 0.01}}", "evaluate.enabled=false", "student.steps=2"),
+]
+
+
+class FamilyConformance:
+    """The tests of a family. A subclass has two fixtures and two methods.
+
+    Fixtures:
+        folder: a tiny model with random weights in all layers, of scope "class" or wider, as diffusers writes it: 64 px,
+            at least two blocks in each list.
+        pipeline_class: diffusers' pipeline.
+    """
+
+    #: Arguments of diffusers' pipeline without which it computes something else than plain guidance.
+    call_options: dict[str, Any] = {}  # noqa: RUF012
+    #: diffusers' ``guidance_scale`` minus that of fewstep, which is g in cond + g (cond - null).
+    guidance_offset = 1.0
+
+    def diffusers_velocity(
+        self, pipeline: Any, x: torch.Tensor, sigma: torch.Tensor, prompts: list[str]
+    ) -> torch.Tensor:
+        """The velocity eps - x0 by diffusers' pipeline and transformer, for nonempty prompts."""
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    def model(self, folder: Path) -> TextToImagePipeline:
+        return load_tiny(folder)
+
+    @pytest.fixture(scope="class")
+    def reference(self, folder: Path, pipeline_class: Any) -> Any:
+        return quiet(pipeline_class.from_pretrained(folder))
+
+    def diffusers_images(self, pipeline: Any, latents: torch.Tensor, steps: int, scale: float) -> torch.Tensor:
+        """uint8 [B, H, W, 3] of ``PROMPTS[:2]``."""
+        images = pipeline(
+            PROMPTS[:2], height=64, width=64, num_inference_steps=steps, latents=latents.clone(), output_type="pt",
+            guidance_scale=scale + self.guidance_offset, **self.call_options,
+        ).images  # fmt: skip
+        return (images.permute(0, 2, 3, 1) * 255).round()
+
+    def assert_same_images(self, ours: TextToImagePipeline, theirs: Any, steps: int = 3, scale: float = 0.0) -> None:
+        settings = SamplingParams(seed=5, steps=steps, guidance_scale=scale, height=64, width=64)
+        images = generate(ours, PROMPTS[:2], settings).images.float()
+        noise = initial_noise(ours, [5, 6], 64, 64)
+        assert images.std() > 1
+        assert (images - self.diffusers_images(theirs, noise, steps, scale)).abs().max() <= 2
+
+    def test_weights_are_those_of_diffusers(self, model, reference, folder):
+        assert resolve_family(folder) is model.family
+        for name in model.family.modules:
+            ours, theirs = model.components[name].state_dict(), reference.components[name].state_dict()
+            torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+    def test_the_velocity_is_that_of_diffusers(self, model, reference):
+        """Prompts of different lengths, and images that are not square."""
+        x, sigma, _ = inputs(model)
+        ours = model.denoiser(x[:2], sigma[:2], model.encode(PROMPTS[:2]))
+        theirs = self.diffusers_velocity(reference, x[:2], sigma[:2], PROMPTS[:2])
+        assert theirs.abs().mean() > 0.01
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+    @pytest.mark.parametrize("scale", [0.0, 2.0])
+    def test_images_are_those_of_diffusers(self, model, reference, scale):
+        self.assert_same_images(model, reference, scale=scale)
+
+    def test_prompts_are_encoded_once_and_alone_as_in_a_batch(self, model, folder):
+        encoded = model.encode(PROMPTS)
+        assert encoded.features.shape[2] == model.family.prompt_features(model.components)
+        assert encoded.features.dtype == torch.float32
+        alone = load_prompt_encoder(folder, "cpu")
+        for row, prompt in enumerate(PROMPTS):
+            single = alone([prompt])
+            length = int(encoded.lengths[row])
+            assert single.lengths.item() == length
+            torch.testing.assert_close(single.features[0], encoded.features[row, :length], **CLOSE)
+            assert (encoded.features[row, length:] == 0).all()
+        last = encoded.features[range(3), encoded.lengths - 1]
+        assert not torch.equal(last[0], last[1])
+        assert not torch.equal(last[0], last[2])
+
+    def test_a_batch_is_its_samples(self, model):
+        x, sigma, prompts = inputs(model)
+        together = model.denoiser(x, sigma, prompts)
+        for row in range(len(x)):
+            one = slice(row, row + 1)
+            torch.testing.assert_close(model.denoiser(x[one], sigma[one], prompts[one]), together[one], **CLOSE)
+
+    def test_every_input_matters(self, model):
+        x, sigma, prompts = inputs(model)
+        before = model.denoiser(x, sigma, prompts)
+        for other in ((x + 1, sigma, prompts), (x, sigma / 2, prompts), (x, sigma, prompts[[1, 2, 0]])):
+            assert (model.denoiser(*other) - before).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+    def test_cached_text_changes_nothing(self, model):
+        x, sigma, prompts = inputs(model)
+        expected = [model.denoiser(x, level, prompts) for level in (sigma, sigma / 2)]
+        with model.denoiser.cache_text_tokens():
+            for level, velocity in zip((sigma, sigma / 2), expected, strict=True):
+                assert torch.equal(model.denoiser(x, level, prompts), velocity)
+
+    def test_features_are_of_image_tokens(self, model):
+        x, sigma, prompts = inputs(model)
+        features = model.denoiser.features(x, sigma, prompts)
+        tokens = x.shape[-2] * x.shape[-1] // model.family.patch_size**2
+        assert features.shape == (3, tokens, model.denoiser.feature_dim)
+        assert (model.denoiser.features(x + 1, sigma, prompts) - features).abs().amax(dim=(1, 2)).min() > 1e-4
+
+    def test_sides_are_multiples(self, model):
+        multiple = model.latent_multiple
+        shape = model.latent_shape(64, 64 + multiple)
+        assert model.latent_shape(64, 64)[:-1] == shape[:-1]
+        with pytest.raises(UserError, match=f"is not a multiple of {multiple}"):
+            model.latent_shape(64, 64 + multiple // 2)
+        images = torch.rand(1, 3, 64, 64 + multiple)
+        assert model.encode_images(images).shape[1:] == shape
+        assert model.decode(torch.randn(1, *shape)).shape == images.shape
+
+    def test_blocks_are_checkpointed_and_offloaded(self, folder):
+        gradients = []
+        for change in (
+            lambda _: None, lambda d: d.enable_gradient_checkpointing(), lambda d: offload_blocks(d, "cpu")
+        ):  # fmt: skip
+            model = load_tiny(folder)
+            assert len(model.denoiser.get_blocks()) > 1
+            model.transformer.requires_grad_(True)
+            change(model.denoiser)
+            with torch.enable_grad():
+                model.denoiser(*inputs(model)).square().mean().backward()
+            gradients.append({name: p.grad for name, p in model.transformer.named_parameters() if p.grad is not None})
+        assert len(gradients[0]) > 0.9 * len(list(model.transformer.parameters()))
+        torch.testing.assert_close(gradients[1], gradients[0])
+        torch.testing.assert_close(gradients[2], gradients[0])
+
+    def test_adapters_open_in_diffusers(self, folder, pipeline_class, tmp_path):
+        model = load_tiny(folder)
+        expected = model.denoiser(*inputs(model))
+        add_adapter(model.transformer, "student", 2, 4.0, target_modules=model.family.lora_target_modules)
+        parameters = adapter_parameters(model.transformer, "student")
+        assert set(adapted_blocks(model)) == {id(block) for block in model.denoiser.get_blocks()}
+        torch.manual_seed(2)
+        for parameter in parameters.values():
+            nn.init.normal_(parameter, std=0.2)
+        student = AdapterDenoiser(model.denoiser, {"student": 1.0})
+        assert (student(*inputs(model)) - expected).abs().max() > 1e-3
+        torch.testing.assert_close(model.denoiser(*inputs(model)), expected)
+        model.family.write_lora(tmp_path / "lora", adapter_state_dict(model.transformer, "student"))
+        merged = load_tiny(folder, loras={str(tmp_path / "lora"): 1.0})
+        torch.testing.assert_close(merged.denoiser(*inputs(model)), student(*inputs(model)), **CLOSE)
+        theirs = quiet(pipeline_class.from_pretrained(folder))
+        theirs.load_lora_weights(tmp_path / "lora")
+        self.assert_same_images(merged, theirs, steps=2)
+
+    def test_the_layers_for_fp8_are_in_blocks(self, folder):
+        model = load_tiny(folder, dtype=FP8)
+        blocks = {id(module) for block in model.denoiser.get_blocks() for module in block.modules()}
+        quantized = [module for module in model.transformer.modules() if isinstance(module, Fp8Linear)]
+        assert len(quantized) >= 4 * len(model.denoiser.get_blocks())
+        assert {id(module) for module in quantized} <= blocks
+
+    def test_a_plain_transformer_shares_the_weights(self, model):
+        plain = to_diffusers(model.transformer, model.family)
+        assert type(plain) is type(model.transformer)
+        assert model.family.denoiser(copy.deepcopy(plain)) is not None
+        x, sigma, prompts = inputs(model)
+        again = model.family.denoiser(plain)
+        assert torch.equal(again(x, sigma, prompts), model.denoiser(x, sigma, prompts))
+
+    def test_shapes_are_known_without_weights(self, model, folder):
+        meta = meta_pipeline(folder, torch.bfloat16)
+        shapes = {name: tensor.shape for name, tensor in model.transformer.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in meta.transformer.state_dict().items()} == shapes
+        x, sigma, prompts = inputs(model)
+        assert meta.denoiser(x.to("meta"), sigma.to("meta"), prompts.to("meta")).shape == x.shape
+
+    @pytest.mark.parametrize("train", ["full", "lora"])
+    def test_a_distilled_student_opens_in_diffusers(self, folder, pipeline_class, tmp_path, train):
+        more = [f"teacher={folder}", "resolution=64", f"models.train={train}"]
+        made = api.distill("micro-aligned", tmp_path / "run", overrides=[*DISTILL, *more])
+        student = load_tiny(made.student)
+        before = load_tiny(folder).transformer.state_dict()
+        assert not all(torch.equal(tensor, before[name]) for name, tensor in student.transformer.state_dict().items())
+        index = json.loads((made.student / "model_index.json").read_text())
+        assert index["_class_name"] == pipeline_class.__name__
+        self.assert_same_images(student, quiet(pipeline_class.from_pretrained(made.student)), steps=2)
+
+
+def load_tiny(folder: Path, **options: Any) -> TextToImagePipeline:
+    """``load`` of a folder that may have no ``fewstep.json``, whose defaults the tests do not use."""
+    with pytest.warns() if not (folder / "fewstep.json").exists() else torch.no_grad():
+        return load(folder, "cpu", **options)
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def inputs(model: TextToImagePipeline) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Three noisy latents of 64 x 96 px, their sigmas, and prompts of different lengths with the null prompt."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, *model.latent_shape(64, 96), generator=generator)
+    return x, 0.2 + 0.8 * torch.rand(3, generator=generator), model.encode(PROMPTS)
+
+
+def adapted_blocks(model: TextToImagePipeline) -> list[int]:
+    """The identities of the blocks with adapters."""
+    return [
+        id(block)
+        for block in model.denoiser.get_blocks()
+        if any(".lora_" in name for name, _ in block.named_parameters())
+    ]
