@@ -18,6 +18,7 @@ from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline
 
 torch.set_num_threads(1)  # tests run in parallel
+pytest.register_assert_rewrite("family_conformance")
 
 
 @pytest.fixture(autouse=True)

@@ -31,17 +31,15 @@ def save_lumina2(folder: Path) -> Path:
     )  # fmt: skip
     for parameter in transformer.parameters():  # the modulation is initialized to 0, which would hide differences
         torch.nn.init.normal_(parameter, std=0.1)
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=262, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, sliding_window=64,
-        )  # fmt: skip
-    )
+    config = Gemma2Config(
+        vocab_size=262, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=64,
+    )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=4, latent_channels=4, shift_factor=0.1,
         scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
-    Lumina2Pipeline(transformer, scheduler, vae, text_encoder, byte_tokenizer()).save_pretrained(folder)
+    Lumina2Pipeline(transformer, scheduler, vae, Gemma2Model(config), byte_tokenizer()).save_pretrained(folder)
     return folder

@@ -41,7 +41,7 @@ def test_the_template_has_a_system_prompt_and_the_null_prompt_has_none(folder):
 
 
 def test_attention_backends_are_refused(folder):
-    with pytest.raises(UserError, match="Lumina2Pipeline always uses PyTorch's own"):
+    with pytest.raises(UserError, match="Lumina2Pipeline has PyTorch's alone"):
         load_tiny(folder).set_attention_backend("native")
 
 

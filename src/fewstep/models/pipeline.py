@@ -127,7 +127,7 @@ class TextToImagePipeline:
         """
         name = check_attention_backend(backend)
         if not self.family.attention_backends:
-            raise UserError(f"attention {backend}: {self.family.pipeline_class} always uses PyTorch's own; leave it out")
+            raise UserError(f"attention {backend}: {self.family.pipeline_class} has PyTorch's alone; leave it out")
         with silence_loggers():
             try:
                 self.transformer.set_attention_backend(backend)

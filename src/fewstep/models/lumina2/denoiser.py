@@ -1,8 +1,8 @@
 """Lumina 2's transformer as a batched denoiser.
 
-The modules and their arithmetic are those of diffusers' ``Lumina2Transformer2DModel``. Its forward copies each sample's
-caption and image into a common sequence, one after the other; here the caption follows the image in all samples, so that
-no loop over samples is needed and nothing is read back from a GPU. Attention does not depend on the order of tokens.
+The modules and their arithmetic are those of diffusers' ``Lumina2Transformer2DModel``. Its forward joins caption and
+image sample by sample; here the caption follows the image in all samples, so that no loop over samples is needed and
+nothing is read back from a GPU. Attention does not depend on the order of tokens.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Lumina2Denoiser(TransformerDenoiser):
         """Features of the image tokens after the middle layer: [B, H/2 * W/2, D] in fp32."""
         return self._image_tokens(-(-len(self.transformer.layers) // 2), x, sigma, prompts)[0].float()
 
-    def _image_tokens(
-        self, depth: int, x: Tensor, sigma: Tensor, prompts: EncodedPrompts
-    ) -> tuple[Tensor, Tensor]:
+    def _image_tokens(self, depth: int, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
         """Image tokens [B, L, D] after the first ``depth`` layers, and the embedded sigma [B, D']."""
         model = self.transformer
         batch, channels, height, width = x.shape
