@@ -93,7 +93,7 @@ def test_the_original_prompt_is_kept(server, tmp_path, plan, problem):
 
 def test_a_prompt_that_the_image_model_cannot_take_is_not_used(server, tmp_path, tiny_folder):
     server.plan = [(200, f"<prompt>{'fox ' * 900}</prompt>", 0.0)]
-    revises = enhancer_for(tiny_folder, micro_tokenizer(), Endpoint(server.spec))
+    revises = enhancer_for(tiny_folder, Endpoint(server.spec))
     revises.cache.folder = tmp_path
     revision = revises("a fox")
     assert (revision.prompt, "at most 512 fit" in revision.problem) == ("a fox", True)
@@ -154,9 +154,7 @@ def test_a_head_of_its_own_is_read_from_the_file(tiny_folder, tmp_path):
 
 def test_the_server_revises_where_a_request_wants_it(taught, tmp_path):
     pipeline = load(taught, "cpu")
-    revises = enhancer_for(
-        taught, pipeline.tokenizer, text_encoder_with_head(taught, pipeline.text_encoder, pipeline.tokenizer)
-    )
+    revises = enhancer_for(taught, text_encoder_with_head(taught, pipeline.text_encoder, pipeline.tokenizer))
     revises.cache.folder = tmp_path
     with running(make_service(pipeline, enhancer=revises)) as server:
         options = {"seed": 2, "steps": 1, "enhance": True}

@@ -41,5 +41,5 @@ def _open(where: str, folder: Path, device: str, system: str | None) -> Enhancer
     if where == OWN:
         check_language_head(folder)
         tokenizer, encoder = load_component(folder, "tokenizer"), load_component(folder, "text_encoder").to(chosen)
-        return enhancer_for(folder, tokenizer, text_encoder_with_head(folder, encoder, tokenizer), system)
-    return enhancer_for(folder, load_component(folder, "tokenizer"), open_answers(where, chosen), system)
+        return enhancer_for(folder, text_encoder_with_head(folder, encoder, tokenizer), system)
+    return enhancer_for(folder, open_answers(where, chosen), system)

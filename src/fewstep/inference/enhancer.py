@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from fewstep.errors import UserError
 from fewstep.models.answer_cache import AnswerCache
 from fewstep.models.chat_endpoint import ChatEndpoint
+from fewstep.models.components import load_component
 from fewstep.models.family import resolve_family
 from fewstep.models.generation_config import load_generation_config
 from fewstep.models.language_model import open_language_model
@@ -153,13 +153,18 @@ def open_answers(where: str, device: torch.device) -> Answers:
     return open_language_model(Path(where).expanduser(), device)
 
 
-def enhancer_for(folder: Path, tokenizer: Any, model: Answers, system: str | None = None) -> Enhancer:
+def enhancer_for(folder: Path, model: Answers, system: str | None = None) -> Enhancer:
     """An enhancer whose prompts the image model in ``folder`` can take.
 
+    Its tokenizers are its own, since they are not to be used in two threads at once.
+
     Args:
-        tokenizer: of the image model; it is copied, since it is not to be used in two threads at once.
         system: the system prompt of the images; None is the model's.
     """
-    components = {"tokenizer": copy.deepcopy(tokenizer), "text_encoder": None}
-    encoder = resolve_family(folder).prompt_encoder(components, load_generation_config(folder).system_prompt)
+    family = resolve_family(folder)
+    components = {
+        name: load_component(folder, name, family=family) if name in family.others else None
+        for name in family.prompt_components
+    }
+    encoder = family.prompt_encoder(components, load_generation_config(folder).system_prompt)
     return Enhancer(model, check=lambda prompt: encoder.check([prompt], system=system))

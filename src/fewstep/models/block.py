@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.models.adapters import capture_adapter_state
 
-#: ``compute(block, *inputs) -> Tensor``: a block's arithmetic as a function of the block.
-ComputeFn = Callable[..., Tensor]
+#: ``compute(block, *inputs)``: a block's arithmetic as a function of the block; its result is a tensor or several.
+ComputeFn = Callable[..., Any]
 
 #: A block -> a context manager around its computation.
 BlockContext = Callable[[nn.Module], AbstractContextManager[None]]
@@ -38,7 +39,7 @@ class TransformerBlock(nn.Module):
         self.gradient_checkpointing = self.offloaded = False
         self.contexts: list[BlockContext] = []
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Any:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return self._compute(*inputs)
         adapters = capture_adapter_state(self)
@@ -50,7 +51,7 @@ class TransformerBlock(nn.Module):
             preserve_rng_state=False,  # blocks draw no random numbers
         )
 
-    def _compute(self, *inputs: Tensor | None) -> Tensor:
+    def _compute(self, *inputs: Tensor | None) -> Any:
         if not self.contexts:
             return self.compute(self, *inputs)
         with ExitStack() as stack:

@@ -41,10 +41,14 @@ def text_mismatches(components: Components, width: int | None) -> Iterator[Misma
     config, tokenizer = components["text_encoder"].config, components["tokenizer"]
     if width is not None and config.hidden_size != width:
         yield "text_encoder", f"its hidden states have {config.hidden_size} features, the transformer takes {width}"
-    if tokenizer is None:  # a model of shapes alone
-        return
-    if len(tokenizer) > config.vocab_size:
-        yield "tokenizer", f"has {len(tokenizer)} tokens, the text encoder has embeddings for {config.vocab_size}"
+    yield from vocabulary_mismatches("tokenizer", tokenizer, config.vocab_size)
+
+
+def vocabulary_mismatches(name: str, tokenizer: Any, embeddings: int) -> Iterator[Mismatch]:
+    """What is wrong with a tokenizer for a text encoder with so many embeddings; None is that of a model of shapes
+    alone."""
+    if tokenizer is not None and len(tokenizer) > embeddings:
+        yield name, f"has {len(tokenizer)} tokens, the text encoder has embeddings for {embeddings}"
 
 
 def chat_template_mismatches(tokenizer: Any) -> Iterator[Mismatch]:

@@ -3,4 +3,5 @@
 from fewstep.core.registry import model_families
 
 model_families.register("ZImagePipeline", "fewstep.models.zimage.family:ZIMAGE")
+model_families.register("StableDiffusion3Pipeline", "fewstep.models.sd3.family:SD3")
 model_families.register("Lumina2Pipeline", "fewstep.models.lumina2.family:LUMINA2")

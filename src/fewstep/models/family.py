@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fewstep.core import flow
 from fewstep.core.registry import load_plugins, model_families
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
@@ -41,6 +42,7 @@ class ModelFamily(ABC):
         pipeline_class: ``_class_name`` in ``model_index.json``.
         modules: names of the components with weights; "transformer", "text_encoder" and "vae" are required.
         others: names of the components without; "scheduler" is required.
+        prompt_components: names of those of the prompt encoder; "text_encoder" and "tokenizer" are required.
         patch_size: of the transformer, in latent pixels.
         lora_target_modules: endings of the names of the linear layers that LoRA adapts by default.
         quantizable_modules: endings of the names of the linear layers that fp8 quantizes.
@@ -52,6 +54,7 @@ class ModelFamily(ABC):
     pipeline_class: str
     modules: tuple[str, ...] = ("transformer", "text_encoder", "vae")
     others: tuple[str, ...] = ("tokenizer", "scheduler")
+    prompt_components: tuple[str, ...] = ("text_encoder", "tokenizer")
     patch_size: int
     lora_target_modules: tuple[str, ...]
     quantizable_modules: tuple[str, ...]
@@ -97,7 +100,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def prompt_encoder(self, components: Components, system_prompt: str = "") -> PromptEncoder:
-        """The encoder of prompts; needs "text_encoder" and "tokenizer"."""
+        """The encoder of prompts; needs ``prompt_components``."""
 
     @abstractmethod
     def prompt_features(self, components: Components) -> int:
@@ -127,6 +130,10 @@ class ModelFamily(ABC):
     def shift(self, components: Components) -> float:
         """The shift of the noise levels (``core.flow.shift_sigma``)."""
         return float(components["scheduler"].config["shift"])
+
+    def sigmas(self, components: Components, steps: int) -> list[float]:
+        """The noise levels of ``steps`` steps, from 1 to the terminal 0, of a model whose own are not stored."""
+        return flow.get_sigmas(steps, self.shift(components))
 
     def encode_images(self, vae: Any, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> latents [B, *latent_shape]."""

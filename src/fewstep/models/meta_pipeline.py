@@ -18,10 +18,11 @@ from fewstep.models.pipeline import TextToImagePipeline
 def meta_pipeline(folder: Path, dtype: torch.dtype) -> TextToImagePipeline:
     """A model with modules on the meta device, from the configurations in a folder: shapes without weights.
 
-    The tokenizer is None. Errors as for :func:`load`.
+    Tokenizers are None. Errors as for :func:`load`.
     """
     family = resolve_family(folder)
-    components: dict[str, Any] = {"tokenizer": None, "scheduler": load_component(folder, "scheduler", family=family)}
+    components: dict[str, Any] = dict.fromkeys(family.others)
+    components["scheduler"] = load_component(folder, "scheduler", family=family)
     for name in family.modules:
         with torch.device("meta"):
             module = family.build(name, read_config(folder, name))

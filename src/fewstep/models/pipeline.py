@@ -12,7 +12,6 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from fewstep.atomic import atomic_folder
-from fewstep.core import flow
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.device import AUTO, log_device, resolve_device
 from fewstep.core.precision import warn_if_weights_are_emulated
@@ -106,7 +105,7 @@ class TextToImagePipeline:
             if name != "transformer":
                 self.components[name].to("cpu")
         self._offloaded = True
-        self.encoder.on_device = lambda: self._on_device(self.text_encoder)
+        self.encoder.on_device = lambda: self._on_device(self.encoder.text_encoder)
 
     @contextmanager
     def _on_device(self, module: nn.Module) -> Iterator[None]:
@@ -144,7 +143,7 @@ class TextToImagePipeline:
         sigmas = self.generation_config.sigmas
         if sigmas is not None and len(sigmas) == steps + 1:
             return sigmas
-        return flow.get_sigmas(steps, self.shift)
+        return self.family.sigmas(self.components, steps)
 
     def encode(self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = "") -> EncodedPrompts:
         """One batch of encoded prompts, in fp32; "" is the null prompt. Recent prompts are cached.
@@ -275,14 +274,14 @@ def load_prompt_encoder(
     chosen = resolve_device(device)
     folder = resolve_model(path_or_name)
     family = resolve_family(folder)
-    components = _load_components(folder, family, ("text_encoder", "tokenizer"), dtype)
+    components = _load_components(folder, family, family.prompt_components, dtype)
     check_components(folder, family, components)
     if device == AUTO:
         log_device(chosen)
-    components["text_encoder"].to(chosen)
-    warn_if_weights_are_emulated(components["text_encoder"], chosen)
     has_config = (folder / GENERATION_CONFIG).exists()
-    return family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")
+    encoder = family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")
+    warn_if_weights_are_emulated(encoder.text_encoder.to(chosen), chosen)
+    return encoder
 
 
 def _load_components(

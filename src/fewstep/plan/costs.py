@@ -91,11 +91,13 @@ def sampling_bytes(
 
 
 def encoding_bytes(model: TextToImagePipeline) -> dict[str, float]:
-    """Bytes of the text encoder, and of the hidden states of all its layers for one batch of tokens."""
-    config = model.text_encoder.config
-    numbers = MAX_TOKENS_PER_BATCH * config.hidden_size * (config.num_hidden_layers + 1)
-    activations = float(numbers * model.text_encoder.dtype.itemsize)
-    return {"text encoder": bytes_of(model.text_encoder), "text-encoder activations": activations}
+    """Bytes of the text encoders, and of the hidden states of all their layers for one batch of tokens."""
+    names = [name for name in model.family.prompt_components if name in model.family.modules]
+    numbers = 0
+    for encoder in (model.components[name] for name in names):
+        numbers += encoder.config.hidden_size * (encoder.config.num_hidden_layers + 1) * encoder.dtype.itemsize
+    activations = float(MAX_TOKENS_PER_BATCH * numbers)
+    return {"text encoder": bytes_of(model.encoder.text_encoder), "text-encoder activations": activations}
 
 
 @torch.no_grad()

@@ -43,11 +43,10 @@ class Engine:
         self.pipeline, self.max_batch, self.observe = pipeline, max_batch, observe
         self.loras, self._swap = loras, LoraSwap(pipeline.transformer)
         self._merged: Chosen | None = ()  # what the weights hold; None after an error
-        # its own tokenizer: those of the tokenizers library must not be used in two threads at once
-        tokenizer = copy.deepcopy(pipeline.tokenizer)
-        self._encoder = pipeline.family.prompt_encoder(
-            {**pipeline.components, "tokenizer": tokenizer}, pipeline.generation_config.system_prompt
-        )
+        # its own tokenizers: those of the tokenizers library must not be used in two threads at once
+        family, components = pipeline.family, dict(pipeline.components)
+        components |= {n: copy.deepcopy(components[n]) for n in family.prompt_components if n in family.others}
+        self._encoder = family.prompt_encoder(components, pipeline.generation_config.system_prompt)
         self._fits: dict[object, int] = {}  # batches that fitted into the memory, by shape
 
     def resolve(self, prompt: str, params: SamplingParams) -> ResolvedParams:

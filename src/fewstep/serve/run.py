@@ -79,7 +79,7 @@ def serve(
         name = str(model) if str(model) in BUNDLED_MODELS else folder.resolve().name
         if enhancer == OWN:
             answers = text_encoder_with_head(folder, pipeline.text_encoder, pipeline.tokenizer)
-        revises = None if answers is None else enhancer_for(folder, pipeline.tokenizer, answers)
+        revises = None if answers is None else enhancer_for(folder, answers)
         service = Service(
             pipeline, name, model_fingerprint(folder), settings, dtype, loras, revises, safety_filter, extras
         )

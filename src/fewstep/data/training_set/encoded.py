@@ -90,7 +90,7 @@ def encode_captions(
     model.encoder.check(texts)
 
     def compute() -> Iterable[Tensor]:
-        with on_device(model.text_encoder, device):
+        with on_device(model.encoder.text_encoder, device):
             return [features.cpu() for features in model.encoder.encode_uncached(texts)]
 
     return cached(folder, "captions", [text_fingerprint(model.encoder), list(texts)], compute)
