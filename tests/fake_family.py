@@ -107,6 +107,7 @@ class FakeDenoiser(TransformerDenoiser):
 
 class FakeFamily(ModelFamily):
     pipeline_class = "FakeVideoPipeline"
+    architecture = "fake-video"
     patch_size = 1
     lora_target_modules = ("inner",)
     quantizable_modules = ("outer",)

@@ -193,9 +193,19 @@ def test_checkpointing_saves_less_and_computes_more(tiny_folder):
                                                    ("zimage-dmdr", "24", 1),
                                                    ("zimage-turbo-full", "80", 8)])  # fmt: skip
 def test_bundled_recipes_of_the_6b_model_fit(name, gpu, gpus):
+    assert_fits(name, gpu, gpus, "6,155e6")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parameters"), [("lumina-4", "2,609e6"), ("sd35-4", "2,243e6")])
+def test_bundled_recipes_of_other_families_fit(name, parameters):
+    assert_fits(name, "24", 1, parameters)
+
+
+def assert_fits(name, gpu, gpus, parameters):
     done = CliRunner().invoke(app, ["plan", name, "--gpu", gpu, "--gpus", str(gpus)])
     assert done.exit_code == 0, done.output
-    assert "6,155e6 parameters" in done.output
+    assert f"{parameters} parameters" in done.output
     assert ": fits" in done.output
     assert "does not fit" not in done.output
 

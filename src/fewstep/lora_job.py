@@ -195,6 +195,7 @@ def _write(
     images = f"{len(inputs.captions)} of its own images"
     metadata = lora_metadata(
         recipe.name,
+        architecture=model.family.architecture,
         base_model=recipe.model,
         kind=kind,
         description=f"{recipe.method.name}, {step} steps, "

@@ -47,6 +47,8 @@ class ModelFamily(ABC):
         lora_target_modules: endings of the names of the linear layers that LoRA adapts by default.
         quantizable_modules: endings of the names of the linear layers that fp8 quantizes.
         key_layouts: names of tensors in single files, by format; empty if the family has none.
+        architecture: its ID in the headers of LoRA files (ModelSpec).
+        prompt_tokens: length of every encoded prompt; None where it depends on the prompt.
         fp16: whether fp16 weights work; they do not where activations overflow.
         attention_backends: whether the transformer computes attention with the backends of diffusers.
     """
@@ -59,6 +61,8 @@ class ModelFamily(ABC):
     lora_target_modules: tuple[str, ...]
     quantizable_modules: tuple[str, ...]
     key_layouts: Mapping[str, KeyLayout] = {}
+    architecture: str
+    prompt_tokens: int | None = None
     fp16 = False
     attention_backends = True
 

@@ -36,10 +36,9 @@ def meta_noise(model: TextToImagePipeline, count: int) -> Tensor:
 
 
 def meta_prompts(model: TextToImagePipeline, count: int) -> EncodedPrompts:
-    """``count`` encoded prompts of ``PROMPT_TOKENS`` tokens, without contents."""
-    width = model.family.prompt_features(model.components)
-    features = torch.empty(count, PROMPT_TOKENS, width, device="meta")
-    return EncodedPrompts(features, torch.full((count,), PROMPT_TOKENS))
+    """``count`` encoded prompts of ``PROMPT_TOKENS`` tokens, or as many as the family's have, without contents."""
+    width, tokens = model.family.prompt_features(model.components), model.family.prompt_tokens or PROMPT_TOKENS
+    return EncodedPrompts(torch.empty(count, tokens, width, device="meta"), torch.full((count,), tokens))
 
 
 def loss_bytes(device: EmulatedDevice, module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:

@@ -22,8 +22,12 @@ from fewstep.plan.gpus import GPUSpec
 from fewstep.plan.memory_tracker import DeviceType
 
 #: Teachers with bundled configuration files, so that they can be planned for before they are downloaded.
+_ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED_CONFIGS = {
-    f"Tongyi-MAI/{name}": Path(__file__).parent.parent / "assets" / "zimage" for name in ("Z-Image", "Z-Image-Turbo")
+    "Tongyi-MAI/Z-Image": _ASSETS / "zimage",
+    "Tongyi-MAI/Z-Image-Turbo": _ASSETS / "zimage",
+    "Alpha-VLLM/Lumina-Image-2.0": _ASSETS / "lumina2",
+    "stabilityai/stable-diffusion-3.5-medium": _ASSETS / "sd35-medium",
 }
 
 #: Titles of the peaks.

@@ -31,6 +31,7 @@ class Lumina2Family(ModelFamily):
     """Lumina-Image-2.0: a unified DiT with a Gemma-2 text encoder and a 16-channel VAE (arXiv 2503.21758)."""
 
     pipeline_class = "Lumina2Pipeline"
+    architecture = "lumina-2"
     patch_size = 2
     lora_target_modules = BLOCK_LINEARS
     quantizable_modules = BLOCK_LINEARS

@@ -25,7 +25,7 @@ from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.scheduler import load_scheduler
 from fewstep.models.sd3.denoiser import TIMESTEPS, SD3Denoiser
-from fewstep.models.sd3.prompts import SD3PromptEncoder
+from fewstep.models.sd3.prompts import PROMPT_ROWS, SD3PromptEncoder
 from fewstep.models.vae import vae_scale_factor
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -45,7 +45,9 @@ class SD3Family(ModelFamily):
     modules = ("transformer", *TEXT_ENCODERS, "vae")
     others = (*TOKENIZERS, "scheduler")
     prompt_components = (*TEXT_ENCODERS, *TOKENIZERS)
+    architecture = "stable-diffusion-3"
     patch_size = 2
+    prompt_tokens = PROMPT_ROWS
     lora_target_modules = BLOCK_LINEARS
     quantizable_modules = BLOCK_LINEARS
     attention_backends = False

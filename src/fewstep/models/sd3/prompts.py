@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 from fewstep.models.text import PromptEncoder
 
 T5_TOKENS = 256  # diffusers' max_sequence_length; shorter prompts are padded, and the padding is attended to
+PROMPT_ROWS = 1 + 77 + T5_TOKENS  # pooled vector, CLIP's tokens, T5's
 BATCH = 16  # prompts encoded together: 4,096 tokens of T5
 
 

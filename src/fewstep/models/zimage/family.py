@@ -47,6 +47,7 @@ class ZImageFamily(ModelFamily):
     """Z-Image's S3-DiT with a Qwen3 text encoder and a 16-channel VAE (arXiv 2511.22699)."""
 
     pipeline_class = "ZImagePipeline"
+    architecture = "z-image"
     patch_size = PATCH_SIZE
     lora_target_modules = BLOCK_LINEARS
     quantizable_modules = BLOCK_LINEARS
