@@ -189,20 +189,11 @@ def test_checkpointing_saves_less_and_computes_more(tiny_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "gpu", "gpus"), [("zimage-turbo-8", "24", 1), ("zimage-turbo-4", "24", 1),
-                                                   ("zimage-dmdr", "24", 1),
-                                                   ("zimage-turbo-full", "80", 8)])  # fmt: skip
-def test_bundled_recipes_of_the_6b_model_fit(name, gpu, gpus):
-    assert_fits(name, gpu, gpus, "6,155e6")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "parameters"), [("lumina-4", "2,609e6"), ("sd35-4", "2,243e6")])
-def test_bundled_recipes_of_other_families_fit(name, parameters):
-    assert_fits(name, "24", 1, parameters)
-
-
-def assert_fits(name, gpu, gpus, parameters):
+@pytest.mark.parametrize(("name", "gpu", "gpus", "parameters"), [
+    ("zimage-turbo-8", "24", 1, "6,155e6"), ("zimage-turbo-4", "24", 1, "6,155e6"), ("zimage-dmdr", "24", 1, "6,155e6"),
+    ("zimage-turbo-full", "80", 8, "6,155e6"), ("lumina-4", "24", 1, "2,610e6"), ("sd35-4", "24", 1, "2,243e6"),
+])  # fmt: skip
+def test_bundled_recipes_of_released_models_fit(name, gpu, gpus, parameters):
     done = CliRunner().invoke(app, ["plan", name, "--gpu", gpu, "--gpus", str(gpus)])
     assert done.exit_code == 0, done.output
     assert f"{parameters} parameters" in done.output

@@ -30,7 +30,8 @@ class SD3PromptEncoder(PromptEncoder):
     """
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module | None], system: str = "") -> None:
-        super().__init__(tokenizers[-1], nn.ModuleList(encoders), system, max_tokens=T5_TOKENS)
+        modules = nn.ModuleList(encoders)  # type: ignore[arg-type]  # None is left out
+        super().__init__(tokenizers[-1], modules, system, max_tokens=T5_TOKENS)
         self.tokenizers = tokenizers
 
     def template(self, text: str, *, system: str | None = None, assistant_prefix: str = "") -> str:
