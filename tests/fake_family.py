@@ -7,6 +7,7 @@ its autoencoder averages pixels, its text encoder embeds bytes, and it stores co
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import MIDDLE
 from fewstep.models.block import TransformerBlock
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
@@ -92,8 +94,9 @@ class FakeDenoiser(TransformerDenoiser):
     def feature_dim(self) -> int:
         return self.transformer.embed.out_features
 
-    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        return self._tokens(x, sigma, prompts, 1).float()
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE) -> Tensor:
+        counts = [math.ceil(depth * len(self.transformer.blocks)) for depth in depths]
+        return torch.cat([self._tokens(x, sigma, prompts, count).float() for count in counts], dim=-1)
 
     def _tokens(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depth: int) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -20,10 +21,20 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
 
 
-class FeatureExtractor(Protocol):
-    """A denoiser's intermediate features of noisy images: [B, L, D], L image tokens; arguments as for a denoiser."""
+#: The middle of a network, as the shares of its layers after which features are taken.
+MIDDLE = (0.5,)
 
-    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor: ...
+
+class FeatureExtractor(Protocol):
+    """A denoiser's intermediate features of noisy images: [B, L, len(depths) D], L image tokens.
+
+    ``depths`` are shares of its layers, ascending, in (0, 1]: the features after each are concatenated. The other
+    arguments are as for a denoiser.
+    """
+
+    def features(
+        self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE
+    ) -> Tensor: ...
 
 
 def predict_x0(denoiser: Denoiser, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:

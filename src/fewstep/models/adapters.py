@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import MIDDLE
 from fewstep.models.linear_layers import matching_linears
 
 if TYPE_CHECKING:
@@ -161,9 +162,9 @@ class AdapterDenoiser(nn.Module):
         with active_adapters(self.base.transformer, self.adapters):
             return self.base(x, sigma, prompts)
 
-    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE) -> Tensor:
         with active_adapters(self.base.transformer, self.adapters):
-            return self.base.features(x, sigma, prompts)
+            return self.base.features(x, sigma, prompts, depths)
 
     def cache_text_tokens(self) -> AbstractContextManager[None]:
         """As the base's. Inside, the base and its other adapters must not be used: they share the cache."""

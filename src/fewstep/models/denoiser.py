@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.core.compiler import check_compiler
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import MIDDLE
 from fewstep.models.block import TransformerBlock
 
 RECOMPILE_LIMIT = 64  # compiled versions of the block
@@ -35,13 +36,17 @@ class TransformerDenoiser(nn.Module, ABC):
         """x [B, C, ..., H, W], sigma [B] in [0, 1], B prompts -> velocity in the shape of x, in fp32."""
 
     @abstractmethod
-    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        """Features of the image tokens after the middle layer, [B, L, D] in fp32. Arguments as for ``forward``."""
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE) -> Tensor:
+        """Features of the image tokens after some layers, [B, L, len(depths) D] in fp32. Arguments as for ``forward``.
+
+        Args:
+            depths: shares of the layers, ascending, in (0, 1]; each is rounded up to a layer.
+        """
 
     @property
     @abstractmethod
     def feature_dim(self) -> int:
-        """Dimension D of ``features``."""
+        """Dimension D of the ``features`` of one layer."""
 
     @contextmanager
     def cache_text_tokens(self) -> Iterator[None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import MIDDLE
 from fewstep.core.method import Method
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.base import DistillMethod, MethodSetup
@@ -42,9 +44,10 @@ class CountingDenoiser(nn.Module):
         self._count(x)
         return x * self.scale
 
-    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE) -> Tensor:
         self._count(x)
-        return (x.flatten(1).mean(dim=1) * self.scale)[:, None, None].expand(-1, 4, self.feature_dim)
+        width = len(depths) * self.feature_dim
+        return (x.flatten(1).mean(dim=1) * self.scale)[:, None, None].expand(-1, 4, width)
 
     def _count(self, x: Tensor) -> None:
         self.passes.forwards += 1

@@ -8,8 +8,10 @@ for each shape. Results agree to 1e-5 (tests/test_zimage.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import MIDDLE
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.zimage.block import use_fewstep_blocks
 from fewstep.models.zimage.rope import pad_to_multiple, rope_freqs
@@ -75,9 +78,9 @@ class ZImageDenoiser(TransformerDenoiser):
     def feature_dim(self) -> int:
         return int(self.transformer.config["dim"])
 
-    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        """Features of the image tokens after the middle layer: [B, H/2 * W/2, D] in fp32."""
-        return self._by_caption_length(self._mid_features, x, sigma, prompts)
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE) -> Tensor:
+        """Features of the image tokens after some layers: [B, H/2 * W/2, len(depths) D] in fp32."""
+        return self._by_caption_length(partial(self._block_features, depths), x, sigma, prompts)
 
     def _by_caption_length(self, run: GroupFn, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         """Apply ``run`` to each group of samples with the same padded caption length; rows keep their order."""
@@ -107,19 +110,23 @@ class ZImageDenoiser(TransformerDenoiser):
     def _velocity(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
         batch, channels, height, width = x.shape
         rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
-        joined, adaln_cond = self._forward_layers(len(self.transformer.layers), x, sigma, prompts, caption)
+        (joined,), adaln_cond = self._forward_layers([len(self.transformer.layers)], x, sigma, prompts, caption)
         final = self.transformer.all_final_layer[PATCH_KEY](joined[:, : rows * columns], c=adaln_cond)
         output = final.reshape(batch, rows, columns, PATCH_SIZE, PATCH_SIZE, channels).permute(0, 5, 1, 3, 2, 4)
         return -output.reshape(batch, channels, height, width).float()
 
-    def _mid_features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
-        joined, _ = self._forward_layers(-(-len(self.transformer.layers) // 2), x, sigma, prompts, caption)
-        return joined[:, : x.shape[2] * x.shape[3] // PATCH_SIZE**2].float()
+    def _block_features(
+        self, depths: Sequence[float], x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int
+    ) -> Tensor:
+        counts = [math.ceil(depth * len(self.transformer.layers)) for depth in depths]
+        after, _ = self._forward_layers(counts, x, sigma, prompts, caption)
+        tokens = x.shape[2] * x.shape[3] // PATCH_SIZE**2
+        return torch.cat([joined[:, :tokens].float() for joined in after], dim=-1)
 
     def _forward_layers(
-        self, depth: int, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int
-    ) -> tuple[Tensor, Tensor]:
-        """Image and caption tokens [B, L, D] after the first ``depth`` layers, and the embedded sigma [B, D']."""
+        self, counts: Sequence[int], x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Image and caption tokens [B, L, D] after each of ``counts`` layers, and the embedded sigma [B, D']."""
         model = self.transformer
         batch, channels, height, width = x.shape
         rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
@@ -138,9 +145,12 @@ class ZImageDenoiser(TransformerDenoiser):
             image = block(image, freqs[:tokens], adaln_cond)
 
         joined = torch.cat([image, self._cached_text(prompts, caption, freqs[tokens:]).type_as(image)], dim=1)
-        for block in model.layers[:depth]:
+        after: dict[int, Tensor] = {}
+        for number, block in enumerate(model.layers[: max(counts)], start=1):
             joined = block(joined, freqs, adaln_cond)
-        return joined, adaln_cond
+            if number in counts:
+                after[number] = joined
+        return [after[count] for count in counts], adaln_cond
 
     def _cached_text(self, prompts: EncodedPrompts, caption: int, freqs: Tensor) -> Tensor:
         """:meth:`_text` of these prompts, computed once inside ``cache_text_tokens``."""

@@ -1,0 +1,1 @@
+"""A discriminator of noisy latents, and how far its judgment can be trusted."""
