@@ -204,9 +204,10 @@ class DMDConfig(MethodConfig):
     def _check_groups(self, batch_size: int, trained: Mapping[str, object]) -> None:
         if batch_size % self.group_size:
             raise ValueError(f"train.batch_size {batch_size} is not a multiple of method.group_size {self.group_size}")
-        if self.group_size > 1 and self.requires_real:
-            real = next(name for name in trained if loss_terms.get(name).requires_real)
-            raise ValueError(f"method.group_size: {real} needs a real latent of each sample's own; set it to 1")
+        terms = {name: loss_terms.get(name) for name in trained}
+        real = [name for name, term in terms.items() if term.requires_real and term.student_uses_real]
+        if self.group_size > 1 and real:
+            raise ValueError(f"method.group_size: {real[0]} needs a real latent of each sample's own; set it to 1")
 
 
 def first_step(weight: Schedule, steps: int) -> int:

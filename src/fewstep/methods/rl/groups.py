@@ -32,3 +32,15 @@ def group_advantages(
     deviation = (squares / count - (total / count).square()).clamp(min=floor**2).sqrt()
     advantages = torch.where(scored, values - mean, 0.0) / deviation.float()
     return advantages.clamp(-bound, bound).flatten()
+
+
+def drop_flat_groups(scores: Tensor, size: int, least: float) -> Tensor:
+    """The scores [B], NaN in groups whose standard deviation is below ``least``: there is nothing to prefer in them,
+    and they should not lower the deviation that others are divided by.
+
+    Args:
+        scores: [B]; every ``size`` in a row are one group.
+    """
+    groups = scores.unflatten(0, (-1, size))
+    flat = groups.std(dim=1, correction=0, keepdim=True) < least
+    return groups.masked_fill(flat, torch.nan).flatten()

@@ -121,6 +121,7 @@ class LossTerm(ABC):
     Attributes:
         Settings: its section in the recipe.
         requires_real: batches must bring real latents, or the teacher's trajectories.
+        student_uses_real: where it requires real latents, the student's loss does, and not its trainables' alone.
         measures_real: real latents are measured once when the term is built.
         uses_sample: it needs a student sample at an anchor.
         trainable_names, model_names: what ``trainables`` gives, and which further copies of the teacher it trains.
@@ -129,6 +130,7 @@ class LossTerm(ABC):
     Settings: ClassVar[type[TermSettings]] = TermSettings
     requires_real: ClassVar[bool] = False
     measures_real: ClassVar[bool] = False
+    student_uses_real: ClassVar[bool] = True
     uses_sample: bool = True
     trainable_names: ClassVar[tuple[str, ...]] = ()
     model_names: ClassVar[tuple[str, ...]] = ()

@@ -18,7 +18,7 @@ from fewstep.data.preference_batches import preference_batches
 from fewstep.data.preferences import preference_pairs
 from fewstep.methods.dmd.terms.base import RolloutTerm, TermSettings, TermSetup
 from fewstep.methods.dmd.terms.dpo_pairs import PairMaker, Pairs, SampledPairs, VotedPairs
-from fewstep.methods.dmd.terms.grpo import REFERENCE
+from fewstep.methods.dmd.terms.policy import REFERENCE
 from fewstep.methods.dmd.terms.scoring import (
     RewardSettings,
     ScoredTermSettings,
