@@ -1,4 +1,4 @@
-"""When a discriminator may be a reward: only at the steps at which it sees, and not any more once it was blind for long.
+"""When a discriminator may be a reward: at the steps where it can tell, and no more once it could not for long.
 
 Policy gradients divide scores by their deviation. Where a discriminator cannot tell the student's samples from real
 ones its scores are noise, which that division turns into updates of full size.
@@ -80,14 +80,13 @@ class Gate:
         return [sees and not self.stopped for sees in self.sees]
 
     def metrics(self) -> dict[str, Tensor]:
-        """By step from 1: ``auc_1`` and its bound ``auc_low_1``, once there are enough pairs."""
+        """By step from 1 ``auc_1`` and its bound ``auc_low_1``, once there are enough pairs; the least as ``auc``."""
         named = {"auc": self.areas, "auc_low": self.bounds}
-        return {
-            f"{name}_{index + 1}": torch.tensor(value)
-            for name, values in named.items()
-            for index, value in enumerate(values)
-            if value is not None
-        }
+        found = {}
+        for name, values in named.items():
+            known = {f"{name}_{index + 1}": value for index, value in enumerate(values) if value is not None}
+            found |= known | ({name: min(known.values())} if known else {})
+        return {name: torch.tensor(value) for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         counters = [-1 if self.opened_at is None else self.opened_at, self.closed_for]

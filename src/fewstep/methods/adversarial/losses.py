@@ -18,10 +18,8 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: Loss) -> Tensor:
     Args:
         real, fake: [B, heads, L].
     """
-    if kind == "hinge":
-        each = F.relu(1 - real) + F.relu(1 + fake)
-    else:
-        each = F.softplus(-real) + F.softplus(fake)
+    hinge = kind == "hinge"
+    each = F.relu(1 - real) + F.relu(1 + fake) if hinge else F.softplus(-real) + F.softplus(fake)
     return each.float().mean(dim=(1, 2))
 
 

@@ -1,7 +1,7 @@
 """The loss terms, one class each; importing this package registers them, in the order in which they are computed."""
 
-from fewstep.methods.dmd.terms import adversarial_grpo as _adversarial_grpo
 from fewstep.methods.dmd.terms import advantage_weighting as _advantage_weighting
+from fewstep.methods.dmd.terms import adversarial_grpo as _adversarial_grpo
 from fewstep.methods.dmd.terms import cfg_augmentation as _ca
 from fewstep.methods.dmd.terms import distribution_matching as _dm
 from fewstep.methods.dmd.terms import dpo as _dpo

@@ -18,7 +18,7 @@ from fewstep.core.method import Trainable
 from fewstep.core.registry import loss_terms
 from fewstep.core.schedules import Schedule
 from fewstep.data.batch import DistillBatch
-from fewstep.methods.dmd.terms.adversary import Adversary, AdversarySettings
+from fewstep.methods.dmd.terms.adversary import ADVERSARY_METRICS, Adversary, AdversarySettings
 from fewstep.methods.dmd.terms.base import TermSettings, TermSetup
 from fewstep.methods.dmd.terms.policy import (
     REFERENCE,
@@ -100,7 +100,7 @@ class AdversarialGRPO(PolicyTerm):
     def metric_names(cls, settings: TermSettings) -> set[str]:
         assert isinstance(settings, AdversarialGRPOSettings)
         own = {f"student/{NAME}_{key}" for key in ("open", "stopped", "due")}
-        return own | policy_metrics(NAME, settings) | {"discriminator/accuracy", "discriminator/r1"}
+        return own | policy_metrics(NAME, settings) | ADVERSARY_METRICS
 
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
@@ -121,6 +121,8 @@ class AdversarialGRPO(PolicyTerm):
     @property
     def due(self) -> bool:
         """Whether the policy is updated in this step: the gate is open, and it is the turn of the policy."""
+        if self.adversary.planned:
+            return True
         since = self.adversary.step - (self.adversary.gate.opened_at or 0)
         return any(self.adversary.open) and since % round(self.every(max(0, since))) == 0
 

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 LEAST_DEVIATION = 0.01  # of logits at a step, that scores are divided by: smaller ones are no judgment
 MOMENTS_WINDOW = 1024  # generated samples at a step, for their mean and deviation
 
+#: What is logged of every discriminator, besides ``auc_<step>`` and ``auc_low_<step>``.
+ADVERSARY_METRICS = {f"discriminator/{name}" for name in ("accuracy", "r1", "auc", "auc_low")}
+
 Share = Annotated[float, Field(gt=0, lt=1)]
 Depth = Annotated[float, Field(gt=0, le=1)]
 
@@ -126,14 +129,19 @@ class Adversary:
         )
 
     @property
+    def planned(self) -> bool:
+        """Whether this is a dry run, in which the gate is open: it must count what an open gate costs."""
+        return self.dist.device.type == "meta"
+
+    @property
     def open(self) -> list[bool]:
-        """Whether the states after each of the student's steps may be rewarded. A dry run has all of them."""
-        if self.dist.device.type == "meta":
+        """Whether the states after each of the student's steps may be rewarded."""
+        if self.planned:
             return [True] * len(self.levels)
         return [each and self.step >= self.pretraining for each in self.gate.open]
 
     def compute_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss on one state of each sample's rollout, and the gate's measures on held-out prompts."""
+        """The discriminator's loss on one state of each sample's rollout; held-out prompts measure it instead."""
         pairs, held_out = self._pairs(batch)
         sigma, eps = self._sigma(pairs.step), torch.randn_like(pairs.real)
         real = flow.add_noise(pairs.real, sigma, eps)
