@@ -5,15 +5,19 @@ from itertools import pairwise
 import pytest
 import torch
 from dmd_setup import LEVELS, SHIFT, batch_of, dmd
-from gaussian import Gaussian
+from gaussian import SHAPE, Gaussian, prompts_of
 from torch import nn
 
 from fewstep.config.load import load_recipe
 from fewstep.core import flow
+from fewstep.core.denoiser import predict_x0
 from fewstep.core.schedules import Constant, Piecewise
 from fewstep.errors import UserError
+from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.adversarial_grpo import AdversarialGRPO, AdversarialGRPOSettings
+from fewstep.methods.dmd.terms.adversarial_surrogate import AdversarialSurrogate, AdversarialSurrogateSettings
 from fewstep.methods.dmd.terms.adversary import Adversary, AdversarySettings
+from fewstep.methods.dmd.terms.base import Renoised
 from fewstep.methods.dmd.terms.policy import stochastic_rollout
 from fewstep.methods.rl.groups import drop_flat_groups
 
@@ -146,6 +150,44 @@ def test_the_policys_turns_come_more_often_after_the_gate_opened():
         due += [step] if term.due else []
     assert due == [3, 7, 11, 13, 15, 17, 19]
     assert {later - first for first, later in pairwise(due)} == {4, 2}
+
+
+def surrogate_term(open_steps=(0, 1, 2, 3)):
+    policy = term_of(Gaussian(), open_steps=open_steps)
+    settings = AdversarialSurrogateSettings(std_floor=0.1, clip=0.9)
+    models = Gaussian().requires_grad_(False), Gaussian()
+    return AdversarialSurrogate(*models, policy.adversary, Renoise("hybrid", SHIFT), 32, settings, eps=1e-6)
+
+
+def test_the_surrogate_learns_what_the_discriminator_prefers():
+    torch.manual_seed(0)
+    term = surrogate_term()
+    surrogate, _ = term.trainables()
+    optimizer = torch.optim.Adam(term.surrogate.parameters(), lr=0.02)
+    for _ in range(20):
+        loss, metrics = surrogate.loss(batch_of(count=64))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert term.surrogate.offset.item() > 0.05
+    assert metrics["open"].item() == 1.0
+    assert term.adversary.heads.slope.grad is None
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_surrogates_direction_ends_with_the_gate(stopped):
+    term = surrogate_term()
+    with torch.no_grad():
+        term.surrogate.offset.fill_(1.0)
+    term.adversary.gate.closed_for = term.adversary.gate.patience if stopped else 0
+    x, sigma = torch.randn(4, *SHAPE), torch.full((4,), 0.5)
+    prompts = prompts_of([0.0] * 4)
+    teacher = [predict_x0(term.teacher, x, sigma, prompts)]
+    with torch.no_grad():
+        delta = term.direction(x, sigma, prompts, Renoised(x, sigma), teacher).delta
+        advantages = term.preferences(batch_of(count=64))[1]
+    assert bool((delta == 0).all()) == stopped
+    assert bool((advantages == 0).all()) == stopped
 
 
 TERMS = "method.terms={cfg_augmentation: {}, distribution_matching: {}, adversarial_grpo: {OPTIONS}}"

@@ -1,13 +1,8 @@
 """Whole runs with rewards on a tiny model: exact resume, the same on one process and two, plans."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from rl_runs_setup import lines, run_processes
 from safetensors.torch import load_file
 
 from fewstep import api
@@ -29,11 +24,6 @@ TERMS = (
     f"grpo: {{{BRIGHT}, updates: 2, kl_weight: 0.1}}"
 )
 ALL = [*SHORT, f"method.terms={{{TERMS}}}", "method.renoise.dyna_rs={steps: 3}"]
-
-
-def lines(run: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
 
 
 def test_a_run_with_every_reward_term_resumes_exactly(tiny_folder, tmp_path):
@@ -60,25 +50,8 @@ def test_a_run_with_every_reward_term_resumes_exactly(tiny_folder, tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(tiny_folder, tmp_path):
     """Groups are whole on each, statistics and balance are those of both."""
-    tests = str(Path(__file__).parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
-    for processes in (1, 2):
-        launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        options = [f"teacher={tiny_folder}", *ALL, "train.steps=3"]
-        settings = [word for option in options for word in ("-s", option)]
-        words = [
-            sys.executable,
-            *launch,
-            "-m",
-            "fewstep",
-            "distill",
-            "micro-aligned",
-            "--out",
-            str(tmp_path / str(processes)),
-        ]
-        done = subprocess.run([*words, *settings], env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (lines(tmp_path / str(processes)) for processes in (1, 2))
+    options = [f"teacher={tiny_folder}", *ALL, "train.steps=3"]
+    one, two = (run_processes("micro-aligned", tmp_path, options, count) for count in (1, 2))
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():

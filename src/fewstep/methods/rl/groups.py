@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,30 @@ def drop_flat_groups(scores: Tensor, size: int, least: float) -> Tensor:
     groups = scores.unflatten(0, (-1, size))
     flat = groups.std(dim=1, correction=0, keepdim=True) < least
     return groups.masked_fill(flat, torch.nan).flatten()
+
+
+def later_advantages(
+    scores: Tensor,
+    usable: Sequence[bool],
+    index: int,
+    size: int,
+    *,
+    least: float,
+    floor: float,
+    bound: float,
+    reduce: Reduce = lambda tensor: tensor,
+) -> Tensor:
+    """The advantages [B] of a rollout's step: those of the mean score of the usable states from the one it leads to on.
+
+    Args:
+        scores: [steps, B], of the state after each step.
+        usable: by step. Without a usable state all advantages are 0.
+        index: of the step.
+        size, least: of the groups, and their least deviation, as in :func:`drop_flat_groups`.
+        floor, bound, reduce: as in :func:`group_advantages`.
+    """
+    later = [scores[at] for at in range(index, len(scores)) if usable[at]]
+    if not later:
+        return torch.zeros_like(scores[index])
+    mean = drop_flat_groups(torch.stack(later).mean(dim=0), size, least)
+    return group_advantages(mean, size, floor=floor, bound=bound, reduce=reduce)

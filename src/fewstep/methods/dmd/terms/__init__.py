@@ -2,6 +2,7 @@
 
 from fewstep.methods.dmd.terms import advantage_weighting as _advantage_weighting
 from fewstep.methods.dmd.terms import adversarial_grpo as _adversarial_grpo
+from fewstep.methods.dmd.terms import adversarial_surrogate as _adversarial_surrogate
 from fewstep.methods.dmd.terms import cfg_augmentation as _ca
 from fewstep.methods.dmd.terms import distribution_matching as _dm
 from fewstep.methods.dmd.terms import dpo as _dpo
@@ -19,6 +20,7 @@ from fewstep.methods.dmd.terms import trajectory_mse as _trajectory_mse
 __all__ = [
     "_advantage_weighting",
     "_adversarial_grpo",
+    "_adversarial_surrogate",
     "_ca",
     "_dm",
     "_dpo",

@@ -28,7 +28,7 @@ from fewstep.methods.dmd.terms.policy import (
     policy_metrics,
     stochastic_rollout,
 )
-from fewstep.methods.rl.groups import drop_flat_groups, group_advantages
+from fewstep.methods.rl.groups import later_advantages
 from fewstep.rewards.moments import Reduce
 
 if TYPE_CHECKING:
@@ -133,20 +133,16 @@ class AdversarialGRPO(PolicyTerm):
         if not self.due:
             return Rollout((), batch.prompts, ())
         made, open_ = self.simulate(batch), self.adversary.open
-        groups = [row - row % self.group_size for row in range(len(batch))]
-        eps = torch.randn_like(batch.noise)[groups]  # one noise on a group's final states, so that they compare
-        scores = self.adversary.scores(made, batch.prompts, eps)
+        scores = self.adversary.scores(made, batch.prompts, self.group_size)
         usable = [step for step in made if step.std > 0 and any(open_[step.index :])]
         steps = self.drawn(usable)
         return Rollout(steps, batch.prompts, [self._advantages(scores, open_, step.index) for step in steps])
 
     def _advantages(self, scores: Tensor, open_: Sequence[bool], index: int) -> Tensor:
         """[B], of the step with this index: of the scores [steps, B] from the state it leads to on."""
-        later = [scores[at] for at in range(index, len(scores)) if open_[at]]
-        mean = drop_flat_groups(torch.stack(later).mean(dim=0), self.group_size, self.least_spread)
-        return group_advantages(
-            mean,
-            self.group_size,
+        return later_advantages(
+            *(scores, open_, index, self.group_size),
+            least=self.least_spread,
             floor=self.policy.std_floor,
             bound=self.policy.advantage_bound,
             reduce=self.reduce,

@@ -195,10 +195,12 @@ class Adversary:
         return [*(step.x_next for step in made[:-1]), flow.add_noise(final, self.levels[-1], eps)]
 
     @torch.no_grad()
-    def scores(self, made: Sequence[SamplerStep], prompts: EncodedPrompts, eps: Tensor) -> Tensor:
+    def scores(self, made: Sequence[SamplerStep], prompts: EncodedPrompts, group_size: int) -> Tensor:
         """The calibrated scores of a rollout's states, [steps, B]: less the mean of held-out samples of the student
         after the same step, over their deviation, so that those of different steps can be added."""
-        found = []
+        final, found = made[-1].x_next, []
+        # one noise on the final states of a group, so that they compare
+        eps = torch.randn_like(final)[[row - row % group_size for row in range(len(final))]]
         for state, level, moments in zip(self.scored_states(made, eps), self.levels, self.moments, strict=True):
             sigma = torch.full((len(state),), level, device=state.device)
             score = score_of(self._logits(state, sigma, prompts))
