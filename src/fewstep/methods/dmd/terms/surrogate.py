@@ -1,4 +1,4 @@
-"""The surrogate preference direction (TDM-R1, arXiv 2603.07700): for rewards without gradient, even at 1 and 2 steps."""
+"""The surrogate preference direction (TDM-R1, arXiv 2603.07700): for rewards without gradient, also at 2 steps."""
 
 from __future__ import annotations
 
