@@ -8,6 +8,7 @@ _FILES = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
 _JOINT = "cfg_augmentation: {}, distribution_matching: {}"
 _EMOJI = "rewards: [{reward: emoji}]"
 _GROUPS = "-s method.group_size=2"
+_ADVERSARIAL = f"{_GROUPS} -s optim.discriminator.lr=1e-3"
 
 
 def _terms(terms: str, expected: str, more: str = "", files: dict[str, object] | None = None) -> Case:
@@ -36,6 +37,8 @@ SECTION = Section(
             "{recipe}: {key}: {problem}",
             "Values of a term of their own.",
             _terms("reward: {rewards: []}", "reward.rewards: list should have at least 1 item"),
+            _terms("adversarial_grpo: {every: 0.5}", "at most one policy step is taken", _ADVERSARIAL),
+            _terms("adversarial_grpo: {adversary: {depths: [0.5, 0.2]}}", "give ascending shares", _ADVERSARIAL),
             _terms(f"reward: {{{_EMOJI}, balance: 0}}", "reward.balance: input should be greater than 0"),
             _terms(f"reward: {{{_EMOJI}, at: start}}", "reward.at: input should be 'endpoint' or 'anchor'"),
             _terms(f"reward: {{{_EMOJI}, max_failures: 2}}", "reward.max_failures"),
