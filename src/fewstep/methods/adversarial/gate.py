@@ -57,8 +57,8 @@ class Gate:
         """
         for index, pairs in enumerate(self.pairs):
             if len(pairs) >= self.least:
-                self.areas[index] = auc(*pairs.unbind(1))
-                self.bounds[index] = auc_lower_bound(*pairs.unbind(1), self.confidence)
+                self.areas[index] = auc(pairs[:, 0], pairs[:, 1])
+                self.bounds[index] = auc_lower_bound(pairs[:, 0], pairs[:, 1], self.confidence)
         if started and any(self.sees):
             self.opened_at = step if self.opened_at is None else self.opened_at
         if self.opened_at is not None and not self.stopped:
@@ -82,7 +82,7 @@ class Gate:
     def metrics(self) -> dict[str, Tensor]:
         """By step from 1 ``auc_1`` and its bound ``auc_low_1``, once there are enough pairs; the least as ``auc``."""
         named = {"auc": self.areas, "auc_low": self.bounds}
-        found = {}
+        found: dict[str, float] = {}
         for name, values in named.items():
             known = {f"{name}_{index + 1}": value for index, value in enumerate(values) if value is not None}
             found |= known | ({name: min(known.values())} if known else {})

@@ -63,7 +63,6 @@ class AdversarialSurrogate(PreferenceDirection):
     requires_real = True
     student_uses_real = False
     trainable_names = ("surrogate", "discriminator")
-    model_names = ("surrogate",)
 
     def __init__(
         self,

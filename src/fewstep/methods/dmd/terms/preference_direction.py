@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -53,7 +53,8 @@ class PreferenceDirection(DirectionTerm):
 
     level = "dm"
     teacher_prompts = ("cond",)
-    trainable_names = model_names = ("surrogate",)
+    trainable_names: ClassVar[tuple[str, ...]] = ("surrogate",)
+    model_names = ("surrogate",)
 
     def __init__(
         self,
