@@ -65,4 +65,5 @@ def test_two_processes_equal_one(tiny_folder, tmp_path, terms):
         assert first.keys() == second.keys()
         for name, value in first.items():
             if "ratio" not in name and "x0_" not in name and "cosine" not in name:  # those are no means over samples
-                assert second[name] == pytest.approx(value, abs=2e-4, rel=2e-3), name
+                rank = "/auc" in name  # a rounding difference exchanges the ranks of nearly equal scores
+                assert second[name] == pytest.approx(value, abs=5e-2 if rank else 2e-4, rel=2e-3), name
