@@ -144,6 +144,9 @@ class FamilyConformance:
         features = model.denoiser.features(x, sigma, prompts)
         tokens = x.shape[-2] * x.shape[-1] // model.family.patch_size**2
         assert features.shape == (3, tokens, model.denoiser.feature_dim)
+        twice = model.denoiser.features(x, sigma, prompts, depths=(0.5, 1.0))
+        assert twice.shape == (3, tokens, 2 * model.denoiser.feature_dim)
+        assert torch.equal(twice[..., : model.denoiser.feature_dim], features)
         assert (model.denoiser.features(x + 1, sigma, prompts) - features).abs().amax(dim=(1, 2)).min() > 1e-4
 
     def test_sides_are_multiples(self, model):

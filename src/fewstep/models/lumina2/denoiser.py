@@ -7,11 +7,15 @@ nothing is read back from a GPU. Attention does not depend on the order of token
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor
 
 from fewstep.core.conditioning import EncodedPrompts
+from fewstep.core.denoiser import MIDDLE
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.diffusers_block import replace_blocks
 from fewstep.models.lumina2.rope import rope_freqs
@@ -32,7 +36,7 @@ class Lumina2Denoiser(TransformerDenoiser):
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
         """x [B, C, H, W] with even H and W, sigma [B], B prompts -> velocity [B, C, H, W] in fp32."""
         model = self.transformer
-        image, temb = self._image_tokens(len(model.layers), x, sigma, prompts)
+        (image,), temb = self._image_tokens([len(model.layers)], x, sigma, prompts)
         patch, (height, width) = model.config["patch_size"], x.shape[2:]
         output = model.norm_out(image, temb).unflatten(2, (patch, patch, -1))
         output = output.unflatten(1, (height // patch, width // patch)).permute(0, 5, 1, 3, 2, 4)
@@ -42,12 +46,15 @@ class Lumina2Denoiser(TransformerDenoiser):
     def feature_dim(self) -> int:
         return int(self.transformer.config["hidden_size"])
 
-    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        """Features of the image tokens after the middle layer: [B, H/2 * W/2, D] in fp32."""
-        return self._image_tokens(-(-len(self.transformer.layers) // 2), x, sigma, prompts)[0].float()
+    def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE) -> Tensor:
+        """Features of the image tokens after some layers: [B, H/2 * W/2, len(depths) D] in fp32."""
+        counts = [math.ceil(depth * len(self.transformer.layers)) for depth in depths]
+        return torch.cat(self._image_tokens(counts, x, sigma, prompts)[0], dim=-1).float()
 
-    def _image_tokens(self, depth: int, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
-        """Image tokens [B, L, D] after the first ``depth`` layers, and the embedded sigma [B, D']."""
+    def _image_tokens(
+        self, counts: Sequence[int], x: Tensor, sigma: Tensor, prompts: EncodedPrompts
+    ) -> tuple[list[Tensor], Tensor]:
+        """Image tokens [B, L, D] after each of ``counts`` layers, and the embedded sigma [B, D']."""
         model = self.transformer
         batch, channels, height, width = x.shape
         patch, lengths = model.config["patch_size"], tuple(prompts.lengths.tolist())
@@ -69,6 +76,8 @@ class Lumina2Denoiser(TransformerDenoiser):
         for block in model.noise_refiner:
             image = block(image, None, freqs[:, :tokens], temb)
         joined = torch.cat([image, text], dim=1)
-        for block in model.layers[:depth]:
+        after = []
+        for count, block in enumerate(model.layers[: counts[-1]], 1):
             joined = block(joined, mask, freqs, temb)
-        return joined[:, :tokens], temb
+            after += [joined[:, :tokens]] * counts.count(count)
+        return after, temb
