@@ -25,8 +25,8 @@ def _image(path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(path)
 
 
-_SET: dict[str, Content] = {"set/a.png": _image, "set/dataset.yaml": _INDEX, "set/metadata.jsonl": _ROW}
-_FILES: dict[str, Content] = {"lora.yaml": LORA, **_SET}
+SET: dict[str, Content] = {"set/a.png": _image, "set/dataset.yaml": _INDEX, "set/metadata.jsonl": _ROW}
+_FILES: dict[str, Content] = {"lora.yaml": LORA, **SET}
 
 
 def _with(expected: str, changed: dict[str, Content], *overrides: str) -> Case:

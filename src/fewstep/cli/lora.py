@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fewstep.cli.lora_choose import choose
 from fewstep.cli.lora_edit import extract, mix, resize
 from fewstep.cli.lora_options import Ignore, LoraDtype, LoraFormatName, ModelOfNames, WeightedFile, WeightedFiles
 from fewstep.cli.lora_prepare import prepare
@@ -132,6 +133,7 @@ def _range(values: list[int] | list[float]) -> str:
 app.command()(prepare)
 app.command()(train)
 app.command()(adapter)
+app.command()(choose)
 app.command()(extract)
 app.command()(resize)
 app.command()(mix)
