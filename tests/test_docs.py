@@ -23,7 +23,20 @@ COMMANDS = {
 }
 GROUPS = {
     "emoji": {"build", "gallery", "sheet", "train", "publish", "publish-student"},
-    "lora": {"adapter", "check", "convert", "extract", "info", "merge", "mix", "prepare", "resize", "train"},
+    "lora": {
+        "adapter",
+        "check",
+        "choose",
+        "convert",
+        "extract",
+        "import",
+        "info",
+        "merge",
+        "mix",
+        "prepare",
+        "resize",
+        "train",
+    },
     "prefs": {"collect", "rank", "train"},
 }
 

@@ -9,6 +9,7 @@ import typer
 
 from fewstep.cli.lora_choose import choose
 from fewstep.cli.lora_edit import extract, mix, resize
+from fewstep.cli.lora_import import import_config
 from fewstep.cli.lora_options import Ignore, LoraDtype, LoraFormatName, ModelOfNames, WeightedFile, WeightedFiles
 from fewstep.cli.lora_prepare import prepare
 from fewstep.cli.lora_train import adapter, train
@@ -134,6 +135,7 @@ app.command()(prepare)
 app.command()(train)
 app.command()(adapter)
 app.command()(choose)
+app.command("import")(import_config)
 app.command()(extract)
 app.command()(resize)
 app.command()(mix)
