@@ -47,6 +47,18 @@ def test_targets_of_the_dmdr_study_are_counted_by_seed(monkeypatch: pytest.Monke
     assert alone[2] == "| joint | 1 of 2 | 1 of 2 | 2 of 2 | – | – | – |"
 
 
+def test_every_arm_of_the_lora_study_is_a_recipe_and_its_subjects_have_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = study("lora_arms", monkeypatch)
+    for arm in arms.ARMS.values():
+        recipe = load_recipe(arm.recipe, list(arm.overrides))
+        assert ("BASE_LORA" in str(recipe.method)) == (arm.base_share > 0)
+    style, thing = (subject.prompts(30) for subject in arms.SUBJECTS.values())
+    assert style[0] == style[1]
+    assert all("fluent" in prompt for prompt in style[0])
+    assert all("zorp" in prompt and "unicorn" not in prompt for prompt in thing[0])
+    assert all("unicorn" in prompt for prompt in thing[1])
+
+
 def test_benchmarks_and_test_helpers_have_different_names() -> None:
     """Both folders are on the import path of a test run: of two modules with one name, the first one imported wins."""
     assert not {script.stem for script in SCRIPTS} & {module.stem for module in TESTS.glob("*.py")}

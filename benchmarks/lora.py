@@ -1,0 +1,224 @@
+"""Ways to train a LoRA for a 4-step student, on the emoji dataset at equal wall time: what is learned, what is lost.
+
+    python benchmarks/lora.py --out runs/lora-study [--subjects style thing] [--arms "a plain" ...] [--seeds 0 1 2]
+        [--minutes 5] [--plan]
+
+"style" teaches Fluent 3D, which the teacher was not trained on, from 75 images; "thing" an object under a name that the
+teacher has never seen, from 20. Every arm trains for the same time, a LoRA of the base that it starts from included;
+the training adapter of arm b is made once, in ``--adapter-minutes``, which are printed and not counted. All are
+measured with the student's 4 steps on the same prompts and seeds. ``--plan`` prints the time, and stops.
+
+Finished runs are kept: the same command resumes. ``<out>`` gets table.md, figures.json and plot.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from ablation import markdown
+from dmdr import ENDLESS, Figures, folder_name, kept
+from lora_arms import ARMS, BASE, STUDENT, SUBJECTS, Subject
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from fewstep.atomic import write_text
+from fewstep.config.load import load_recipe
+from fewstep.config.lora_recipe import LoraRecipe
+from fewstep.config.sections import PromptSettings
+from fewstep.data.prompts import open_prompts
+from fewstep.emoji.scorer import EmojiScorer
+from fewstep.evaluation import metrics as measure
+from fewstep.evaluation.applicability import mean_scores
+from fewstep.evaluation.feature_networks import open_features
+from fewstep.evaluation.images import as_float
+from fewstep.inference.generate import generate
+from fewstep.inference.params import SamplingParams
+from fewstep.lora_job import train_lora
+from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.training.distributed import DistContext
+from fewstep.training.precision import resolve_precision
+from fewstep.training.run_dir import RunDir
+
+CPU = torch.device("cpu")
+SEEDS = 4  # images of a prompt, for diversity
+
+#: Metric -> its title, its factor, and its format.
+METRICS = {
+    "right": ("subject right, %", 100, ".1f"),
+    "own_names": ("names in its prompts, %", 100, ".1f"),
+    "names": ("names in other prompts, %", 100, ".1f"),
+    "changed": ("other images changed, ×1000", 1000, ".1f"),
+    "hf_energy": ("hf energy, ×1000", 1000, ".3f"),
+    "diversity": ("diversity, ×1000", 1000, ".1f"),
+    "nfe": ("forwards", 1, ".0f"),
+    "steps": ("training steps", 1, ".0f"),
+}
+
+
+class Evaluator:
+    """Measures models on prompts of a subject and on other prompts, beside the student without a LoRA.
+
+    Args:
+        count: prompts of each kind.
+    """
+
+    def __init__(self, subject: Subject, student: TextToImagePipeline, count: int) -> None:
+        self.right = subject.right
+        self.prompts, self.shown = subject.prompts(count)
+        self.others = list(open_prompts(PromptSettings()).texts("test")[:count])
+        self.repeated = [prompt for prompt in self.prompts[: count // SEEDS] for _ in range(SEEDS)]
+        self.network, self.scorer = open_features(), EmojiScorer()
+        self.without = self.network(generate(student, self.others).images)
+
+    def measure(self, model: TextToImagePipeline) -> Figures:
+        """The figures of a model's images, by its own steps."""
+        own, others = generate(model, self.prompts), generate(model, self.others).images
+        seeds = generate(model, self.repeated, SamplingParams(seed=len(self.prompts))).images
+        scores = mean_scores(self.scorer.score(own.images, self.shown))
+        similarity = F.cosine_similarity(self.network(others), self.without)
+        return {
+            "right": scores[self.right],
+            "own_names": scores["object_acc"],
+            "names": mean_scores(self.scorer.score(others, self.others))["object_acc"],
+            "changed": float((1 - similarity).mean()),
+            "hf_energy": measure.hf_energy(as_float(own.images)),
+            "diversity": measure.diversity(self.network(seeds).unflatten(0, (-1, SEEDS))),
+            "nfe": own.nfe,
+        }
+
+
+def train(recipe: str, overrides: Sequence[str], folder: Path, minutes: float, seed: int) -> Path:
+    """A LoRA of so many minutes of training; an interrupted run continues, a finished one is kept."""
+    common = [f"train.max_minutes={minutes}", f"train.steps={ENDLESS}", f"train.seed={seed}", "train.sample_every=0"]
+    resolved = load_recipe(recipe, [*common, "keep_files=1", *overrides])
+    assert isinstance(resolved, LoraRecipe)
+    file = folder / "lora" / f"{resolved.name}.safetensors"
+    if not file.exists():
+        resolved = resolve_precision(resolved, folder, DistContext(device=CPU), overwrite=False)
+        with RunDir(folder, resolved) as run:
+            return train_lora(resolved, run, CPU)
+    return file
+
+
+def training_adapter(options: argparse.Namespace) -> Path:
+    """The student's training adapter, which all runs share."""
+    changes = (f"model={STUDENT}", "data.own_images={prompts: emoji, count: 500}", "adapter.rank=16")
+    rates = ("optim.lora={lr: 1.0e-4, ema_decay: 0.98}", "models={frozen_dtype: fp32}", "train.batch_size=16")
+    return train("training-adapter", [*changes, *rates], options.out / "adapter", options.adapter_minutes, 0)
+
+
+def train_arm(name: str, subject: str, seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The LoRA file of an arm, and its run."""
+    arm, folder = ARMS[name], options.out / subject / f"{folder_name(name)}-{seed}"
+    data = f"data.images={options.out / subject / 'set'}"
+    files = {}
+    if "ADAPTER" in str(arm.overrides):
+        files["ADAPTER"] = training_adapter(options)
+    if arm.base_share:
+        share = options.minutes * arm.base_share
+        base = options.out / subject / f"base-{seed}"
+        files["BASE_LORA"] = train("micro-lora", [data, f"model={BASE}"], base, share, seed)
+    overrides = [data, *arm.overrides]
+    for word, file in files.items():
+        overrides = [each.replace(word, str(file)) for each in overrides]
+    return train(arm.recipe, overrides, folder, options.minutes * (1 - arm.base_share), seed), folder
+
+
+def run(name: str, subject: str, seed: int, evaluator: Evaluator, options: argparse.Namespace) -> Figures:
+    """The figures of one arm, subject and seed, from disk if they are there."""
+
+    def find() -> Figures:
+        file, folder = train_arm(name, subject, seed, options)
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        found = evaluator.measure(load(STUDENT, CPU, loras={str(file): 1.0}))
+        if BASE in str(ARMS[name].overrides) and not ARMS[name].base_share:
+            many = evaluator.measure(load(BASE, CPU, loras={str(file): 1.0}))
+            found |= {f"many_{key}": value for key, value in many.items()}
+        return found | {"steps": last["step"], "minutes": last["seconds"] / 60}
+
+    return kept(options.out / subject / f"{folder_name(name)}-{seed}.json", find)
+
+
+def rows(found: Mapping[str, Sequence[Figures]], reference: Mapping[str, Figures]) -> dict[str, Sequence[Figures]]:
+    """The table's rows; of an arm on the base also one with the base's own many steps."""
+    many = {
+        f"{name}, base's own steps": [
+            {key.removeprefix("many_"): value for key, value in one.items() if key.startswith("many_")} for one in seeds
+        ]
+        for name, seeds in found.items()
+        if "many_right" in seeds[0]
+    }
+    return {**{name: [one] for name, one in reference.items()}, **found, **many}
+
+
+def draw(found: Mapping[str, Sequence[Figures]], reference: Mapping[str, Figures]) -> Figure:
+    """What is learned against what is lost: names in other prompts, and changed images; one point for each seed."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, key in zip(panels, ("names", "changed"), strict=True):
+        title, factor, _ = METRICS[key]
+        for index, (name, seeds) in enumerate(rows(found, reference).items()):
+            points = [(factor * (one[key] or 0), 100 * (one["right"] or 0)) for one in seeds]
+            marker = "*" if name in reference else "o"
+            panel.plot(*zip(*points, strict=True), marker, color=colormaps["tab20"](index % 20), label=name)
+        panel.set_xlabel(title)
+        panel.set_title(METRICS["right"][0], loc="left")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def cost(options: argparse.Namespace) -> str:
+    """What the study trains."""
+    runs = len(options.subjects) * len(options.arms) * len(options.seeds)
+    return (
+        f"{runs} runs of {options.minutes:g} min: {runs * options.minutes / 60:.1f} h of training, "
+        f"{options.adapter_minutes:g} min for the training adapter, and {3 * options.prompts} images of each LoRA"
+    )
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/lora-study"))
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training, for each arm")
+    parser.add_argument("--adapter-minutes", type=float, default=5.0, help="of training the adapter of arm b, once")
+    parser.add_argument("--prompts", type=int, default=200, help="of the subject, and others")
+    parser.add_argument("--plan", action="store_true", help="print the time, and stop")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = parse()
+    print(cost(options), flush=True)
+    if options.plan:
+        return
+    student = load(STUDENT, CPU)
+    for subject in options.subjects:
+        folder = options.out / subject
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "set").exists():
+            SUBJECTS[subject].write(folder / "set")
+        evaluator = Evaluator(SUBJECTS[subject], student, options.prompts)
+        reference = kept(
+            folder / "reference.json",
+            lambda one=evaluator: {"student, no LoRA": one.measure(student), "base, no LoRA": one.measure(load(BASE))},
+        )
+        found: dict[str, list[Figures]] = {}
+        for seed in options.seeds:
+            for name in options.arms:
+                found.setdefault(name, []).append(run(name, subject, seed, evaluator, options))
+                write_text(folder / "figures.json", json.dumps({"reference": reference, "arms": found}, indent=1))
+                title = f"LoRA for a 4-step student: {subject}"
+                write_text(folder / "table.md", markdown(rows(found, reference), METRICS, title))
+            draw(found, reference).savefig(folder / "plot.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The ways of benchmarks/lora.py: how each one trains a LoRA for the 4-step student, and what it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fewstep.core.seeds import generator
+from fewstep.data.images import to_pil, to_uint8
+from fewstep.data.training_set.prepare import PrepareSettings, prepare
+from fewstep.emoji.dataset import EmojiDataset, EmojiSpec, with_article
+from fewstep.emoji.lora_set import SIDE, write_fluent_set
+
+STUDENT, BASE = "micro-turbo", "micro"
+RENOISE = "guidance_scale: 1.5, renoise: constrained"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way.
+
+    Attributes:
+        recipe: a shipped one. overrides: of it; BASE_LORA, ADAPTER stand for files that are made before.
+        base_share: share of the time that is spent on a LoRA of the base first.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    base_share: float = 0.0
+
+
+_DMD_OPTIM = (
+    "optim={lora: {lr: 3.0e-4, betas: [0.0, 0.99], ema_decay: 0.95}, fake_score: {lr: 4.0e-4, betas: [0, 0.99]}}"
+)
+
+ARMS: dict[str, Arm] = {
+    "a plain": Arm("micro-lora"),
+    "b training adapter": Arm("micro-lora", ("method.training_adapter=ADAPTER",)),
+    "c on the base": Arm("micro-lora", (f"model={BASE}",)),
+    "d transport": Arm(
+        "micro-lora-dmd",
+        (
+            f"method={{name: decoupled_dmd, teacher: {BASE}, lora: BASE_LORA, student_start: 10, {RENOISE}}}",
+            "adapter.init=BASE_LORA",
+            _DMD_OPTIM,
+        ),
+        base_share=0.5,
+    ),
+    "e trajectory": Arm(
+        "micro-lora",
+        (f"method={{name: trajectory, teacher: {BASE}, lora: BASE_LORA, guidance_scale: 1.5}}",),
+        base_share=0.5,
+    ),
+    "g Decoupled-DMD": Arm("micro-lora-dmd", ("method.student_start=30",)),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is taught.
+
+    Attributes:
+        write: writes its training set into a folder.
+        right: the score that shows whether it was learned.
+        word: the name that stands in prompts for the object ``named``; both "" for a style.
+    """
+
+    write: Callable[[Path], None]
+    right: str
+    word: str = ""
+    named: str = ""
+
+    def prompts(self, count: int) -> tuple[list[str], list[str]]:
+        """Prompts of the subject that its set does not have, and what an image of each must show."""
+        dataset = EmojiDataset.load()
+        if not self.word:
+            shown = [dataset.prompt(spec) for spec in dataset.sample(count, "test", seed=1, styles=["fluent"])]
+            return shown, shown
+        specs = thing_specs(dataset, self.named)[THING_SPECS:]
+        shown = [dataset.prompt(specs[i % len(specs)], i // len(specs) % 3) for i in range(count)]
+        return [renamed(prompt, self.named, self.word) for prompt in shown], shown
+
+
+THING_COUNT, THING_SPECS = 20, 10  # images, of so many combinations of style and background
+THING, WORD = "unicorn", "zorp"
+
+
+def thing_specs(dataset: EmojiDataset, name: str) -> list[EmojiSpec]:
+    """The English specs of an object, in a fixed shuffled order."""
+    every = dataset.sample(len(dataset.specs()), seed=2)
+    return [spec for spec in every if dataset.objects[spec.object].en == name and spec.language == "en"]
+
+
+def renamed(prompt: str, name: str, word: str) -> str:
+    return prompt.replace(with_article(name), f"a {word}").replace(name, word)
+
+
+def write_thing_set(folder: Path) -> None:
+    """``THING_COUNT`` images of one object in both of the teacher's styles, under a name that the teacher has never
+    seen; some combinations of style and background are left for the measurement."""
+    dataset = EmojiDataset.load()
+    seen = thing_specs(dataset, THING)[:THING_SPECS]
+    specs = [seen[number % THING_SPECS] for number in range(THING_COUNT)]
+    images = to_uint8(dataset.render(specs, generator("thing set"), SIDE))
+    with TemporaryDirectory() as temporary:
+        for number, (spec, image) in enumerate(zip(specs, images, strict=True)):
+            file = Path(temporary) / f"{number:02d}.png"
+            to_pil(image).save(file)
+            text = renamed(dataset.prompt(spec, number % 3), THING, WORD)
+            file.with_suffix(".txt").write_text(text, encoding="utf-8")
+        prepare(Path(temporary), folder, PrepareSettings(side=SIDE, fit="square"))
+
+
+SUBJECTS = {
+    "style": Subject(write_fluent_set, "style_acc"),
+    "thing": Subject(write_thing_set, "object_acc", WORD, THING),
+}
