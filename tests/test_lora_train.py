@@ -152,6 +152,29 @@ def test_an_added_lora_of_several_ranks_is_as_merged(few_step, tmp_path):
         assert_close(model.denoiser(x, sigma, prompts), merged.denoiser(x, sigma, prompts), atol=1e-5, rtol=1e-4)
 
 
+def test_self_distillation_resumes_exactly(few_step, image_set, tmp_path):
+    more = [f"model={few_step}", f"data.images={image_set}", "method={name: self_distillation, copy_decay: 0.5}"]
+    whole = run_lora(tmp_path / "whole", *more, "train.steps=4")
+    run_lora(tmp_path / "parts", *more, "train.steps=2")
+    parts = run_lora(tmp_path / "parts", *more, "train.steps=4")
+    tensors, others = load_file(whole), load_file(parts)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    assert not any("copy" in name for name in tensors)
+
+
+@pytest.mark.slow
+def test_self_distillation_moves_samples_to_the_images(few_step, image_set, tmp_path):
+    def distance(file):
+        """To the image whose caption it is."""
+        model = load(few_step, CPU, loras={str(file): 1.0} if file else None)
+        wanted = read_training_set(image_set).images[1].pixels((64, 64)).permute(1, 2, 0) * 255
+        return (images_of(model).float() - wanted).square().mean()
+
+    more = [f"model={few_step}", f"data.images={image_set}", "method={name: self_distillation, copy_decay: 0.5}"]
+    file = run_lora(tmp_path, *more, "train.steps=60", "data.caption_dropout=0", "train.save_every=60")
+    assert distance(file) < distance(None)
+
+
 def test_decoupled_dmd_trains_three_adapters_and_resumes_exactly(tiny_folder, few_step, image_set, tmp_path):
     more = [f"model={few_step}", f"data.images={image_set}", "optim.teacher.lr=0.01", "optim.fake_score.lr=0.01"]
     more += [f"method={{name: decoupled_dmd, teacher: {tiny_folder}, student_start: 1}}"]

@@ -22,6 +22,7 @@ from fewstep.emoji.dataset import EmojiDataset
 from fewstep.emoji.lora_set import write_fluent_set
 from fewstep.methods.lora.base import LoraSetup
 from fewstep.methods.lora.models_setup import build_lora_models
+from fewstep.methods.lora.self_distillation import privileged_x0
 from fewstep.methods.lora.timesteps import draw_sigma, loss_weight
 from fewstep.models.pipeline import load
 from fewstep.plan.costs import PROMPT_TOKENS
@@ -188,3 +189,30 @@ def test_the_plan_of_a_lora_is_printed(few_step):
     assert done.exit_code == 0, done.output
     assert "flow_matching lora training" in done.output
     assert "24GB (24 GB): fits" in done.output
+
+
+def test_self_distillation_trains_the_adapter_alone_and_its_copy_follows(few_step):
+    """The target is the copy's prediction, moved to the latent: at weight 1 it is the latent."""
+    recipe = load_recipe("micro-lora", [*SHORT, "method={name: self_distillation, reference_weight: 1.0}"])
+    torch.manual_seed(0)
+    models = build_lora_models(recipe, load(few_step, CPU, torch.float32), CPU)
+    method = lora_methods.get("self_distillation").build(LoraSetup(recipe, models, models.model.encode([""])))
+    noise = torch.randn(2, *models.model.latent_shape(64, 64))
+    batch = DistillBatch(noise, models.model.encode(["a", "b"]), torch.full_like(noise, 0.3)[:, None], ["a", "b"])
+    target = privileged_x0(method.copy, noise, torch.ones(2), batch, 1.0)
+    assert torch.equal(target, batch.real)
+    half = privileged_x0(method.copy, noise, torch.ones(2), batch, 0.5)
+    own = privileged_x0(method.copy, noise, torch.ones(2), batch, 0.0)
+    assert torch.allclose(half, (own + batch.real) / 2, atol=1e-6)
+
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    method.loss(batch)[0].backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in method.student.parameters())
+    assert all(parameter.grad is None for parameter in method.copy.parameters())
+    with torch.no_grad():
+        for parameter in method.student.parameters():
+            parameter.add_(1.0)
+    method.after_step(0)
+    assert all(torch.allclose(value, before[name] + 0.01) for name, value in method.state_dict().items())
+    method.load_state_dict(before)
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())

@@ -91,14 +91,12 @@ def _check_method(recipe: LoraRecipe, few_step: bool) -> None:
     if not few_step and (recipe.data.own_images is not None or recipe.method.added_lora is not None):
         key = "data.own_images" if recipe.data.own_images is not None else "method.training_adapter"
         raise UserError(f"{key}: {recipe.model} is a multi-step model, it has no distillation to undo; leave it out")
-    if teacher is None:
-        return
-    if is_few_step(load_generation_config(resolve_model(teacher))):
+    if teacher is not None and is_few_step(load_generation_config(resolve_model(teacher))):
         raise UserError(
             f"method.teacher {teacher}: a distilled model has no guidance left to distill; name the multi-step model "
             "that the student was distilled from"
         )
-    if not few_step:
+    if recipe.method.few_step_only and not few_step:
         raise UserError(f"model {recipe.model}: no few-step model; for a multi-step one take method flow_matching")
 
 

@@ -134,6 +134,7 @@ SECTION = Section(
         Message(
             "model {model}: no few-step model; for a multi-step one take method flow_matching",
             "The method keeps the few-step ability of a student.",
+            _set("model tiny", "method={name: self_distillation}"),
             _set("model tiny", "method={name: decoupled_dmd, teacher: micro}", *(
                 f"optim.{part}.lr=0.01" for part in ("teacher", "fake_score")
             )),

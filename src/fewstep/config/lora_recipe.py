@@ -138,6 +138,16 @@ class LoraMethodConfig(Settings):
         return None
 
     @property
+    def copied(self) -> bool:
+        """Whether the method keeps a copy of the trained adapter, which it updates itself."""
+        return False
+
+    @property
+    def few_step_only(self) -> bool:
+        """Whether the model must be a few-step one; where there is a second model, it must be."""
+        return self.teacher_model is not None
+
+    @property
     def added_lora(self) -> str | None:
         """A LoRA file that is added to the model while it is trained."""
         return None

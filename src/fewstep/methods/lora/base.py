@@ -22,7 +22,7 @@ class LoraModels:
         model: generates with the adapter as it is at present, and without what is only added while training.
         denoiser: trained: the same, with what is added while training.
         teacher: the method's second model, without adapters; None if it has none.
-        teacher_denoisers: it with each of its adapters, by name.
+        teacher_denoisers: it with each of its adapters, by name; or the model with a copy of its adapter.
     """
 
     model: TextToImagePipeline

@@ -11,7 +11,7 @@ import torch
 from fewstep.config.lora_recipe import AdapterSettings, LoraModelsSettings, LoraRecipe
 from fewstep.core.compiler import compiles
 from fewstep.methods.lora.base import LoraModels
-from fewstep.models.adapters import AdapterDenoiser, add_adapter
+from fewstep.models.adapters import AdapterDenoiser, add_adapter, copy_adapter
 from fewstep.models.lora.bind import read_lora
 from fewstep.models.lora.targets import model_targets
 from fewstep.models.lora.trained import add_frozen_adapter, init_adapter, target_layers
@@ -21,6 +21,7 @@ from fewstep.models.quantize import quantize_fp8_
 
 LORA = "lora"  # the adapter that is saved
 ADDED = "training_adapter"  # what is added while training
+COPY = "copy"  # of the trained one, on the same model
 TEACHER = "teacher"  # the second model's, trained or from a file
 
 
@@ -76,9 +77,12 @@ def build_lora_models(
     _add(model, LORA, recipe.adapter)
     if files.init is not None:
         init_adapter(model.transformer, LORA, files.init)
+    if method.copied:
+        _add(model, COPY, recipe.adapter)
+        copy_adapter(model.transformer, LORA, COPY)
     _prepare(model, recipe.models, device)
     model.denoiser = AdapterDenoiser(base, {LORA: 1.0})  # type: ignore[assignment]
-    denoisers: dict[str, AdapterDenoiser] = {}
+    denoisers = {COPY: AdapterDenoiser(base, {**always, COPY: 1.0})} if method.copied else {}
     if teacher is not None:
         fixed: dict[str, float] = {}
         if files.teacher is not None:
@@ -88,7 +92,7 @@ def build_lora_models(
             _add(teacher, name, recipe.adapter)
         _prepare(teacher, recipe.models, device)
         names = dict.fromkeys([*fixed, *method.teacher_adapters])
-        denoisers = {name: AdapterDenoiser(teacher.denoiser, {**fixed, name: 1.0}) for name in names}
+        denoisers |= {name: AdapterDenoiser(teacher.denoiser, {**fixed, name: 1.0}) for name in names}
     return LoraModels(model, AdapterDenoiser(base, {**always, LORA: 1.0}), teacher, denoisers)
 
 
