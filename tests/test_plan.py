@@ -181,6 +181,7 @@ def test_flops_of_the_6b_model():
     assert forward == pytest.approx(55.6e12, rel=0.01)
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_less_and_computes_more(tiny_folder):
     plain, saving = plan(recipe_of(tiny_folder)), plan(recipe_of(tiny_folder, "models.gradient_checkpointing=true"))
     name = "saved activations"
@@ -234,6 +235,7 @@ def test_every_kind_of_distillation_has_a_plan(name):
         assert (row in done.output) == (name != "micro-ca")
 
 
+@pytest.mark.slow
 def test_gpus_share_weights_and_batches(tiny_folder):
     one, four = plan(recipe_of(tiny_folder)), plan(recipe_of(tiny_folder), gpus=4)
     for name in ("teacher", "student weights", "fake score optimizer"):

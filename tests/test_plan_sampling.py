@@ -39,6 +39,7 @@ def test_what_is_not_sampled_is_not_planned(tiny_folder, monkeypatch):
     assert not {TRAJECTORIES, EVALUATION} & (plain.peaks.keys() | cached.peaks.keys())
 
 
+@pytest.mark.slow
 def test_the_last_stage_is_planned_with_the_evaluation():
     done = CliRunner().invoke(app, ["plan", "micro-long", "--gpu", "24"])
     assert done.exit_code == 0, done.output

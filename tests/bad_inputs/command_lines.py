@@ -169,6 +169,7 @@ SECTION = Section(
             Case("encode-prompts prompts.txt --out shards --model tiny --max-tokens 0", "'--max-tokens'"),
             Case("encode-prompts prompts.txt --out shards --model tiny --shard-size 0", "'--shard-size'"),
             Case("emoji publish runs/a --out model --prompts 0", "'--prompts'"),
+            Case("lora choose run --count 1", "'--count'"),
         ),
         Message(
             "Invalid value for '{option}': Input should be less than or equal to {number}",
@@ -177,6 +178,7 @@ SECTION = Section(
             Case("prefs collect tiny micro --prompts prompts.txt --out votes --port 65536", "'--port'"),
             Case("prefs train votes --out head --held-out 0.6", "'--held-out'"),
             Case("serve tiny --port 65536", "'--port'"),
+            Case("serve tiny --safety-filter 1.5", "'--safety-filter'"),
             Case("generate tiny 'a fox' --cfg-truncation 1.5", "'--cfg-truncation'"),
             Case("generate tiny 'a fox' --cfg-truncation nan", "'--cfg-truncation'"),
             Case("generate tiny 'a fox' --eta nan", "'--eta'"),
@@ -212,6 +214,7 @@ SECTION = Section(
             Case("generate tiny 'a fox' --batch-size 99999999999999999999999", "batch_size: input"),
             Case("evaluate tiny --prompts prompts.txt --seed 18446744073709551616", "seed: input", _PROMPTS),
             Case("evaluate tiny --prompts prompts.txt --seed -1", "seed: input", _PROMPTS),
+            Case("lora choose run --seed -1", "seed: input"),
             Case("prefs collect tiny micro --prompts prompts.txt --out votes --seed -1", "tiny: seed: input", _PROMPTS),
             Case("prefs collect tiny tiny@eta=2 --prompts prompts.txt --out votes", "tiny@eta=2: eta: input", _PROMPTS),
         ),

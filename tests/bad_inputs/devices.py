@@ -27,6 +27,7 @@ SECTION = Section(
             Case("lora train mine.yaml --device gpu", "device gpu", {"mine.yaml": LORA}),
             Case("lora adapter tiny --out a.safetensors --prompts prompts.txt --device gpu", "device gpu"),
             Case("prefs train votes --out head --device gpu", "device gpu"),
+            Case("lora choose run --device gpu", "device gpu"),
         ),
         Message(
             "device {name}: not available here ({reason}); use cpu",

@@ -1,6 +1,7 @@
 """Scorers, feature networks and packages."""
 
 from bad_inputs.files import DISTILL, PROMPTS
+from bad_inputs.lora_train import LORA_RUN
 from bad_inputs.preferences import MANY_VOTES
 from bad_inputs.table import Case, Message, Section
 
@@ -19,6 +20,7 @@ SECTION = Section(
             "unknown scorer '{name}'; known: {names}",
             "Check the spelling. A scorer of your own is registered by a module in `FEWSTEP_PLUGINS`.",
             Case(f"{EVALUATE} --scorer guess", "'guess'", _PROMPTS),
+            Case("lora choose run --scorer guess", "'guess'", LORA_RUN),
             Case("distill mine.yaml -s 'evaluate.scorers=[guess]'", "'guess'", _RECIPE),
         ),
         Message(
@@ -42,6 +44,7 @@ SECTION = Section(
             "unknown feature network '{name}'; known: {names}",
             "Check the spelling.",
             Case(f"{EVALUATE} --features guess", "'guess'", _PROMPTS),
+            Case("lora choose run --features guess", "'guess'", LORA_RUN),
             Case("distill mine.yaml -s evaluate.features=guess", "'guess'", _RECIPE),
             Case("prefs train votes --out head --features guess", "'guess'", MANY_VOTES),
         ),

@@ -27,6 +27,13 @@ def _image(path: Path) -> None:
 
 SET: dict[str, Content] = {"set/a.png": _image, "set/dataset.yaml": _INDEX, "set/metadata.jsonl": _ROW}
 _FILES: dict[str, Content] = {"lora.yaml": LORA, **SET}
+#: A run with one checkpoint and a training set of two images.
+LORA_RUN: dict[str, Content] = SET | {
+    "run/recipe.yaml": LORA,
+    "run/lora/mine-00000002.safetensors": b"",
+    "set/b.png": _image,
+    "set/metadata.jsonl": _ROW + _ROW.replace("a.png", "b.png"),
+}
 
 
 def _with(expected: str, changed: dict[str, Content], *overrides: str) -> Case:

@@ -31,6 +31,7 @@ SECTION = Section(
             Case(
                 "lora adapter tiny --out a.safetensors --prompts p --run prompts.txt", "prompts.txt: cannot", _PROMPTS
             ),
+            Case("lora choose run --out prompts.txt", "prompts.txt: cannot", _PROMPTS),
             Case("distill mine.yaml --out prompts.txt", "prompts.txt: cannot", _RECIPE),
             Case("distill mine.yaml --out prompts.txt/run", "prompts.txt: cannot", _RECIPE),
             Case("emoji train classifier --out prompts.txt", "prompts.txt: cannot", _PROMPTS),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bad_inputs.files import CACHE, DISTILL, PROMPTS, folder, link_loop
+from bad_inputs.lora_train import LORA_RUN
 from bad_inputs.table import Case, Content, Message, Section
 
 LONG = "fox " * 600
@@ -62,6 +63,7 @@ SECTION = Section(
             Case("evaluate tiny --prompts emojis", "emojis"),
             Case("encode-prompts nowhere.csv --out shards --model tiny", "nowhere.csv"),
             Case("lora adapter micro-turbo --out a.safetensors --prompts nowhere", "nowhere"),
+            Case("lora choose run --prompts nowhere", "nowhere", LORA_RUN),
             Case("distill mine.yaml -s prompts.source=nowhere", "nowhere", _RECIPE),
             Case("distill mine.yaml -s prompts.validation_source=nowhere", "nowhere", _RECIPE),
             Case("distill mine.yaml -s prompts.test_source=nowhere", "nowhere", _RECIPE),

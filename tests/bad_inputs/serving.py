@@ -85,6 +85,7 @@ SECTION = Section(
             "{folder}: no such folder; give that of a causal language model",
             "Check the path.",
             Case("serve tiny --enhancer nowhere", "nowhere: no such folder"),
+            Case("generate tiny 'a fox' --enhance --enhancer nowhere", "nowhere: no such folder"),
         ),
         Message(
             "{folder}: no causal language model can be loaded ({reason})",
