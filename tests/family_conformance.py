@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ DISTILL = [
 ]
 
 
-class FamilyConformance:
+class FamilyConformance(ABC):
     """The tests of a family. A subclass has two fixtures and two methods.
 
     Fixtures:
@@ -58,11 +59,11 @@ class FamilyConformance:
     #: diffusers' ``guidance_scale`` minus that of fewstep, which is g in cond + g (cond - null).
     guidance_offset = 1.0
 
+    @abstractmethod
     def diffusers_velocity(
         self, pipeline: Any, x: torch.Tensor, sigma: torch.Tensor, prompts: list[str]
     ) -> torch.Tensor:
         """The velocity eps - x0 by diffusers' pipeline and transformer, for nonempty prompts."""
-        raise NotImplementedError
 
     @pytest.fixture(scope="class")
     def model(self, folder: Path) -> TextToImagePipeline:

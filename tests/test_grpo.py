@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dmd_setup import COUNT, LEVELS, SHIFT, batch_of, dmd
+from dmd_setup import COUNT, LEVELS, SHIFT, batch_of, dmd, train_student
 from gaussian import SHAPE, Gaussian, prompts_of
 from reward_setup import Linear, Quadratic, scorer_of
 
@@ -106,16 +106,7 @@ def test_with_dm_it_lands_between_teacher_and_goal_and_gradients_reach_the_stude
     )  # fmt: skip
     (part,) = [part for part in method.trainables if part.name == "student"]
     assert part.uses_collected
-    optimizer = torch.optim.Adam([student.offset], lr=0.05)
-    for step in range(80):
-        method.before_step(step)
-        with torch.no_grad():
-            collected = method.collect(batch_of(count=64))
-        loss, metrics = part.loss(collected)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        method.after_step(step)
+    metrics = train_student(method, student)
     assert {"grpo", "grpo_advantage_abs", "dm_abs", "score_r0"} <= metrics.keys()
     assert teacher.offset.grad is fake.offset.grad is None
     assert 0.1 < student.offset.item() < 2.0

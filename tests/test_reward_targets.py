@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dmd_setup import LEVELS, SHIFT, batch_of, dmd
+from dmd_setup import LEVELS, SHIFT, batch_of, dmd, train_student
 from gaussian import SHAPE, Gaussian
 from reward_setup import Linear, Quadratic, scorer_of
 
@@ -110,17 +110,7 @@ def test_with_dm_it_lands_between_teacher_and_goal_and_gradients_reach_the_stude
         ca=0.0, teacher=teacher, student=student, fake=fake, eps=10.0, ema_to_student=1.0,
         terms=[lambda sampler: ("reward_targets", term_of(Quadratic(3.0), sampler.student), 0.3)],
     )  # fmt: skip
-    (part,) = [part for part in method.trainables if part.name == "student"]
-    optimizer = torch.optim.Adam([student.offset], lr=0.05)
-    for step in range(80):
-        method.before_step(step)
-        with torch.no_grad():
-            collected = method.collect(batch_of(count=64))
-        loss, metrics = part.loss(collected)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        method.after_step(step)
+    metrics = train_student(method, student)
     assert {"reward_targets", "target_step", "target_drift", "score_r0", "dm_abs"} <= metrics.keys()
     assert teacher.offset.grad is fake.offset.grad is None
     assert 0.1 < student.offset.item() < 1.9
