@@ -185,6 +185,7 @@ def test_help_lists_all_commands_without_importing_torch() -> None:
         "encode-prompts",
         "cache-trajectories",
         "convert",
+        "export",
         "emoji",
     ):
         assert command in done.stdout

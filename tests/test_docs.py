@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAX_PROSE = 140
 COMMANDS = {
-    *("distill", "tune", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert"),
+    *("distill", "tune", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert", "export"),
     *("emoji", "lora", "prefs", "serve"),
 }
 GROUPS = {

@@ -15,6 +15,7 @@ from fewstep.cli.distill import distill
 from fewstep.cli.empty_values import empty_option
 from fewstep.cli.encode_prompts import prompts
 from fewstep.cli.evaluate import evaluate
+from fewstep.cli.export import export
 from fewstep.cli.generate import generate
 from fewstep.cli.lora import app as lora
 from fewstep.cli.plan import plan
@@ -95,6 +96,7 @@ app.command()(tune)
 app.command("cache-trajectories")(cache)
 app.command("encode-prompts")(prompts)
 app.command()(convert)
+app.command()(export)
 app.add_typer(lora, name="lora")
 app.add_typer(prefs, name="prefs")
 try:

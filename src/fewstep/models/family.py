@@ -20,7 +20,7 @@ from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
 from fewstep.models.consistency import Mismatch
 from fewstep.models.denoiser import TransformerDenoiser
-from fewstep.models.key_layout import KeyLayout
+from fewstep.models.key_layout import KeyLayout, ProgramNames
 from fewstep.models.text import PromptEncoder
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class ModelFamily(ABC):
         lora_target_modules: endings of the names of the linear layers that LoRA adapts by default.
         quantizable_modules: endings of the names of the linear layers that fp8 quantizes.
         key_layouts: names of tensors in single files, by format; empty if the family has none.
+        programs: its names in ComfyUI and stable-diffusion.cpp; None if they are not known.
         architecture: its ID in the headers of LoRA files (ModelSpec).
         prompt_tokens: length of every encoded prompt; None where it depends on the prompt.
         fp16: whether fp16 weights work; they do not where activations overflow.
@@ -61,6 +62,7 @@ class ModelFamily(ABC):
     lora_target_modules: tuple[str, ...]
     quantizable_modules: tuple[str, ...]
     key_layouts: Mapping[str, KeyLayout] = {}
+    programs: ProgramNames | None = None
     architecture: str
     prompt_tokens: int | None = None
     fp16 = False

@@ -80,6 +80,26 @@ class KeyLayout:
         return {name for bare in self.without_prefix(keys).values() for name, _ in self.to_diffusers(bare)}
 
 
+@dataclass(frozen=True)
+class ProgramNames:
+    """What ComfyUI and stable-diffusion.cpp call a family and the tensors of its components.
+
+    Attributes:
+        transformer, gguf_transformer: names in the family's ``key_layouts``, of safetensors and GGUF files.
+        text_encoder, gguf_text_encoder: names of its tensors.
+        gguf_architecture, gguf_text_architecture: ``general.architecture`` in GGUF files.
+        clip_type: "type" of ComfyUI's node CLIPLoader.
+    """
+
+    transformer: str
+    gguf_transformer: str
+    text_encoder: KeyLayout
+    gguf_text_encoder: KeyLayout
+    gguf_architecture: str
+    gguf_text_architecture: str
+    clip_type: str
+
+
 def _replace(name: str, parts: Mapping[str, str]) -> str:
     for old, new in parts.items():
         if old.startswith("."):

@@ -91,12 +91,9 @@ class _GGUFReader:
     """A GGUF file with the interface of safetensors' reader: memory-mapped; tensors are dequantized to fp32."""
 
     def __init__(self, file: Path) -> None:
+        gguf = import_gguf(file)
         try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise UserError(f"{file}: GGUF files need the gguf package; pip install 'fewstep[gguf]'") from None
-        try:
-            self._tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+            self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
         except (IndexError, KeyError, OverflowError, MemoryError) as error:  # of a file that was cut off
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
@@ -111,6 +108,15 @@ class _GGUFReader:
 
         tensor = self._tensors[name]
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+def import_gguf(file: str | Path) -> Any:
+    """The ``gguf`` package, for a file. Raises: UserError if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f"{file}: GGUF files need the gguf package; pip install 'fewstep[gguf]'") from None
+    return gguf
 
 
 def is_gguf(file: Path) -> bool:

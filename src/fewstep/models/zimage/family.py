@@ -21,7 +21,7 @@ from fewstep.models.scheduler import load_scheduler
 from fewstep.models.text import PromptEncoder
 from fewstep.models.vae import vae_scale_factor
 from fewstep.models.zimage.denoiser import PATCH_SIZE, ZImageDenoiser
-from fewstep.models.zimage.keys import KEY_LAYOUTS
+from fewstep.models.zimage.keys import KEY_LAYOUTS, PROGRAMS
 
 TURBO_SHIFT = 3  # Z-Image-Turbo's shift of the noise levels; Z-Image's is 6
 
@@ -52,6 +52,7 @@ class ZImageFamily(ModelFamily):
     lora_target_modules = BLOCK_LINEARS
     quantizable_modules = BLOCK_LINEARS
     key_layouts = KEY_LAYOUTS
+    programs = PROGRAMS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
         options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
