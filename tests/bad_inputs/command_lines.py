@@ -197,6 +197,14 @@ SECTION = Section(
             Case("convert tiny --out model --to gguf", "'gguf' is not one of 'diffusers', 'original', 'comfyui'"),
         ),
         Message(
+            "cache: {problem} (got {value})",
+            "`--cache METHOD[:VALUE]`: a method of the list, with its threshold or its number of steps.",
+            Case("generate tiny 'a fox' --cache teacache", "take one of: first-block, interval, taylor"),
+            Case("generate tiny 'a fox' --cache first-block:0", "must be positive"),
+            Case("generate tiny 'a fox' --cache interval:1", "at least 2"),
+            Case("generate tiny 'a fox' --cache taylor:two", "'two' is not a number"),
+        ),
+        Message(
             "{name}: input should be a finite number (got {value})",
             "Give a number that is not infinite.",
             Case("generate tiny 'a fox' --guidance-scale inf", "guidance_scale"),

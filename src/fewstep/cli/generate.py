@@ -89,6 +89,13 @@ def generate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images sampled together. [default: two million pixels]")
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD[:VALUE]",
+            help="Reuse layers between steps: first-block[:0.1], interval[:2] or taylor[:2]. [default: none]",
+        ),
+    ] = None,
     columns: Annotated[
         int | None, typer.Option(min=1, help="Columns of the grid, for an image file. [default: a square]")
     ] = None,
@@ -154,6 +161,7 @@ def generate(
         "eta": eta,
         "batch_size": batch_size,
         "strength": strength,
+        "cache": cache,
     }
     originals = texts
     files = InputFiles(parse_loras(lora or []), ignore or [], vae, image, mask)

@@ -143,7 +143,7 @@ def generate_batches(
         for part in batched(len(prompts), resolved.batch_size):
             own, start = encoded[part], time.perf_counter()
             x = initial_noise(pipeline, seeds[part], resolved.height, resolved.width)
-            with pipeline.denoiser.cache_text_tokens():
+            with pipeline.denoiser.cache_text_tokens(), pipeline.denoiser.reuse_layers(resolved.layer_reuse):
                 sampled = partial(
                     iterate,
                     denoiser,

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from fewstep.config.base import BatchSize, GuidanceScale, Pixels, PlainValues, SamplingSteps, Seed
 from fewstep.config.explain import explain
@@ -15,6 +15,7 @@ from fewstep.core.samplers import Sampler
 from fewstep.core.seeds import MAX_SEED, image_seed
 from fewstep.errors import UserError
 from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.layer_cache import CacheSettings
 
 
 class SamplingParams(PlainValues):
@@ -46,6 +47,22 @@ class SamplingParams(PlainValues):
     adapters: Mapping[str, float] = Field(
         default_factory=dict, description="LoRA adapters on the transformer, by name, with their scales."
     )
+
+    cache: str | None = Field(
+        None, description="Reuse of layers between steps: first-block, interval or taylor, with :VALUE; None is none."
+    )
+
+    @field_validator("cache")
+    @classmethod
+    def _check_cache(cls, cache: str | None) -> str | None:
+        if cache is not None:
+            CacheSettings.parse(cache)
+        return cache
+
+    @property
+    def layer_reuse(self) -> CacheSettings | None:
+        """``cache``, parsed."""
+        return None if self.cache is None else CacheSettings.parse(self.cache)
 
     def resolved(self, config: GenerationConfig) -> ResolvedParams:
         """The parameters with no value open.

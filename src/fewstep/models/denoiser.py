@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fewstep.core.compiler import check_compiler
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import MIDDLE
+from fewstep.errors import UserError
 from fewstep.models.block import TransformerBlock
+from fewstep.models.layer_cache import CacheSettings, LayerCache
 
 RECOMPILE_LIMIT = 64  # compiled versions of the block
 
@@ -25,11 +27,18 @@ class TransformerDenoiser(nn.Module, ABC):
     Args:
         transformer: a diffusers model. Its blocks are replaced in place by modules with the same parameters under the
             same names; ``export.diffusers.to_diffusers`` gives a plain one back.
+
+    Attributes:
+        can_reuse_layers: whether ``forward`` uses ``layer_cache``.
+        layer_cache: of the sampling at work, see :meth:`reuse_layers`.
     """
+
+    can_reuse_layers = False
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
+        self.layer_cache: LayerCache | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
@@ -53,6 +62,23 @@ class TransformerDenoiser(nn.Module, ABC):
         """Inside, what depends on the prompts alone may be computed once for each batch of them. For sampling only:
         weights and active adapters must not change, and no gradient reaches what is cached."""
         yield
+
+    @contextmanager
+    def reuse_layers(self, settings: CacheSettings | None) -> Iterator[None]:
+        """Inside, the calls are the steps of one sampling, and layers are reused between them; None: are not.
+
+        To be used inside ``cache_text_tokens``, with the same prompts at each step.
+
+        Raises:
+            UserError: the family cannot do that.
+        """
+        if settings is not None and not self.can_reuse_layers:
+            raise UserError(f"cache {settings.method}: {type(self).__name__} cannot reuse layers; leave it out")
+        self.layer_cache = None if settings is None else LayerCache(settings)
+        try:
+            yield
+        finally:
+            self.layer_cache = None
 
     def get_blocks(self) -> list[TransformerBlock]:
         """The units of sharding, offloading, checkpointing and compilation, in the transformer's order."""

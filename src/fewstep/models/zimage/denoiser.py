@@ -41,6 +41,7 @@ class ZImageDenoiser(TransformerDenoiser):
     """
 
     transformer: ZImageTransformer2DModel
+    can_reuse_layers = True
 
     def __init__(self, transformer: ZImageTransformer2DModel) -> None:
         super().__init__(transformer)
@@ -108,9 +109,26 @@ class ZImageDenoiser(TransformerDenoiser):
         return groups
 
     def _velocity(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
+        freqs = self._rope_freqs(x, caption)
+        text = self._cached_text(prompts, caption, freqs[-caption:])
+        joined, adaln_cond = self._join(x, sigma, text, freqs)
+
+        def run(tokens: Tensor, layers: slice, rows: Tensor | None) -> Tensor:
+            cond = adaln_cond if rows is None else adaln_cond[rows]
+            for block in self.transformer.layers[layers]:
+                tokens = block(tokens, freqs, cond)
+            return tokens
+
+        if self.layer_cache is None:
+            joined = run(joined, slice(None), None)
+        else:
+            joined = self.layer_cache(id(prompts), joined, sigma, run)
+        return self._read_velocity(joined, adaln_cond, x)
+
+    def _read_velocity(self, joined: Tensor, adaln_cond: Tensor, x: Tensor) -> Tensor:
+        """The velocity [B, C, H, W] in fp32 from the tokens [B, L, D] after all layers."""
         batch, channels, height, width = x.shape
         rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
-        (joined,), adaln_cond = self._forward_layers([len(self.transformer.layers)], x, sigma, prompts, caption)
         final = self.transformer.all_final_layer[PATCH_KEY](joined[:, : rows * columns], c=adaln_cond)
         output = final.reshape(batch, rows, columns, PATCH_SIZE, PATCH_SIZE, channels).permute(0, 5, 1, 3, 2, 4)
         return -output.reshape(batch, channels, height, width).float()
@@ -119,20 +137,31 @@ class ZImageDenoiser(TransformerDenoiser):
         self, depths: Sequence[float], x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int
     ) -> Tensor:
         counts = [math.ceil(depth * len(self.transformer.layers)) for depth in depths]
-        after, _ = self._forward_layers(counts, x, sigma, prompts, caption)
+        freqs = self._rope_freqs(x, caption)
+        joined, adaln_cond = self._join(x, sigma, self._cached_text(prompts, caption, freqs[-caption:]), freqs)
         tokens = x.shape[2] * x.shape[3] // PATCH_SIZE**2
-        return torch.cat([joined[:, :tokens].float() for joined in after], dim=-1)
+        after: dict[int, Tensor] = {}
+        for number, block in enumerate(self.transformer.layers[: max(counts)], start=1):
+            joined = block(joined, freqs, adaln_cond)
+            if number in counts:
+                after[number] = joined[:, :tokens].float()
+        return torch.cat([after[count] for count in counts], dim=-1)
 
-    def _forward_layers(
-        self, counts: Sequence[int], x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int
-    ) -> tuple[list[Tensor], Tensor]:
-        """Image and caption tokens [B, L, D] after each of ``counts`` layers, and the embedded sigma [B, D']."""
+    def _rope_freqs(self, x: Tensor, caption: int) -> Tensor:
+        """Of all tokens, those of the caption last."""
+        model, (rows, columns) = self.transformer, (side // PATCH_SIZE for side in x.shape[2:])
+        return rope_freqs(tuple(model.axes_dims), model.rope_theta, caption, rows, columns, x.device)
+
+    def _join(self, x: Tensor, sigma: Tensor, text: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and caption tokens [B, L, D] before the layers, and the embedded sigma [B, D'].
+
+        Args:
+            text: caption tokens after the context refiner.
+        """
         model = self.transformer
         batch, channels, height, width = x.shape
         rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
-        freqs = rope_freqs(tuple(model.axes_dims), model.rope_theta, caption, rows, columns, x.device)
         dtype = model.dtype
-
         adaln_cond = model.t_embedder((1 - sigma) * model.t_scale).to(dtype)
         patches = x.to(dtype).reshape(batch, channels, rows, PATCH_SIZE, columns, PATCH_SIZE)
         patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
@@ -143,14 +172,7 @@ class ZImageDenoiser(TransformerDenoiser):
             image = torch.cat([image, pad.type_as(image)], dim=1)
         for block in model.noise_refiner:
             image = block(image, freqs[:tokens], adaln_cond)
-
-        joined = torch.cat([image, self._cached_text(prompts, caption, freqs[tokens:]).type_as(image)], dim=1)
-        after: dict[int, Tensor] = {}
-        for number, block in enumerate(model.layers[: max(counts)], start=1):
-            joined = block(joined, freqs, adaln_cond)
-            if number in counts:
-                after[number] = joined
-        return [after[count] for count in counts], adaln_cond
+        return torch.cat([image, text.type_as(image)], dim=1), adaln_cond
 
     def _cached_text(self, prompts: EncodedPrompts, caption: int, freqs: Tensor) -> Tensor:
         """:meth:`_text` of these prompts, computed once inside ``cache_text_tokens``."""
