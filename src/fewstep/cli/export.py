@@ -1,4 +1,4 @@
-"""`fewstep export`: whole models for other programs."""
+"""`fewstep export`: whole models for other programs, and transformers compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fewstep.cli.options import Model
+from fewstep.cli.options import Device, Dtype, Model
 
 if TYPE_CHECKING:
     from fewstep.export.whole_model import Export
@@ -34,32 +34,72 @@ class Quantize(StrEnum):
 
 def export(
     model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to write; with --aot the .pt2 file.")],
     to: Annotated[
-        Program,
+        Program | None,
         typer.Option(
             help="ComfyUI; GGUF for ComfyUI with the nodes ComfyUI-GGUF; or stable-diffusion.cpp, which takes GGUF."
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    ] = None,
     quantize: Annotated[
         Quantize | None,
         typer.Option(help="Of the blocks' matrices: fp8 for ComfyUI, q8_0 or q4_k for GGUF. [default: bf16]"),
     ] = None,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile the transformer ahead of time, for generate --aot on this machine.")
+    ] = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="With --aot: pixels of a side. [default: the model's]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="With --aot: samples of one call; a guided image takes two. [default: 1]")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="With --aot: fp32 or bf16. [default: as stored]")] = None,
+    device: Device = "auto",
 ) -> None:
-    """Export transformer, text encoder and VAE, with ComfyUI's workflow or stable-diffusion.cpp's command."""
+    """Export a whole model for ComfyUI or stable-diffusion.cpp, or compile its transformer ahead of time."""
     from fewstep.errors import UserError
-    from fewstep.export.whole_model import check_export, export_model
     from fewstep.locks import exclusive
-    from fewstep.outputs import check_folder
 
+    if aot == (to is not None):
+        raise UserError("export: give one of --to and --aot")
     if os.path.lexists(out):
         raise UserError(f"{out}: already exists; choose another --out")
+    if to is None:
+        if quantize is not None:
+            raise UserError("--quantize: no effect with --aot; leave it out")
+        _compile(model, out, size, batch or 1, dtype, device)
+        return
+    given = {"--size": size, "--batch": batch, "--dtype": dtype, "--device": None if device == "auto" else device}
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}: no effect without --aot; leave it out")
+    from fewstep.export.whole_model import check_export, export_model
+    from fewstep.outputs import check_folder
+
     chosen: Format | None = None if quantize is None else quantize.value
     check_export(model, to.value, chosen)
     check_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         _show(export_model(model, to.value, out, chosen))
+
+
+def _compile(model: str, out: Path, size: int | None, batch: int, dtype: Dtype | None, device: str) -> None:
+    from rich.console import Console
+
+    from fewstep.errors import UserError
+    from fewstep.export.aot import export_package
+    from fewstep.models.pipeline import load
+    from fewstep.outputs import check_file
+
+    if dtype is Dtype.fp8:
+        raise UserError("--dtype fp8: cannot be compiled ahead of time; use bf16")
+    check_file(out, ".pt2")
+    pipeline = load(model, device, dtype.torch_dtype if dtype is not None else None)
+    with Console(stderr=True).status("compiling the transformer ..."):
+        export_package(pipeline, out, size or pipeline.generation_config.height, batch)
+    typer.echo(out)
 
 
 def _show(export: Export) -> None:

@@ -120,6 +120,10 @@ def generate(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer's blocks: a slow start, then faster steps.")
     ] = False,
+    aot: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Package of export --aot. It runs as code: take only files that you trust."),
+    ] = None,
     attention_backend: Annotated[
         str | None, typer.Option(help="diffusers' attention backend, such as flash or sage. [default: native]")
     ] = None,
@@ -187,7 +191,7 @@ def generate(
 
     def opened() -> TextToImagePipeline:
         torch_dtype = dtype.torch_dtype if dtype else None
-        pipeline = load(name, device, torch_dtype, offload.value, files.loras, files.ignored, files.vae)
+        pipeline = load(name, device, torch_dtype, offload.value, files.loras, files.ignored, files.vae, aot)
         _speed_options(pipeline, attention_backend, vae_tiling, compile)
         return pipeline
 

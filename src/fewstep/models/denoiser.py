@@ -15,6 +15,7 @@ from fewstep.core.compiler import check_compiler
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import MIDDLE
 from fewstep.errors import UserError
+from fewstep.models.ahead_of_time import AheadOfTime
 from fewstep.models.block import TransformerBlock
 from fewstep.models.layer_cache import CacheSettings, LayerCache
 
@@ -31,6 +32,7 @@ class TransformerDenoiser(nn.Module, ABC):
     Attributes:
         can_reuse_layers: whether ``forward`` uses ``layer_cache``.
         layer_cache: of the sampling at work, see :meth:`reuse_layers`.
+        ahead_of_time: the compiled package that ``forward`` uses, see ``ahead_of_time.load_package``.
     """
 
     can_reuse_layers = False
@@ -39,6 +41,7 @@ class TransformerDenoiser(nn.Module, ABC):
         super().__init__()
         self.transformer = transformer
         self.layer_cache: LayerCache | None = None
+        self.ahead_of_time: AheadOfTime | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
@@ -74,11 +77,33 @@ class TransformerDenoiser(nn.Module, ABC):
         """
         if settings is not None and not self.can_reuse_layers:
             raise UserError(f"cache {settings.method}: {type(self).__name__} cannot reuse layers; leave it out")
+        if settings is not None and self.ahead_of_time is not None:
+            raise UserError(f"cache {settings.method}: a package computes all layers at once; leave out one of the two")
         self.layer_cache = None if settings is None else LayerCache(settings)
         try:
             yield
         finally:
             self.layer_cache = None
+
+    def velocity_from_text(self, x: Tensor, sigma: Tensor, text: Tensor, freqs: Tensor) -> Tensor:
+        """``forward`` after the work that depends on the prompts alone, for samples of one padded caption length.
+
+        Args:
+            text: caption tokens [B, L', D] as the transformer's layers take them.
+            freqs: of the position embedding, of all tokens.
+
+        Raises:
+            UserError: the family has no such part.
+        """
+        raise UserError(f"aot: {type(self).__name__} cannot be compiled ahead of time; use compile")
+
+    def graph_example(self, batch: int, shape: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Inputs of ``velocity_from_text`` for latents of a shape, and their dynamic dimensions for ``torch.export``.
+
+        Raises:
+            UserError: as for ``velocity_from_text``.
+        """
+        raise UserError(f"aot: {type(self).__name__} cannot be compiled ahead of time; use compile")
 
     def get_blocks(self) -> list[TransformerBlock]:
         """The units of sharding, offloading, checkpointing and compilation, in the transformer's order."""

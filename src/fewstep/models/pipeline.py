@@ -16,6 +16,7 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.device import AUTO, log_device, resolve_device
 from fewstep.core.precision import warn_if_weights_are_emulated
 from fewstep.errors import UserError
+from fewstep.models.ahead_of_time import check_package, load_package
 from fewstep.models.attention_backends import check_attention_backend
 from fewstep.models.components import load_component, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
@@ -216,6 +217,7 @@ def load(
     loras: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
     vae: str | Path | None = None,
+    aot: str | Path | None = None,
 ) -> TextToImagePipeline:
     """Load a model for inference: all its weights frozen, in eval mode.
 
@@ -230,10 +232,13 @@ def load(
         loras: LoRA files with their strengths, merged into the weights (``models.lora``) before they are quantized.
         ignore: keys in these files to leave out; any other key that binds no layer is an error.
         vae: folder of an autoencoder in place of the model's own (``other_vae.load_other_vae``).
+        aot: package of ``fewstep export --aot``, whose machine code runs: it must be trusted.
 
     Raises:
         UserError: no such device or model, a file that is missing or corrupt, or a dtype that overflows (fp16).
     """
+    if aot is not None:
+        check_package(aot, offload)
     chosen, folder = resolve_device(device), resolve_model(path_or_name)
     family = resolve_family(folder)
     fp8, adapters = dtype == FP8, open_loras(folder, loras or {}, ignore)
@@ -251,9 +256,12 @@ def load(
     if device == AUTO:
         log_device(chosen)
     if offload == "none":
-        return model.to(chosen)
-    offload_blocks(model.denoiser, chosen) if offload == "group" else model.transformer.to(chosen)
-    model.enable_model_cpu_offload()
+        model.to(chosen)
+    else:
+        offload_blocks(model.denoiser, chosen) if offload == "group" else model.transformer.to(chosen)
+        model.enable_model_cpu_offload()
+    if aot is not None:
+        model.denoiser.ahead_of_time = load_package(aot, model.denoiser)
     return model
 
 

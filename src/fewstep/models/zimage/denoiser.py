@@ -12,15 +12,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import MIDDLE
 from fewstep.models.denoiser import TransformerDenoiser
+from fewstep.models.text import MAX_TOKENS
 from fewstep.models.zimage.block import use_fewstep_blocks
 from fewstep.models.zimage.rope import pad_to_multiple, rope_freqs
 
@@ -111,6 +114,18 @@ class ZImageDenoiser(TransformerDenoiser):
     def _velocity(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, caption: int) -> Tensor:
         freqs = self._rope_freqs(x, caption)
         text = self._cached_text(prompts, caption, freqs[-caption:])
+        if self.ahead_of_time is not None:
+            return self.ahead_of_time(x, sigma, text, freqs)
+        return self.velocity_from_text(x, sigma, text, freqs, id(prompts))
+
+    def velocity_from_text(
+        self, x: Tensor, sigma: Tensor, text: Tensor, freqs: Tensor, key: int | None = None
+    ) -> Tensor:
+        """See the base class.
+
+        Args:
+            key: of the samples in the layer cache.
+        """
         joined, adaln_cond = self._join(x, sigma, text, freqs)
 
         def run(tokens: Tensor, layers: slice, rows: Tensor | None) -> Tensor:
@@ -122,8 +137,20 @@ class ZImageDenoiser(TransformerDenoiser):
         if self.layer_cache is None:
             joined = run(joined, slice(None), None)
         else:
-            joined = self.layer_cache(id(prompts), joined, sigma, run)
+            joined = self.layer_cache(key, joined, sigma, run)
         return self._read_velocity(joined, adaln_cond, x)
+
+    def graph_example(self, batch: int, shape: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        from torch.export import Dim  # takes time to import
+
+        caption = 2 * SEQ_MULTI_OF
+        weight = next(self.transformer.parameters())
+        x = torch.zeros(batch, *shape, device=weight.device)
+        freqs = self._rope_freqs(x, caption)
+        text = torch.zeros(batch, caption, self.feature_dim, device=weight.device, dtype=weight.dtype)
+        blocks = Dim("caption_blocks", min=1, max=MAX_TOKENS // SEQ_MULTI_OF)
+        dynamic = (None, None, {1: SEQ_MULTI_OF * blocks}, {0: SEQ_MULTI_OF * blocks + (len(freqs) - caption)})
+        return (x, torch.full((batch,), 0.5, device=weight.device), text, freqs), dynamic
 
     def _read_velocity(self, joined: Tensor, adaln_cond: Tensor, x: Tensor) -> Tensor:
         """The velocity [B, C, H, W] in fp32 from the tokens [B, L, D] after all layers."""
