@@ -114,26 +114,28 @@ class Evaluator:
         self.prompts = list(open_prompts(PromptSettings()).texts("test")[:count])
         self.repeated = [prompt for prompt in self.prompts[:diversity_prompts] for _ in range(4)]
         self.network, self.scorers = open_features(), (EmojiScorer(), NearestReal(), *further)
-        if not (folder / "teacher.safetensors").exists():
-            images = generate(teacher, self.prompts).images
-            save_file({"features": self.network(images)}, folder / "teacher.safetensors")
-        self.features = load_file(folder / "teacher.safetensors")["features"]
         if not (folder / "teacher.json").exists():
-            settings: list[tuple[str, dict[str, float]]] = [
-                ("teacher, 50 steps", {}),
-                ("teacher, 4 steps", {"steps": 4, "guidance_scale": 0}),
-                ("teacher, 4 steps, guided", {"steps": 4}),
-            ]
-            found = {name: self.measure(teacher, **options) for name, options in settings}
+            images, seeds = self.images(teacher)
+            self.features = self.network(images)
+            save_file({"features": self.features}, folder / "teacher.safetensors")
+            found = {
+                "teacher, 50 steps": self.figures(images, seeds),
+                "teacher, 4 steps": self.measure(teacher, steps=4, guidance_scale=0),
+                "teacher, 4 steps, guided": self.measure(teacher, steps=4),
+            }
             (folder / "teacher.json").write_text(json.dumps(found, indent=1))
+        self.features = load_file(folder / "teacher.safetensors")["features"]
         self.teacher: dict[str, dict[str, float | None]] = json.loads((folder / "teacher.json").read_text())
 
     def measure(self, model: TextToImagePipeline, **options: float) -> dict[str, float | None]:
         """The metrics of a model's images, which are sampled with ``options``."""
+        return self.figures(*self.images(model, **options))
+
+    def images(self, model: TextToImagePipeline, **options: float) -> tuple[Tensor, Tensor]:
+        """Images of the prompts, and of the repeated prompts: uint8 [N, H, W, 3]."""
         params = parse_params(options)
         images = generate(model, self.prompts, params).images
-        seeds = generate(model, self.repeated, params.model_copy(update={"seed": len(self.prompts)})).images
-        return self.figures(images, seeds)
+        return images, generate(model, self.repeated, params.model_copy(update={"seed": len(self.prompts)})).images
 
     def figures(self, images: Tensor, seeds: Tensor) -> dict[str, float | None]:
         """The metrics of images: uint8 [N, H, W, 3] of the prompts, and of the repeated prompts."""
