@@ -93,11 +93,20 @@ def test_the_start_is_remembered_over_a_resume(tmp_path):
 
 
 def test_rules_compare_the_reward_with_every_measure_that_is_not_trained_on():
-    found = hacking_rules(["val/object_acc"], WatchSettings(share=0.9, steps=7))
+    found = hacking_rules(["val/object_acc"], WatchSettings(share=0.9, steps=7), fixed=True)
     assert [(rule.rising, rule.falling, rule.share, rule.steps) for rule in found] == [
         ("val/reward", "val/object_acc", 0.9, 7),
         ("val/reward", "val/diversity", 0.9, 7),
     ]
+
+
+def test_a_measure_that_falls_is_an_alarm_of_its_own_where_a_discriminator_is_the_reward():
+    rules = hacking_rules(["other"], WatchSettings(share=0.95, steps=20), fixed=False)
+    monitor = AlertMonitor(rules, step=0)
+    values = [0.8, 0.7, 0.79, 0.7, 0.7, 0.7]  # below 0.76 from step 30 on
+    alerts = [monitor.check(10 * i, {"other": value, "val/diversity": 1.0}) for i, value in enumerate(values)]
+    assert [alert is not None for alert in alerts] == [False] * 4 + [True, False]
+    assert "other is 0.7, below 0.95 times its first value since step 20" in str(alerts[4])
 
 
 # --- the best checkpoint ------------------------------------------------------------------------------------------
@@ -147,6 +156,19 @@ def test_the_watch_measures_rewards_diversity_and_distance(tiny):
 def test_what_is_trained_on_does_not_measure_the_result():
     with pytest.raises(UserError, match=r"evaluate\.scorers: emoji is trained on, which a scorer must not be"):
         Validator(PROMPTS, ["emoji"], {"emoji": 1.0})
+
+
+def test_with_a_discriminator_as_the_reward_the_same_is_measured_but_no_reward(tiny):
+    settings = WatchSettings(diversity_prompts=2, diversity_seeds=2, teacher_steps=2)
+    validator = Validator(PROMPTS, ["emoji"], {}, "test_pixels", settings)
+    found = validator(tiny, tiny)()
+    assert validator.watches
+    assert set(found) == set(validation_metrics(PROMPTS, ["emoji"], {}, "test_pixels"))
+    assert REWARD not in found
+    assert {"val/diversity", "val/fd_teacher[test_pixels]"} <= set(found)
+    recipe = api.load_recipe("micro-advdmd-4")
+    assert recipe.method.trained_rewards() == {}
+    assert api.load_recipe("micro-turbo").method.trained_rewards() is None
 
 
 def test_without_rewards_nothing_is_watched():

@@ -95,7 +95,8 @@ def distill(
     check_named_files(resolved)
     check_evaluation(settings, stage.prompts.source, validation, test)
     stages: Sequence[Stage] = [resolved] if isinstance(resolved, DistillRecipe) else resolved.stages
-    rewards = {name: weight for each in stages for name, weight in each.method.trained_rewards().items()}
+    trained = [found for each in stages if (found := each.method.trained_rewards()) is not None]
+    rewards = {name: weight for found in trained for name, weight in found.items()} if trained else None
     for each in stages:
         check_best_metric(each, validation, settings, rewards)
     validator = Validator.of(validation, settings, rewards)

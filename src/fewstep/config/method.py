@@ -37,9 +37,11 @@ class MethodConfig(Settings):
         """Names of frozen copies of the student, as it is when the training begins."""
         return []
 
-    def trained_rewards(self) -> dict[str, float]:
-        """The rewards that are trained on, as "name" or "name:argument", with their weights."""
-        return {}
+    def trained_rewards(self) -> dict[str, float] | None:
+        """The rewards that are trained on, as "name" or "name:argument", with their weights: none where the reward is
+        a discriminator that is trained as well. None: no reward is trained on.
+        """
+        return None
 
     def check_files(self) -> None:
         """Find what is wrong with files and models that the method needs besides the recipe's own, before any is

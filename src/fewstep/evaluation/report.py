@@ -14,7 +14,7 @@ from fewstep.atomic import atomic_file, write_text
 from fewstep.evaluation import plots, table
 from fewstep.evaluation.grid import picture, tile
 from fewstep.evaluation.metrics_file import Metrics, Samples
-from fewstep.evaluation.watch import REWARD
+from fewstep.evaluation.watch import DIVERSITY, REWARD
 from fewstep.training.tracking import read_metrics
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -69,7 +69,7 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
             for i in range(min(_SHOWN_SEEDS, len(seeded[0].seeds)))
         ],
         chart=plots.accuracy_by_nfe(points, metrics.real.get("object_acc")) if len(points) > 1 else None,
-        watch=plots.relative_curves(lines, REWARD),
+        watch=plots.relative_curves(lines, REWARD if any(REWARD in line for line in lines) else DIVERSITY),
         curves=plots.curves(lines),
         run={key: _plain(value) for key, value in metrics.run.items() if key not in ("prompt_list", "scores")},
     )

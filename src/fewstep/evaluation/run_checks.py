@@ -68,7 +68,7 @@ def check_evaluation(settings: EvaluateSettings, source: str, validation: Sequen
 
 
 def check_best_metric(
-    stage: Stage, validation: Sequence[str], settings: EvaluateSettings, rewards: Mapping[str, float]
+    stage: Stage, validation: Sequence[str], settings: EvaluateSettings, rewards: Mapping[str, float] | None
 ) -> None:
     """Raises: UserError if the best checkpoint is chosen by a score that validation does not have."""
     best = stage.train.keep_best

@@ -15,7 +15,7 @@ from fewstep.evaluation.watch import RewardWatch, check_untrained, hacking_rules
 from fewstep.inference.generate import generate
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.rewards.scorers import open_scorers
-from fewstep.training.alerts import DivergenceRule
+from fewstep.training.alerts import Rule
 
 
 def validation_metrics(
@@ -26,18 +26,19 @@ def validation_metrics(
 ) -> list[str]:
     """The names of the metrics that a :class:`Validator` gives for these prompts. Arguments as there."""
     scores = [key for scorer in open_scorers(scorers).values() for key in applicable_scores(scorer, prompts)]
-    return [*(f"val/{key}" for key in [*scores, "saturation", "hf_energy"]), *watch_metrics(rewards or {}, features)]
+    return [*(f"val/{key}" for key in [*scores, "saturation", "hf_energy"]), *watch_metrics(rewards, features)]
 
 
 class Validator:
     """Called with a student and its teacher it returns a function without arguments, which samples the prompts with the
     student's present weights and returns ``val/*``: the mean scores, saturation and high-frequency energy; where
-    rewards are trained on, also what :class:`fewstep.evaluation.watch.RewardWatch` measures.
+    a reward is trained on, also what :class:`fewstep.evaluation.watch.RewardWatch` measures.
 
     Args:
         prompts: at least one.
         scorers: by name; None is every scorer that needs no checkpoint. They are opened on the student's device.
-        rewards: what is trained on, "name" or "name:argument" -> weight.
+        rewards: what is trained on, "name" or "name:argument" -> weight; none where a discriminator is the reward. None:
+            no reward is trained on.
         features: the watch's feature network.
         further: gives further metrics of the images, uint8 [N, H, W, 3], one of each prompt.
 
@@ -55,30 +56,30 @@ class Validator:
         further: Callable[[Tensor], Mapping[str, float]] | None = None,
     ) -> None:
         check_untrained(rewards or {}, scorers)
-        self.prompts, self.scorers, self.rewards = list(prompts), scorers, dict(rewards or {})
+        self.prompts, self.scorers, self.rewards = list(prompts), scorers, rewards
         self.features, self.watch, self.further = features, watch or WatchSettings(), further
 
     @classmethod
-    def of(cls, prompts: Sequence[str], settings: EvaluateSettings, rewards: Mapping[str, float]) -> Validator:
+    def of(cls, prompts: Sequence[str], settings: EvaluateSettings, rewards: Mapping[str, float] | None) -> Validator:
         """The validator of a recipe's settings."""
         return cls(prompts, settings.scorers, rewards, settings.features, settings.watch)
 
     @property
     def watches(self) -> bool:
         """Whether rewards are trained on."""
-        return bool(self.rewards)
+        return self.rewards is not None
 
-    def alert_rules(self) -> list[DivergenceRule]:
+    def alert_rules(self) -> Sequence[Rule]:
         """The alarms of the watch."""
-        if not self.watches:
+        if self.rewards is None:
             return []
         scores = [key for one in open_scorers(self.scorers).values() for key in applicable_scores(one, self.prompts)]
-        return hacking_rules([f"val/{key}" for key in scores], self.watch)
+        return hacking_rules([f"val/{key}" for key in scores], self.watch, fixed=bool(self.rewards))
 
     def __call__(self, student: TextToImagePipeline, teacher: TextToImagePipeline) -> Callable[[], dict[str, float]]:
         opened = open_scorers(self.scorers, student.device).values()
         watch = None
-        if self.watches:
+        if self.rewards is not None:
             watch = RewardWatch(student, teacher, self.prompts, self.rewards, self.features, self.watch)
 
         def validate() -> dict[str, float]:

@@ -20,7 +20,7 @@ from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.rewards.guarded import guarded_scores
 from fewstep.rewards.open import open_reward
-from fewstep.training.alerts import DivergenceRule
+from fewstep.training.alerts import AlertRule, DivergenceRule, Rule
 
 REWARD, DIVERSITY = "val/reward", "val/diversity"
 
@@ -31,21 +31,25 @@ _CAUSE = (
 )
 
 
-def watch_metrics(rewards: Mapping[str, float], features: str = DEFAULT) -> list[str]:
-    """The names of the metrics of :class:`RewardWatch`; none without rewards."""
-    if not rewards:
+def watch_metrics(rewards: Mapping[str, float] | None, features: str = DEFAULT) -> list[str]:
+    """The names of the metrics of :class:`RewardWatch`; none where no reward is trained on (None)."""
+    if rewards is None:
         return []
     single = [f"{REWARD}_{name}" for name in _names(rewards)] if len(rewards) > 1 else []
-    return [REWARD, *single, DIVERSITY, f"val/{distance_name(open_features(features).name)}"]
+    return [*([REWARD] if rewards else []), *single, DIVERSITY, f"val/{distance_name(open_features(features).name)}"]
 
 
-def hacking_rules(scores: Sequence[str], settings: WatchSettings) -> list[DivergenceRule]:
+def hacking_rules(scores: Sequence[str], settings: WatchSettings, fixed: bool) -> Sequence[Rule]:
     """Alarms for each measure that is not trained on: the reward is above its value at the start, the measure below
     ``settings.share`` of its own, for ``settings.steps`` steps.
 
     Args:
         scores: names of the metrics of scorers, of which more is better.
+        fixed: False: the reward is a discriminator, whose scores cannot be compared over time; the measure alone
+            raises the alarm.
     """
+    if not fixed:
+        return [AlertRule(name, "fallen", settings.share, settings.steps, _CAUSE) for name in (*scores, DIVERSITY)]
     return [DivergenceRule(REWARD, name, settings.share, settings.steps, _CAUSE) for name in (*scores, DIVERSITY)]
 
 
@@ -53,7 +57,7 @@ class RewardWatch:
     """Measures a student's images by the rewards it is trained on, by diversity, and by distance to the teacher's.
 
     Args:
-        rewards: "name" or "name:argument" -> weight.
+        rewards: "name" or "name:argument" -> weight; none where a discriminator is the reward.
         features: the feature network of diversity and distance.
 
     Raises:
@@ -81,7 +85,7 @@ class RewardWatch:
         return TeacherDistance(self.teacher, self.prompts, self.network, self.settings.teacher_steps)
 
     def __call__(self, images: Tensor) -> dict[str, float]:
-        """``val/reward`` (the weighted sum of the rewards' means), each reward's mean where there are several,
+        """``val/reward`` (the weighted sum of the rewards' means, if any), each reward's mean where there are several,
         ``val/diversity`` and the distance to the teacher, ``val/fd_teacher[NETWORK]``.
 
         Args:
@@ -92,7 +96,7 @@ class RewardWatch:
         for name, reward in self.rewards.items():
             scores, _ = guarded_scores(reward, pixels, self.prompts, _MICRO_BATCH)
             means[name] = float(scores.nanmean())
-        found = {REWARD: sum(self.weights[name] * mean for name, mean in means.items())}
+        found = {REWARD: sum(self.weights[name] * mean for name, mean in means.items())} if means else {}
         if len(means) > 1:
             found |= {f"{REWARD}_{name}": mean for name, mean in means.items()}
         features = self.network(images)

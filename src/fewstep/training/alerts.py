@@ -29,14 +29,14 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class AlertRule:
-    """One metric above its bound.
+    """One metric out of its bound.
 
-    kind: "above" compares with `bound`; "relative" with `bound` times the first logged value.
+    kind: "above" compares with `bound`; "relative" with `bound` times the first logged value; "fallen" is below that.
     cause: the likely cause and what to try, for the user.
     """
 
     metric: str
-    kind: Literal["above", "relative"]
+    kind: Literal["above", "relative", "fallen"]
     bound: float
     steps: int
     cause: str
@@ -46,11 +46,14 @@ class AlertRule:
         return (self.metric,)
 
     def within(self, values: Sequence[float], first: Sequence[float]) -> bool:
+        if self.kind == "fallen":
+            return values[0] >= self.bound * first[0]
         return values[0] <= (self.bound * first[0] if self.kind == "relative" else self.bound)
 
     def describe(self, values: Sequence[float], first: Sequence[float], since: int) -> str:
-        bound = f"{self.bound:g} times its first value" if self.kind == "relative" else f"{self.bound:g}"
-        return f"{self.metric} is {values[0]:.3g}, above {bound} since step {since}: {self.cause}"
+        bound = f"{self.bound:g}" if self.kind == "above" else f"{self.bound:g} times its first value"
+        side = "below" if self.kind == "fallen" else "above"
+        return f"{self.metric} is {values[0]:.3g}, {side} {bound} since step {since}: {self.cause}"
 
 
 @dataclass(frozen=True)

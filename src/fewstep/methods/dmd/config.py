@@ -122,9 +122,11 @@ class DMDConfig(MethodConfig):
             found |= dict.fromkeys(loss_terms.get(term).student_copies(settings))
         return list(found)
 
-    def trained_rewards(self) -> dict[str, float]:
+    def trained_rewards(self) -> dict[str, float] | None:
         scored = [each for each in self.terms.on.values() if isinstance(each, ScoredTermSettings)]
-        return {reward.reward: reward.weight for settings in scored for reward in settings.rewards}
+        found = {reward.reward: reward.weight for settings in scored for reward in settings.rewards}
+        learned = any(term.learns_reward for term in self._terms().values())
+        return found if found or learned else None
 
     def check_files(self) -> None:
         for name, settings in self.terms.on.items():

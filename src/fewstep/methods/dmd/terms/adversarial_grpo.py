@@ -79,6 +79,7 @@ class AdversarialGRPO(PolicyTerm):
     Settings = AdversarialGRPOSettings
     requires_real = True
     student_uses_real = False
+    learns_reward = True
     trainable_names = ("discriminator",)
 
     def __init__(

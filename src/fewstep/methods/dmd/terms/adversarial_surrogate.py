@@ -62,6 +62,7 @@ class AdversarialSurrogate(PreferenceDirection):
     Settings = AdversarialSurrogateSettings
     requires_real = True
     student_uses_real = False
+    learns_reward = True
     trainable_names = ("surrogate", "discriminator")
 
     def __init__(

@@ -124,6 +124,7 @@ class LossTerm(ABC):
         student_uses_real: where it requires real latents, the student's loss does, and not its trainables' alone.
         measures_real: real latents are measured once when the term is built.
         uses_sample: it needs a student sample at an anchor.
+        learns_reward: its reward is a discriminator, which it trains.
         trainable_names, model_names: what ``trainables`` gives, and which further copies of the teacher it trains.
     """
 
@@ -132,6 +133,7 @@ class LossTerm(ABC):
     measures_real: ClassVar[bool] = False
     student_uses_real: ClassVar[bool] = True
     uses_sample: bool = True
+    learns_reward: ClassVar[bool] = False
     trainable_names: ClassVar[tuple[str, ...]] = ()
     model_names: ClassVar[tuple[str, ...]] = ()
 
