@@ -18,22 +18,22 @@ demo-dmdr: $(VENV)/ready  # trains the demo's student further with a reward; the
 serve: $(VENV)/ready  # web page and API of a model: make serve MODEL=runs/demo/student
 	$(BIN)/fewstep serve $(MODEL)
 
-test: $(VENV)/ready lint
+test: $(VENV)/dev lint
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: $(VENV)/ready  # on a machine with a GPU
+test-gpu: $(VENV)/dev  # on a machine with a GPU
 	$(BIN)/python -m pytest -m gpu -n 0
 
-lint: $(VENV)/ready
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-docs: $(VENV)/ready  # docs/recipes.md from the recipes' models, docs/reference/errors.md from the tests' table
+docs: $(VENV)/dev  # docs/recipes.md from the recipes' models, docs/reference/errors.md from the tests' table
 	$(BIN)/python -m fewstep.config.reference > docs/recipes.md
 	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/reference/errors.md
 
@@ -47,6 +47,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fewstep needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,serve]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

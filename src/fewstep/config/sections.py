@@ -69,6 +69,10 @@ class TrainSettings(Settings):
         description="What follows when an alert rule fires: nothing, a warning, the end of the run, or the end of the "
         "run at its last good checkpoint.",
     )
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        default=[],
+        description="Experiment trackers that also get the metrics and previews (fewstep[wandb], fewstep[mlflow]).",
+    )
     num_threads: int | None = Field(
         default=None, ge=1, le=4096, description="CPU threads of torch; null is torch's default."
     )

@@ -37,8 +37,8 @@ class Validator:
     Args:
         prompts: at least one.
         scorers: by name; None is every scorer that needs no checkpoint. They are opened on the student's device.
-        rewards: what is trained on, "name" or "name:argument" -> weight; none where a discriminator is the reward. None:
-            no reward is trained on.
+        rewards: what is trained on, "name" or "name:argument" -> weight; none where a discriminator is the reward.
+            None: no reward is trained on.
         features: the watch's feature network.
         further: gives further metrics of the images, uint8 [N, H, W, 3], one of each prompt.
 

@@ -3,7 +3,7 @@
 runs/<name>/
     recipe.yaml             as resolved
     fingerprints.json       of the models and files that the recipe names
-    metrics.jsonl, events.out.tfevents.*
+    metrics.jsonl, events.out.tfevents.*, trackers.json
     checkpoints/  previews/
     model/ or student/  report/
     stages/                 a run for each stage of a recipe with several
@@ -30,6 +30,7 @@ from fewstep.locks import lock
 from fewstep.machine import reason
 from fewstep.outputs import check_folder
 from fewstep.training.claim import Claim
+from fewstep.training.trackers import TrackerName, check_trackers, open_trackers
 from fewstep.training.tracking import Tracker
 
 RECIPE, FINGERPRINTS = "recipe.yaml", "fingerprints.json"
@@ -38,13 +39,14 @@ RECIPE, FINGERPRINTS = "recipe.yaml", "fingerprints.json"
 RUN_FILES = (
     *("checkpoints", "previews", "metrics.jsonl", "events.out.tfevents.*"),
     *("model", "student", "student-best", "report", "vae", "text_encoder", "tokenizer", "cache", "stages", "lora"),
-    "encoded-prompts",
+    *("encoded-prompts", "trackers.json", "wandb"),
 )
 
 # Keys that may change when a run is resumed: they do not change what one step does.
 RESUMABLE_KEYS = (
     *("train.log_every", "train.sample_every", "train.save_every", "train.save_minutes"),
     *("train.max_checkpoints", "train.keep_best", "train.num_threads", "train.on_alert", "train.max_minutes"),
+    "train.trackers",
     *("train.fsdp_shard_size", "evaluate.", "preview.", "keep_files"),
 )
 
@@ -61,7 +63,7 @@ class RunDir:
     read_only: the main process owns the directory: nothing is written or locked here.
 
     Raises: UserError for another recipe, a directory with other files under a run's names, or one that another process
-    is using.
+    is using, and a tracker that is not installed.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class RunDir:
         self.claim: Claim | None = None
         if read_only:
             return
+        check_trackers(self._trackers)
         check_folder(self.directory)
         try:
             self.claim = Claim(self.directory, (RECIPE, FINGERPRINTS))
@@ -95,6 +98,11 @@ class RunDir:
                 raise
         except OSError as error:
             raise UserError(f"{self.directory}: cannot write here ({reason(error)})") from None
+
+    @property
+    def _trackers(self) -> list[TrackerName]:
+        train = getattr(self.recipe, "train", None)  # a recipe of several stages has none of its own
+        return [] if train is None else train.trackers
 
     @property
     def checkpoints(self) -> Path:
@@ -111,7 +119,7 @@ class RunDir:
         self.begin()
         if self._tracker is not None:
             self._tracker.close()
-        self._tracker = Tracker(self.directory, step)
+        self._tracker = Tracker(self.directory, step, open_trackers(self._trackers, self.directory, self.recipe))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics; call `track` first."""

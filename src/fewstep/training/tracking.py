@@ -1,8 +1,8 @@
-"""The metrics of a run: one JSON object per line, and TensorBoard."""
+"""The metrics of a run: one JSON object per line, TensorBoard, and the trackers that the recipe names."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from fewstep.atomic import write_text
 from fewstep.machine import reading, writing
+from fewstep.training.trackers import ExperimentTracker
 
 
 class RunningMeans:
@@ -36,13 +37,15 @@ class RunningMeans:
 class Tracker:
     """Appends to metrics.jsonl and to TensorBoard events in `directory`.
 
-    `step` is the step that the run resumes from: later lines are dropped, since those steps are taken again.
+    `step` is the step that the run resumes from: later lines are dropped, since those steps are taken again. `further`
+    trackers get the same metrics and images, and are closed with this one.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
+    def __init__(self, directory: Path, step: int, further: Sequence[ExperimentTracker] = ()) -> None:
         # Imported here: it takes a second, and commands that only read a run do not need it.
         from torch.utils.tensorboard import SummaryWriter
 
+        self._further = further
         self._path, self._events = directory / "metrics.jsonl", directory / "events.out.tfevents"
         _truncate(self._path, step)
         with writing(self._path):
@@ -59,13 +62,19 @@ class Tracker:
         with writing(self._events):
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        for tracker in self._further:
+            tracker.log(step, metrics)
 
     def image(self, step: int, image: Image.Image) -> None:
         pixels = np.asarray(image.convert("RGB"))
         with writing(self._events):
             self._board.add_image("preview", pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        for tracker in self._further:
+            tracker.image(step, image)
 
     def close(self) -> None:
+        for tracker in self._further:
+            tracker.close()
         with writing(self._path):
             self._lines.close()
         with writing(self._events):
