@@ -92,7 +92,7 @@ def tuned_rate(name: str, teacher: TextToImagePipeline, options: argparse.Namesp
     for factor in FACTORS:
         lr = float(f"{factor * arm.lr:.2g}")
         folder = options.out / "tune" / f"{folder_name(name)}-{lr:g}"
-        found = kept(folder.with_suffix(".json"), partial(measure, folder, lr))
+        found = kept(folder.parent / f"{folder.name}.json", partial(measure, folder, lr))
         scores[lr] = sum(found[key] for key in SELECTED_BY)
     return max(scores, key=lambda lr: scores[lr])
 
