@@ -33,9 +33,10 @@ def overrides(folder, terms, *more):
     ("terms", "opened", "advantages"),
     [
         (GRPO, "student/adversarial_grpo_open", "student/adversarial_grpo_advantage_abs"),
-        pytest.param(SURROGATE, "surrogate/open", "surrogate/advantage_abs", marks=pytest.mark.slow),
+        (SURROGATE, "surrogate/open", "surrogate/advantage_abs"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_resumes_exactly(tiny_folder, tmp_path, terms, opened, advantages):
     more = overrides(tiny_folder, terms, "student.steps=2", "train.steps=4")
     api.distill("micro-advdmd-2", tmp_path / "whole", overrides=more)

@@ -152,7 +152,12 @@ print((peak - before) / sum(p.numel() * p.element_size() for p in part.parameter
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("stored", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+    ("stored", "wanted"),
+    [
+        ("float32", "bfloat16"),
+        pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+        pytest.param("float32", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_loading_takes_no_more_memory_than_the_weights(tiny, tmp_path, stored, wanted):
     config = {**tiny.transformer.config, "dim": 768, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [32, 32, 32]}

@@ -118,6 +118,7 @@ def test_every_option_runs(tiny_folder, tmp_path, more):
     assert api.generate(student, "a fox").images.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_resolution_is_that_of_training_and_of_the_student(tiny_folder, tmp_path):
     more = ("train.steps=2", "method.terms.trajectory_mse={}", "trajectory.num_trajectories=4", "resolution=32")
     made = distill(tiny_folder, tmp_path / "run", *more)

@@ -199,6 +199,7 @@ def test_scorer_gives_nan_for_other_prompts():
     assert none["object_acc"].isnan().all()
 
 
+@pytest.mark.slow
 def test_publish_writes_weights_card_and_quality(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_quality, "STEPS", 2)
     monkeypatch.setattr(model_card, "STEPS", 2)

@@ -50,6 +50,7 @@ def recipe(tiny_folder: Path, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_method_in_one_file_trains_and_resumes(recipe: Path, tmp_path: Path) -> None:
     fewstep("distill", recipe, "--out", tmp_path / "whole", plugin="on_policy.py")
     fewstep("distill", recipe, "--out", tmp_path / "parts", "-s", "train.steps=2", plugin="on_policy.py")

@@ -24,6 +24,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_its_files_open_in_diffusers(tiny, tiny_folder, tmp_path):
     more = [f"teacher={tiny_folder}", *SHORT, "models.rank=4", "models.fake_score_rank=2", "models.lora_alpha=8"]
     more += ["models.gradient_checkpointing=true"]

@@ -62,6 +62,7 @@ def test_stages_start_from_the_last_student_and_resume(tiny_folder, tmp_path):
     assert torch.equal(generate(load(made.student), ["a dog"], SamplingParams(seed=3)).images, before)
 
 
+@pytest.mark.slow
 def test_models_of_a_stage_are_freed_before_the_next(tiny_folder, tmp_path, monkeypatch):
     """The last student is a hard link: it takes its space once."""
     made, left = [], []
