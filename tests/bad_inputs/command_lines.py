@@ -157,6 +157,8 @@ SECTION = Section(
             Case("serve tiny --max-batch 0", "'--max-batch'"),
             Case("serve tiny --max-pixels 0", "'--max-pixels'"),
             Case("serve tiny --timeout 0", "'--timeout'"),
+            Case("serve tiny --replicas 0", "'--replicas'"),
+            Case("serve tiny --max-replicas 0", "'--max-replicas'"),
             Case("evaluate tiny --num-prompts 1", "'--num-prompts'"),
             Case("evaluate tiny --max-minutes 0", "'--max-minutes'"),
             Case("plan micro-turbo --gpus 0", "'--gpus'"),

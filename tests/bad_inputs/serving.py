@@ -33,11 +33,23 @@ SECTION = Section(
             "Write one key on each line of a file, at least 16 characters long.",
             Case("serve tiny --host 0.0.0.0", "--host 0.0.0.0"),
             Case("serve tiny --host ::", "--host ::"),
+            Case("serve tiny --replicas 1 --host 0.0.0.0", "--host 0.0.0.0"),
         ),
         Message(
             "--host {address} --port {port}: cannot be used ({reason})",
             "Another program listens there, or the address is not one of this machine.",
             Case("serve tiny --host 127.0.0.1.5 --port 0 --api-keys keys.txt", "127.0.0.1.5", {"keys.txt": "k" * 16}),
+        ),
+        Message(
+            "--replicas: {count} replicas need as many {kind}; there are {count}",
+            "Each replica has a GPU of its own where there are GPUs, and at least one CPU.",
+            Case("serve tiny --replicas 4000", "4000 replicas"),
+            Case("serve tiny --max-replicas 4000", "4000 replicas"),
+        ),
+        Message(
+            "max_replicas: {count} is less than replicas, {count}",
+            "`--replicas` is the smallest number, `--max-replicas` the largest.",
+            Case("serve tiny --replicas 3 --max-replicas 2", "max_replicas: 2"),
         ),
         Message("{file}: no keys; write one on each line", "The file has no keys.", _keys("# none\n", "keys.txt")),
         Message(

@@ -46,6 +46,13 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds for a request, its time in the queue included.")
     ] = 300,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes with one model each, on Ray Serve. [default: this process alone]"),
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Add replicas up to this number while requests wait.")
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of the weights: fp32, bf16 or fp8. [default: as stored]")
@@ -53,17 +60,32 @@ def serve(
     device: Device = "auto",
 ) -> None:
     """Serve a model: OpenAI's image API and a web page. SIGTERM or Ctrl-C ends it after the requests in progress."""
-    from fewstep.serve.run import serve as run
-    from fewstep.serve.settings import ServeSettings
+    from fewstep.serve.settings import ServedModel, ServeSettings, read_settings
 
-    settings = ServeSettings(
-        host=host,
-        port=port,
-        max_queue=max_queue,
-        max_batch=max_batch,
-        max_pixels=max_pixels,
-        max_steps=max_steps,
-        timeout=timeout,
-        log_prompts=log_prompts,
-    )
-    run(model, settings, api_keys, device, dtype.value if dtype else None, lora_dir, vae, enhancer, safety_filter)
+    served = {
+        "model": model,
+        "device": device,
+        "dtype": dtype.value if dtype else None,
+        "lora_dir": lora_dir,
+        "vae": vae,
+        "enhancer": enhancer,
+        "safety_filter": safety_filter,
+    }
+    settings = {
+        "api_keys": api_keys,
+        "max_queue": max_queue,
+        "max_batch": max_batch,
+        "max_pixels": max_pixels,
+        "max_steps": max_steps,
+        "timeout": timeout,
+        "log_prompts": log_prompts,
+    }
+    if replicas is None and max_replicas is None:
+        from fewstep.serve.run import serve as run
+
+        run(read_settings(ServedModel, served), read_settings(ServeSettings, settings), host, port)
+    else:
+        from fewstep.serve.fleet import FleetSettings, serve_fleet
+
+        scale = {"replicas": replicas or 1, "max_replicas": max_replicas}
+        serve_fleet(read_settings(FleetSettings, served | settings | scale), host, port)

@@ -11,21 +11,22 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from fewstep.errors import UserError
 from fewstep.serve.engine import OutOfMemory
-from fewstep.serve.failures import Disconnected, Unauthorized, error_answer, failure
+from fewstep.serve.error_answers import error_answer
+from fewstep.serve.failures import Disconnected, Unauthorized, failure
 from fewstep.serve.forms import edit_schema, read_edit
 from fewstep.serve.guards import Guards
 from fewstep.serve.images import encode_image, to_base64
 from fewstep.serve.scheduler import QueueFull
-from fewstep.serve.schema import ErrorAnswer, GenerationRequest, ImageAnswer, ImagesAnswer
+from fewstep.serve.schema import ErrorAnswer, GenerationRequest, ImageAnswer, ImagesAnswer, seeded
 from fewstep.serve.service import Service, Ticket, UnknownModel
-from fewstep.serve.settings import ApiKeys, is_loopback
+from fewstep.serve.settings import ApiKeys
 from fewstep.serve.stream import stream_events
 
 log = logging.getLogger("fewstep.serve")
@@ -61,6 +62,14 @@ def authorized(http: Request) -> str:
 
 
 Client = Annotated[str, Depends(authorized)]
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=256,
+        description="Extension. Requests of one key draw the same random seed: repeated, they give the same images.",
+    ),
+]
 
 
 def make_app(service: Service, keys: ApiKeys) -> FastAPI:
@@ -73,22 +82,21 @@ def make_app(service: Service, keys: ApiKeys) -> FastAPI:
         await asyncio.to_thread(service.scheduler.stop, service.settings.drain)
 
     app = FastAPI(title="fewstep", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(
-        Guards, local=is_loopback(service.settings.host) and not keys.required, answered=service.metrics.answer
-    )
-
+    app.add_middleware(Guards, local=not keys.required, answered=service.metrics.answer)
     app.state.keys = keys
 
     @app.post("/v1/images/generations", response_model=ImagesAnswer, responses=_ERRORS)
-    async def generations(body: GenerationRequest, http: Request, client: Client) -> Any:
+    async def generations(body: GenerationRequest, http: Request, client: Client, key: Key = None) -> Any:
         """Images from a prompt; with ``stream``, server-sent events."""
+        body = seeded(body, key)
         ticket = service.submit(body, client, await service.revise(body))
         return await _answer(service, ticket, body, http, "image_generation")
 
     @app.post("/v1/images/edits", response_model=ImagesAnswer, responses=_ERRORS, openapi_extra=edit_schema())
-    async def edits(http: Request, client: Client) -> Any:
+    async def edits(http: Request, client: Client, key: Key = None) -> Any:
         """Images from an image and a prompt; where there is a mask, only its transparent pixels are drawn anew."""
         body, upload = await read_edit(http, service.params)
+        body = seeded(body, key)
         ticket = service.submit(body, client, await service.revise(body), upload)
         return await _answer(service, ticket, body, http, "image_edit")
 
@@ -106,7 +114,7 @@ def make_app(service: Service, keys: ApiKeys) -> FastAPI:
 
     @app.get("/images/{name}", include_in_schema=False)
     async def image(name: str) -> Response:
-        found = service.store.get(name)
+        found = None if service.store is None else service.store.get(name)
         if found is None:
             raise HTTPException(404, "no such image, or no longer")
         return Response(found[0], media_type=found[1], headers={"X-Content-Type-Options": "nosniff"})
@@ -179,7 +187,7 @@ async def _answer(service: Service, ticket: Ticket, body: GenerationRequest, htt
             content = await asyncio.to_thread(
                 encode_image, image, body.output_format, body.output_compression, ticket.metadata(index)
             )
-            if body.response_format == "url":
+            if body.response_format == "url" and service.store is not None:
                 answer.url = str(http.url_for("image", name=service.store.add(content, body.output_format)))
             else:
                 answer.b64_json = to_base64(content)

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from fewstep.errors import UserError
 from fewstep.serve.engine import OutOfMemory
+from fewstep.serve.error_answers import error_answer, queue_full, timed_out
 from fewstep.serve.scheduler import QueueFull
 from fewstep.serve.schema import describe_errors
 from fewstep.serve.service import Service, UnknownModel
@@ -44,14 +45,10 @@ def failure(service: Service, error: Exception) -> JSONResponse:
         return error_answer(error.status_code, str(error.detail))
     if isinstance(error, QueueFull):
         service.metrics.error("queue_full")
-        seconds = max(1, round(error.retry_after))
-        message = f"the queue is full; try again in {seconds} s"
-        response = error_answer(429, message, "rate_limit_error", code="queue_full")
-        response.headers["Retry-After"] = str(seconds)
-        return response
+        return queue_full(error.retry_after)
     if isinstance(error, TimeoutError):
         service.metrics.error("timeout")
-        return error_answer(504, f"not done within {service.settings.timeout:g} s", "server_error", code="timeout")
+        return timed_out(service.settings.timeout)
     if isinstance(error, OutOfMemory):
         service.metrics.error("out_of_memory")
         return error_answer(503, str(error), "server_error", code="out_of_memory")
@@ -63,10 +60,3 @@ def failure(service: Service, error: Exception) -> JSONResponse:
     return error_answer(
         500, "the request failed; the server's log has the reason", "server_error", code="internal_error"
     )
-
-
-def error_answer(
-    status: int, message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> JSONResponse:
-    """An error in OpenAI's form."""
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)

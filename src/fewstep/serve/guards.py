@@ -44,32 +44,40 @@ class Guards:
         if origin is not None and urlsplit(origin).netloc != host:
             await _refuse(counted, 403, "origin: pages of other websites may not use this server")
             return
-        limit = MAX_UPLOAD if headers.get("content-type", "").startswith("multipart/form-data") else MAX_JSON
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await _read(receive, limit)
-        except TimeoutError:
-            await _refuse(counted, 408, f"the body did not arrive within {BODY_SECONDS:g} seconds")
+            body = await read_body(receive, headers.get("content-type", ""))
+        except BodyRefused as refused:
+            await _refuse(counted, refused.status, str(refused))
             return
-        if body is None:
-            await _refuse(counted, 413, f"the body is longer than {limit} bytes")
-            return
-        await self.app(scope, _replay(body, receive), counted)
+        await self.app(scope, replay(body, receive), counted)
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None if it is longer."""
+class BodyRefused(Exception):
+    """``status``: of the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def read_body(receive: Receive, content_type: str) -> bytes:
+    """The whole body of a request. Raises: BodyRefused where it is too long or too slow."""
+    limit = MAX_UPLOAD if content_type.startswith("multipart/form-data") else MAX_JSON
     body = bytearray()
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > limit:
-            return None
-        if not message.get("more_body", False):
-            return bytes(body)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise BodyRefused(413, f"the body is longer than {limit} bytes")
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise BodyRefused(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """Gives the body in one message, then what comes after it: the disconnection."""
     first = True
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fewstep.config.base import PlainValues, SamplingSteps
-from fewstep.core.seeds import MAX_SEED
+from fewstep.core.seeds import MAX_SEED, derive_seed
 from fewstep.errors import UserError
 from fewstep.inference.editing import STRENGTH
 from fewstep.serve.loras import MAX_LORAS, MAX_STRENGTH
@@ -87,6 +87,9 @@ class EditRequest(GenerationRequest):
             raise ValueError('expected JSON, such as {"name": 0.8}') from None
 
 
+Body = TypeVar("Body", bound=GenerationRequest)
+
+
 class SafetyDecision(BaseModel):
     """Of the safety filter about an image, which is withheld if it is flagged."""
 
@@ -141,6 +144,17 @@ def describe_errors(errors: Sequence[Any]) -> tuple[str, str | None]:
         where, problem = "", "the body is not valid JSON"
     line = f"{where}: {problem}" if where else problem
     return line.encode("utf-8", "replace").decode(), where.encode("utf-8", "replace").decode() or None
+
+
+def seeded(body: Body, key: str | None) -> Body:
+    """A body whose seed, where it has none, depends on the request's ``Idempotency-Key`` alone.
+
+    Args:
+        key: None leaves the body as it is.
+    """
+    if key is None or body.seed is not None:
+        return body
+    return body.model_copy(update={"seed": derive_seed("idempotency key", key)})
 
 
 def check_limits(prompts: Sequence[str], limit: int) -> None:

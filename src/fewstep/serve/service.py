@@ -145,7 +145,7 @@ class Service:
         self.metrics = Metrics(lambda: self.scheduler.queued)
         self.engine = Engine(pipeline, self.loras, settings.max_batch, self.metrics.batch)
         self.scheduler = Scheduler(self.engine, settings.max_queue)
-        self.store = ImageStore()
+        self.store: ImageStore | None = ImageStore()  # of images with a URL; None refuses those
         self.config = pipeline.generation_config
         self.multiple = pipeline.latent_multiple
         self.max_pixels = settings.max_pixels or 4 * self.config.height * self.config.width
@@ -226,6 +226,8 @@ class Service:
         check_limits([body.prompt, body.negative_prompt], settings.max_prompt)
         if body.n > settings.max_images:
             raise UserError(f"n: {body.n} images; at most {settings.max_images} are allowed")
+        if body.response_format == "url" and self.store is None:
+            raise UserError("response_format: url: the replicas of this server keep no images; take b64_json")
         if body.steps is not None and body.steps > settings.max_steps:
             raise UserError(f"steps: {body.steps}; at most {settings.max_steps} are allowed")
         if body.negative_prompt and not self.negative_prompts:

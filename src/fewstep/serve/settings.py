@@ -6,9 +6,14 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import Field, ValidationError
+
+from fewstep.config.base import Fraction, Settings
+from fewstep.config.explain import explain
+from fewstep.core.device import AUTO
 from fewstep.errors import UserError
 from fewstep.machine import reading
 
@@ -16,33 +21,66 @@ MIN_KEY = 16  # characters: shorter ones can be guessed
 MAX_JSON = 2**18  # bytes of a body without images
 MAX_UPLOAD = 2**25  # bytes of a body with images
 
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0.1)]
+Kind = TypeVar("Kind", bound=Settings)
 
-@dataclass(frozen=True)
-class ServeSettings:
-    """Attributes:
-    host, port: where it listens; port 0 is a free one.
-    max_queue: images that wait.
-    max_batch: images drawn together; None fits two million pixels.
-    max_pixels: of one image; None is four times the model's default size.
-    max_images: of one request.
-    max_prompt: characters.
-    max_steps: sampling steps.
-    timeout: seconds that a request may take, waiting included.
-    drain: seconds that requests in progress have after SIGTERM.
-    log_prompts: write prompts into the log.
+
+class ServedModel(Settings):
+    """A model, and how it is opened.
+
+    Attributes:
+        model: a folder in diffusers' layout, a Hugging Face hub id, or a bundled model's name.
+        dtype: of the weights: fp32, bf16 or fp8; None is the stored one.
+        lora_dir: folder of the LoRA files that requests may name; not with fp8.
+        vae: folder of an autoencoder in place of the model's own.
+        enhancer: language model that revises prompts: "own" is the text encoder; else a folder, or "URL#MODEL".
+        safety_filter: images that it scores so high are withheld; None has no filter.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_queue: int = 64
-    max_batch: int | None = None
-    max_pixels: int | None = None
-    max_images: int = 10
-    max_prompt: int = 4000
-    max_steps: int = 100
-    timeout: float = 300.0
-    drain: float = 60.0
+    model: str
+    device: str = AUTO
+    dtype: Literal["fp32", "bf16", "fp8", "fp16"] | None = None
+    lora_dir: str | None = None
+    vae: str | None = None
+    enhancer: str | None = None
+    safety_filter: Fraction | None = None
+
+
+class ServeSettings(Settings):
+    """Limits, and who may use the server.
+
+    Attributes:
+        api_keys: file of :func:`read_api_keys`; needed where other machines reach the server.
+        max_queue: images that wait.
+        max_batch: images drawn together; None fits two million pixels.
+        max_pixels: of one image; None is four times the model's default size.
+        max_images: of one request.
+        max_prompt: characters.
+        max_steps: sampling steps.
+        timeout: seconds that a request may take, waiting included.
+        drain: seconds that requests in progress have after SIGTERM.
+        log_prompts: write prompts into the log.
+    """
+
+    api_keys: str | None = None
+    max_queue: Count = 64
+    max_batch: Count | None = None
+    max_pixels: Count | None = None
+    max_images: Count = 10
+    max_prompt: Count = 4000
+    max_steps: Count = 100
+    timeout: Seconds = 300.0
+    drain: Seconds = 60.0
     log_prompts: bool = False
+
+
+def read_settings(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Settings from values by name, which may be text. Raises: UserError for an unknown name or a wrong value."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(explain(error, values, kind)) from None
 
 
 def is_loopback(host: str) -> bool:
@@ -78,6 +116,11 @@ class ApiKeys:
             if hmac.compare_digest(digest, given):
                 found = name
         return found if scheme.lower() == "bearer" else None
+
+
+def client_keys(file: str | Path | None) -> ApiKeys:
+    """The keys of a file; None has no keys, and needs none. Errors as for :func:`read_api_keys`."""
+    return ApiKeys({}) if file is None else read_api_keys(file)
 
 
 def read_api_keys(file: str | Path) -> ApiKeys:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.serve.error_answers import error_event
 from fewstep.serve.images import encode_image, to_base64
 from fewstep.serve.jobs import Drawn, Progress
 from fewstep.serve.schema import GenerationRequest, SafetyDecision
@@ -57,7 +58,7 @@ async def stream_events(
                     more = {"partial_image_index": event.preview_index, "index": event.index}
                     yield _event(f"{kind}.partial_image", _image(ticket, body, image) | more)
     except Exception as error:
-        yield f"event: error\ndata: {json.dumps(failed(error))}\n\n"
+        yield error_event(failed(error))
     finally:
         ticket.cancel()
 

@@ -1,0 +1,72 @@
+"""Opens what is served: first all checks, then the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from fewstep.core.device import resolve_device
+from fewstep.errors import UserError
+from fewstep.inference.enhancer import OWN, enhancer_for, open_answers
+from fewstep.inference.image_extras import Extras, UsedFile
+from fewstep.models.components import BUNDLED_MODELS, resolve_model
+from fewstep.models.fingerprint import model_fingerprint
+from fewstep.models.language_model import check_language_head, text_encoder_with_head
+from fewstep.models.lora.targets import model_targets
+from fewstep.models.other_vae import vae_folder
+from fewstep.models.pipeline import load
+from fewstep.serve.loras import LoraFolder
+from fewstep.serve.settings import ServedModel, ServeSettings
+
+if TYPE_CHECKING:
+    from fewstep.serve.service import Service
+
+
+def prepare(served: ServedModel, settings: ServeSettings) -> Callable[[], Service]:
+    """Check everything that can be checked before a model is loaded.
+
+    Returns: loads the model, which takes long, and returns its service.
+
+    Raises:
+        UserError: a package is missing, or the model, its configuration or LoRA files cannot be used.
+    """
+    try:
+        from fewstep.serve.safety import SafetyFilter
+        from fewstep.serve.service import Service
+    except ImportError as error:
+        raise UserError(f"serving needs the package {error.name}: pip install 'fewstep[serve]'") from None
+    if served.lora_dir is not None and served.dtype == "fp8":
+        raise UserError("--lora-dir: LoRA files cannot be changed in weights in fp8; give --dtype bf16")
+    folder = resolve_model(served.model)
+    loras = None if served.lora_dir is None else LoraFolder(served.lora_dir, model_targets(folder))
+    extras = Extras(vae=None if served.vae is None else _named_vae(served.vae))
+    safety_filter = None if served.safety_filter is None else SafetyFilter(served.safety_filter)
+    answers = None
+    if served.enhancer == OWN:
+        check_language_head(folder)
+    elif served.enhancer is not None:
+        answers = open_answers(served.enhancer, resolve_device(served.device))
+
+    def load_service() -> Service:
+        pipeline = load(folder, served.device, _torch_dtype(served.dtype), vae=served.vae)
+        own = served.enhancer == OWN
+        language = text_encoder_with_head(folder, pipeline.text_encoder, pipeline.tokenizer) if own else answers
+        revises = None if language is None else enhancer_for(folder, language)
+        name = served.model if served.model in BUNDLED_MODELS else folder.resolve().name
+        fingerprint = model_fingerprint(folder)
+        return Service(pipeline, name, fingerprint, settings, served.dtype, loras, revises, safety_filter, extras)
+
+    return load_service
+
+
+def _named_vae(vae: str) -> UsedFile:
+    """For the images' files, without the path, which is not the clients' business. Raises: UserError."""
+    folder = vae_folder(vae)
+    return UsedFile.of(str(folder)).model_copy(update={"path": folder.name})
+
+
+def _torch_dtype(name: str | None) -> torch.dtype | None:
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp16": torch.float16}
+    return None if name is None else names[name]
