@@ -143,6 +143,7 @@ def test_command_line_has_the_documented_commands() -> None:
         assert set(program.commands[group].commands) == commands  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_code_of_the_extension_guide_runs(tiny_folder: Path, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "guides" / "extending.md").read_text(encoding="utf-8")
     plugins = [tmp_path / f"plugin_{number}.py" for number in range(len(blocks(text, "python")))]

@@ -225,13 +225,8 @@ def test_stages_are_planned_one_by_one(tiny_folder, tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("micro-ca", "micro-dm", "micro-turbo"),
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("micro-long", "micro-dmd2", "micro-aligned")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["micro-long", "micro-ca", "micro-dm", "micro-dmd2", "micro-aligned", "micro-turbo"])
 def test_every_kind_of_distillation_has_a_plan(name):
     """Trajectories, CA or DM alone, a GAN, a trajectory warm-up; a fake score only where it is trained."""
     done = CliRunner().invoke(app, ["plan", name, "--gpu", "rtx4090"])
