@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from fewstep.emoji.recipes import RewardRecipe
 from fewstep.emoji.reward import BUNDLED_REWARD, EmojiReward
 from fewstep.emoji.reward_net import EmojiRewardNet, phrase_hashes
 from fewstep.emoji.reward_quality import COMPARED, measure_reward
-from fewstep.emoji.train_reward import RewardTraining, autoencoded, hard_specs, reward_batches, train
+from fewstep.emoji.train_reward import RewardTraining, autoencoded, generated, hard_specs, reward_batches, train
 from fewstep.errors import UserError
 from fewstep.evaluation.images import as_uint8
 from fewstep.rewards.open import open_reward
@@ -30,12 +31,13 @@ def dataset() -> EmojiDataset:
     return EmojiDataset.load()
 
 
-def recipe(steps: int = 40, num_objects: int = 4) -> RewardRecipe:
+def recipe(steps: int = 40, num_objects: int = 4, student: str | None = None) -> RewardRecipe:
     tree = {
         "kind": "reward",
         "name": "test",
         "channels": 8,
         "vae": "micro",
+        "student": student,
         "data": {"num_objects": num_objects, "augmentations_per_object": 1},
         "train": {"steps": steps, "batch_size": 24, "seed": 1, "num_threads": 1},
         "optim": {"lr": 5e-3, "ema_decay": 0.9},
@@ -114,6 +116,23 @@ def test_batches_are_the_same_for_any_number_of_processes(tmp_path: Path) -> Non
     torch.testing.assert_close(torch.cat([half.images for half in halves]), whole.images, rtol=0, atol=0)
     assert [*halves[0].prompts, *halves[1].prompts] == whole.prompts
     torch.testing.assert_close(halves[1].same, whole.same[12:, 12:])
+
+
+def test_a_students_images_of_the_same_prompts_are_ranked_below(tmp_path: Path) -> None:
+    settings, dataset = recipe(student="micro-turbo"), EmojiDataset.load(4)
+    made = generated(dataset, settings, tmp_path)
+    assert made is not None
+    batch = reward_batches(dataset, autoencoded(dataset, settings, tmp_path), settings, made)(0)
+    assert batch.generated is not None
+    assert batch.generated.shape == batch.degraded.shape
+    prompts = batch.prompts[-len(batch.generated) :]
+    assert float(EmojiReward()(batch.generated, prompts).mean()) > 0.6  # the right objects
+    torch.manual_seed(0)
+    training = RewardTraining(EmojiRewardNet(8), 0.0)
+    with_pairs, metrics = training.loss(batch)
+    alone, _ = training.loss(replace(batch, generated=None))
+    assert float(with_pairs.detach()) > float(alone.detach())
+    assert abs(float(metrics["generated_gap"])) < 1
 
 
 def test_attack_raises_the_loss() -> None:

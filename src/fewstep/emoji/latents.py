@@ -50,12 +50,14 @@ def build_bank(
     augmentations: int,
     seed: int,
     file: Path | None = None,
+    render: Callable[[list[EmojiSpec], torch.Generator], Tensor] | None = None,
 ) -> LatentBank:
     """Render and encode ``augmentations`` images of each distinct (object, style, background) of ``specs``.
 
     Args:
         encode: images [B, 3, 64, 64] in [0, 1] -> latents [B, C, H, W].
         file: keeps the latents; if it exists they are read from it, so that a resumed run need not encode again.
+        render: specs -> images; real ones by default.
     """
     keys = list(dict.fromkeys(image_key(spec) for spec in specs))
     row = {key: index for index, key in enumerate(keys)}
@@ -66,7 +68,7 @@ def build_bank(
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in track(range(0, len(repeated), 256), "encoding images"):
-        parts.append(encode(dataset.render(repeated[start : start + 256], generator)).half())
+        parts.append(encode((render or dataset.render)(repeated[start : start + 256], generator)).half())
     latents = torch.cat(parts).unflatten(0, (len(keys), augmentations))
     if file is not None:
         write_tensors(file, {"latents": latents})

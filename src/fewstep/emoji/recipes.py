@@ -227,6 +227,11 @@ class RewardRecipe(TrainingRecipe):
         description="Model whose images the card is also measured on: a folder or the name of a bundled one; null "
         "measures on real images alone.",
     )
+    student: str | None = Field(
+        default=None,
+        description="Model whose images of the training prompts must score below real ones: a folder or the name of a "
+        "bundled one. What a distilled student still lacks then has a gradient.",
+    )
     largest_attack: float = Field(
         default=1.5,
         ge=0,

@@ -66,15 +66,21 @@ def measure_reward(
     return {name: round(float(hits.float().mean()), 4) for name, hits in preferred.items()} | {"images": len(specs)}
 
 
-def teacher_images(model: str, steps: int = 12) -> Render:
-    """A function that samples a model's images of specs: its own guidance scale, another seed for each image."""
+def teacher_images(model: str, steps: int | None = 12) -> Render:
+    """A function that samples a model's images of specs: its own guidance scale, another seed for each image.
+
+    Args:
+        steps: None: the model's own number.
+    """
     pipeline, dataset = load(model, "cpu"), EmojiDataset.load()
     first = 0
 
     def render(specs: list[EmojiSpec]) -> Tensor:
         nonlocal first
         prompts = [dataset.prompt(spec, index % NUM_TEMPLATES) for index, spec in enumerate(specs)]
-        images = generate(pipeline, prompts, parse_params({"steps": steps, "seed": first})).images
+        images = generate(
+            pipeline, prompts, parse_params({"seed": first} | ({} if steps is None else {"steps": steps}))
+        ).images
         first += len(specs)
         return as_float(images)
 
@@ -100,6 +106,8 @@ def write_card(folder: Path, description: Mapping[str, Any], parameters: int) ->
         for key, text in COMPARED.items()
     ]
     last = " | ".join(f"{100 * figures['blurred_over_wrong']:.1f}%" for figures in preferred.values())
+    student = description.get("student")
+    ranked = f"\nIt learned to score the images of `{student}` below real ones of the same prompts." if student else ""
     card = f"""# The emoji reward
 
 A contrastive image-text model for training students of the emoji dataset: the reward `emoji`. Its score is the cosine
@@ -108,7 +116,7 @@ of the image's and the prompt's embedding, in [-1, 1], with gradient to the imag
 `fewstep emoji train micro-reward` in {description["steps"]:,} steps of {description["batch_size"]} images.
 
 It was trained on the training combinations alone, and shares no weights, architecture, seed or augmentations with the
-emoji classifier. The classifier measures; this is trained on. Never report this score as a result.
+emoji classifier. The classifier measures; this is trained on. Never report this score as a result.{ranked}
 
 How often the right image scores above the other one, for the prompt of the right one, on held-out combinations (number
 of images in brackets). Half of these combinations are validation prompts, half test prompts.

@@ -1,4 +1,4 @@
-"""Training of the emoji reward: contrastive, with hard negatives, adversarial images and degraded ones."""
+"""Training of the emoji reward: contrastive, with hard negatives, adversarial, degraded and generated images."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from fewstep.training.trainer import Trainer
 LARGEST_LATENT_NOISE = 0.3  # relative to the latents', in the autoencoded images
 RANKED = 3  # one of so many images is also degraded, and must then score less
 MARGIN = 0.25  # by which the strongest degradation lowers the cosine
+GENERATED_MARGIN = 0.1  # by which the cosine of a student's image is below the real one's
 
 
 @dataclass
@@ -37,6 +38,7 @@ class RewardBatch:
     same: bool [B, B], whether image and prompt have the same object, style and background.
     degraded: blurred or noisy versions of the first images.
     severity: of each, in [0, 1].
+    generated: a student's images of the last prompts; None without a student.
     """
 
     images: Tensor
@@ -44,10 +46,12 @@ class RewardBatch:
     same: Tensor
     degraded: Tensor
     severity: Tensor
+    generated: Tensor | None = None
 
 
 class RewardTraining(Method):
-    """Symmetric InfoNCE (CLIP, arXiv 2103.00020) on real, autoencoded and attacked images, and a ranking loss.
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020) on real, autoencoded and attacked images, and a ranking loss: degraded
+    images, and a student's, score below real ones of the same prompt.
 
     Half of the images are changed by one step of the loss's gradient (FGSM in L2, arXiv 1412.6572): a student follows
     the reward's gradient, which must therefore point to changes that are seen, not to noise that fools the network.
@@ -75,7 +79,15 @@ class RewardTraining(Method):
         ranking = F.softplus(10 * (MARGIN * batch.severity - gap)).mean() / 10
         # degraded or not, an image shows what it shows
         still = F.cross_entropy(scale * embedded[count:] @ text.T, target[rows])
-        metrics = {
+        if batch.generated is not None:
+            worse = self.net.image(batch.generated)
+            behind = cosine[rows, rows] - (worse * text[rows]).sum(1)
+            ranking = ranking + F.softplus(10 * (GENERATED_MARGIN - behind)).mean() / 10
+            still = still + F.cross_entropy(scale * worse @ text.T, target[rows])
+            further = {"generated_gap": behind.mean().detach()}
+        else:
+            further = {}
+        metrics = further | {
             "contrast": contrast.detach(),
             "ranking": ranking.detach(),
             "accuracy": batch.same.gather(1, cosine.argmax(1, keepdim=True)).float().mean(),
@@ -102,7 +114,9 @@ def train(recipe: RewardRecipe, run: RunDir) -> Path:
     net = EmojiRewardNet(recipe.channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer = Trainer(
         RewardTraining(net, recipe.largest_attack),
-        reward_batches(dataset, autoencoded(dataset, recipe, run.directory), recipe),
+        reward_batches(
+            dataset, autoencoded(dataset, recipe, run.directory), recipe, generated(dataset, recipe, run.directory)
+        ),
         run,
         train=recipe.train,
         optim={"reward": recipe.optim},
@@ -121,6 +135,7 @@ def train(recipe: RewardRecipe, run: RunDir) -> Path:
         "objects": [item.code for item in dataset.objects],
         "steps": trainer.step,
         "batch_size": recipe.train.batch_size,
+        "student": recipe.student,
         "preferred": preferred,
     }
     save_reward(kept, description, run.directory / "model")
@@ -145,7 +160,18 @@ def autoencoded(dataset: EmojiDataset, recipe: RewardRecipe, directory: Path) ->
     return build_bank(dataset, specs, there_and_back, count, recipe.train.seed, directory / "autoencoded.safetensors")
 
 
-def reward_batches(dataset: EmojiDataset, bank: LatentBank, recipe: RewardRecipe) -> BatchSource:
+def generated(dataset: EmojiDataset, recipe: RewardRecipe, directory: Path) -> LatentBank | None:
+    """A student's images of the training prompts, fp16 in [0, 1]; None without a student."""
+    if recipe.student is None:
+        return None
+    make = teacher_images(recipe.student, steps=None)
+    specs, file = dataset.specs("train", STYLES), directory / "generated.safetensors"
+    return build_bank(dataset, specs, lambda images: images, 1, recipe.train.seed, file, lambda some, _: make(some))
+
+
+def reward_batches(
+    dataset: EmojiDataset, bank: LatentBank, recipe: RewardRecipe, generated: LatentBank | None = None
+) -> BatchSource:
     """Batches of groups of four that differ in one or two of object, style and background: the hard negatives.
 
     Of the images a half is autoencoded; all are shifted, scaled and tinted a little.
@@ -171,7 +197,10 @@ def reward_batches(dataset: EmojiDataset, bank: LatentBank, recipe: RewardRecipe
         ranked = max(1, len(kept) // RANKED)
         severity = torch.rand(ranked, generator=generator)
         degraded = degrade(images[rows][-ranked:], severity, generator)
-        return RewardBatch(images[rows], prompts[rows], same, degraded, severity)
+        worse = None
+        if generated is not None:
+            worse = slightly_changed(generated.draw(chosen[rows][-ranked:], generator), generator)
+        return RewardBatch(images[rows], prompts[rows], same, degraded, severity, worse)
 
     return batch
 
