@@ -103,13 +103,16 @@ def changed(name, tensor, model):
 @pytest.mark.parametrize(
     "more",
     [
-        ("method.renoise.schedule=shared",),
+        pytest.param(("method.renoise.schedule=shared",), marks=pytest.mark.slow),
         ("method.renoise.schedule=constrained", "student.sampler=sde", "student.steps=2"),
         (
             *("method.renoise.schedule=full", "method.terms.distribution_matching=null", "optim.fake_score=null"),
             "student.timestep_sampling=continuous",
         ),
-        ("method.terms.cfg_augmentation=null", "method.fake_score_ema_to_student=0.01", "student.steps=1"),
+        pytest.param(
+            ("method.terms.cfg_augmentation=null", "method.fake_score_ema_to_student=0.01", "student.steps=1"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_option_runs(tiny_folder, tmp_path, more):
@@ -229,6 +232,7 @@ def test_bf16_gradients_survive_the_rollout(tiny):
     assert not without_gradient
 
 
+@pytest.mark.slow
 def test_multiscale_dm_in_a_recipe(tiny_folder, tmp_path):
     distill(tiny_folder, tmp_path / "run", "train.steps=2", "method.terms.distribution_matching.scales={2: 0.5}")
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -248,6 +252,7 @@ def test_best_student_is_saved_beside_the_last(tiny_folder, tmp_path):
     assert any(not tensor.equal(first[name]) for name, tensor in last.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["micro-decoupled", "micro-ca", "micro-dm", "micro-dmd", "micro-dmd2", "micro-cdm"])
 def test_recipes_of_the_ablation_study_run(tiny_folder, tmp_path, recipe):
     short = [f"teacher={tiny_folder}", "train.steps=1", "train.batch_size=2", "train.sample_every=0"]
@@ -268,6 +273,7 @@ def test_recipes_of_the_ablation_study_run(tiny_folder, tmp_path, recipe):
     assert load(made.student).generation_config.steps == 4
 
 
+@pytest.mark.slow
 def test_bf16_teacher_and_fp32_student(tiny_folder, tmp_path):
     distill(tiny_folder, tmp_path / "run", "train.steps=2", "models.frozen_dtype=bf16")
     student = load_file(tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")

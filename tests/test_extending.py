@@ -76,6 +76,7 @@ def test_a_method_in_one_file_runs_in_two_processes(recipe: Path, tmp_path: Path
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_loss_term_in_one_file_is_part_of_method_dmd(tiny_folder: Path, tmp_path: Path) -> None:
     terms = "method.terms={cfg_augmentation: {}, latent_norm: {weight: 0.5, target: 1.2}}"
     settings = ["train.steps=1", "train.batch_size=2", "train.log_every=1", "evaluate.enabled=false"]

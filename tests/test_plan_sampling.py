@@ -44,3 +44,14 @@ def test_the_last_stage_is_planned_with_the_evaluation():
     done = CliRunner().invoke(app, ["plan", "micro-long", "--gpu", "24"])
     assert done.exit_code == 0, done.output
     assert done.output.count(EVALUATION) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["micro-long", "micro-ca", "micro-dm", "micro-dmd2", "micro-aligned", "micro-turbo"])
+def test_every_kind_of_distillation_has_a_plan(name):
+    """Trajectories, CA or DM alone, a GAN, a trajectory warm-up; a fake score only where it is trained."""
+    done = CliRunner().invoke(app, ["plan", name, "--gpu", "rtx4090"])
+    assert done.exit_code == 0, done.output
+    assert "rtx4090 (24 GB): fits" in done.output
+    for row in ("fake score weights", "fake score optimizer"):
+        assert (row in done.output) == (name != "micro-ca")

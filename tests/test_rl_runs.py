@@ -26,6 +26,7 @@ TERMS = (
 ALL = [*SHORT, f"method.terms={{{TERMS}}}", "method.renoise.dyna_rs={steps: 3}"]
 
 
+@pytest.mark.slow
 def test_a_run_with_every_reward_term_resumes_exactly(tiny_folder, tmp_path):
     more = [f"teacher={tiny_folder}", *ALL]
     api.distill("micro-aligned", tmp_path / "whole", overrides=[*more, "train.steps=4"])

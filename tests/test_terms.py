@@ -196,7 +196,7 @@ RUN = [
 ]
 
 
-@pytest.mark.parametrize("source", ["teacher", "emoji"])
+@pytest.mark.parametrize("source", [pytest.param("teacher", marks=pytest.mark.slow), "emoji"])
 def test_a_run_with_every_term_resumes_exactly(tiny_folder, tmp_path, source):
     terms = f"{TERMS}, mean_variance: {{weight: 0.1}}, mmd: {{weight: 0.1}}, gan: {{weight: 0.1}}"
     more = [f"teacher={tiny_folder}", f"method.real_source={source}", f"method.terms={{{terms}}}"]

@@ -156,6 +156,7 @@ class OpenTest:
         return SPLITS[split]
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_continues_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
     whole = search(tiny_folder, tmp_path / "whole", trials=1)
     Brightness.before[:] = [lambda: None, interrupt]  # at the second rung

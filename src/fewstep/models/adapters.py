@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import MIDDLE
+from fewstep.models.layer_cache import CacheSettings
 from fewstep.models.linear_layers import matching_linears
 
 if TYPE_CHECKING:
@@ -169,3 +170,7 @@ class AdapterDenoiser(nn.Module):
     def cache_text_tokens(self) -> AbstractContextManager[None]:
         """As the base's. Inside, the base and its other adapters must not be used: they share the cache."""
         return self.base.cache_text_tokens()
+
+    def reuse_layers(self, settings: CacheSettings | None) -> AbstractContextManager[None]:
+        """As the base's."""
+        return self.base.reuse_layers(settings)
