@@ -1,5 +1,6 @@
 """The wheel installs into an environment of its own and has its recipes, models and web page."""
 
+import os
 import shutil
 import site
 import subprocess
@@ -51,13 +52,13 @@ def test_the_installed_command_generates_with_the_bundled_student(wheel: Path, t
     (packages,) = environment.glob("lib/python*/site-packages")
     # The dependencies of this environment; its .pth files, that of an editable fewstep among them, have no effect here.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
-    found = subprocess.run(
-        [str(python), "-c", "import fewstep; print(fewstep.__file__)"], capture_output=True, text=True, cwd=tmp_path
-    )
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    show = [str(python), "-c", "import fewstep; print(fewstep.__file__)"]
+    found = subprocess.run(show, capture_output=True, text=True, cwd=tmp_path, env=own)
     assert Path(found.stdout.strip()).is_relative_to(environment)
     words = [str(environment / "bin" / "fewstep"), "generate", "micro-turbo"]
     prompt = "a noto emoji of a red apple on a blue background"
-    subprocess.run([*words, prompt, "-o", "apple.png", "--seed", "1"], check=True, cwd=tmp_path)
+    subprocess.run([*words, prompt, "-o", "apple.png", "--seed", "1"], check=True, cwd=tmp_path, env=own)
     with Image.open(tmp_path / "apple.png") as image:
         drawn = image.convert("RGB")
     expected = api.generate(api.load("micro-turbo"), [prompt], seed=1).images[0]
