@@ -16,6 +16,7 @@ from fewstep.training.run_dir import RunDir
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MLflow puts images into ./mlruns
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
