@@ -33,9 +33,15 @@ def test_nothing_of_a_flagged_image_is_sent(tiny):
 
 
 def test_without_a_filter_there_is_no_decision(tiny):
-    with running(make_service(tiny)) as server:
-        (made,) = server.client.images.generate(prompt="a fox", extra_body={"steps": 1}).data
-        assert not hasattr(made, "safety")
+    answered = []
+    for safety_filter in (SafetyFilter(1.0), None):
+        with running(make_service(tiny, safety_filter=safety_filter)) as server:
+            (made,) = server.client.images.generate(prompt="a fox", extra_body={"steps": 1, "seed": 1}).data
+            answered.append(made)
+    with_filter, without = answered
+    assert with_filter.model_fields_set - without.model_fields_set == {"safety"}
+    assert with_filter.b64_json == without.b64_json
+    assert not hasattr(without, "safety")
 
 
 def test_decisions_do_not_depend_on_other_images():

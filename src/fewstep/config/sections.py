@@ -31,6 +31,9 @@ class BestSettings(Settings):
     )
 
 
+TrackerName = Literal["wandb", "mlflow"]
+
+
 class TrainSettings(Settings):
     """Length, batches and cadence of a training."""
 
@@ -69,7 +72,7 @@ class TrainSettings(Settings):
         description="What follows when an alert rule fires: nothing, a warning, the end of the run, or the end of the "
         "run at its last good checkpoint.",
     )
-    trackers: list[Literal["wandb", "mlflow"]] = Field(
+    trackers: list[TrackerName] = Field(
         default=[],
         description="Experiment trackers that also get the metrics and previews (fewstep[wandb], fewstep[mlflow]).",
     )

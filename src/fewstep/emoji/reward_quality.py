@@ -17,7 +17,7 @@ from fewstep.emoji.degrade import blur
 from fewstep.emoji.reward_net import EmojiRewardNet
 from fewstep.evaluation.images import as_float
 from fewstep.inference.generate import generate
-from fewstep.inference.params import parse_params
+from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import load
 
 #: Specs -> images [N, 3, 64, 64] in [0, 1].
@@ -66,7 +66,7 @@ def measure_reward(
     return {name: round(float(hits.float().mean()), 4) for name, hits in preferred.items()} | {"images": len(specs)}
 
 
-def teacher_images(model: str, steps: int | None = 12) -> Render:
+def model_images(model: str, steps: int | None) -> Render:
     """A function that samples a model's images of specs: its own guidance scale, another seed for each image.
 
     Args:
@@ -78,9 +78,7 @@ def teacher_images(model: str, steps: int | None = 12) -> Render:
     def render(specs: list[EmojiSpec]) -> Tensor:
         nonlocal first
         prompts = [dataset.prompt(spec, index % NUM_TEMPLATES) for index, spec in enumerate(specs)]
-        images = generate(
-            pipeline, prompts, parse_params({"seed": first} | ({} if steps is None else {"steps": steps}))
-        ).images
+        images = generate(pipeline, prompts, SamplingParams(steps=steps, seed=first)).images
         first += len(specs)
         return as_float(images)
 

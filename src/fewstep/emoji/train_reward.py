@@ -18,7 +18,7 @@ from fewstep.emoji.latents import LatentBank, build_bank, image_key
 from fewstep.emoji.recipes import RewardRecipe
 from fewstep.emoji.reward import save_reward
 from fewstep.emoji.reward_net import EmojiRewardNet
-from fewstep.emoji.reward_quality import measure_reward, teacher_images, write_card
+from fewstep.emoji.reward_quality import measure_reward, model_images, write_card
 from fewstep.models.components import component_folder, load_component
 from fewstep.models.family import get_family
 from fewstep.models.vae import decode_latents, encode_images, to_channels_last
@@ -79,20 +79,18 @@ class RewardTraining(Method):
         ranking = F.softplus(10 * (MARGIN * batch.severity - gap)).mean() / 10
         # degraded or not, an image shows what it shows
         still = F.cross_entropy(scale * embedded[count:] @ text.T, target[rows])
-        if batch.generated is not None:
-            worse = self.net.image(batch.generated)
-            behind = cosine[rows, rows] - (worse * text[rows]).sum(1)
-            ranking = ranking + F.softplus(10 * (GENERATED_MARGIN - behind)).mean() / 10
-            still = still + F.cross_entropy(scale * worse @ text.T, target[rows])
-            further = {"generated_gap": behind.mean().detach()}
-        else:
-            further = {}
-        metrics = further | {
+        metrics = {
             "contrast": contrast.detach(),
             "ranking": ranking.detach(),
             "accuracy": batch.same.gather(1, cosine.argmax(1, keepdim=True)).float().mean(),
             "gap": gap.mean().detach(),
         }
+        if batch.generated is not None:
+            worse = self.net.image(batch.generated)
+            behind = cosine[rows, rows] - (worse * text[rows]).sum(1)
+            ranking = ranking + F.softplus(10 * (GENERATED_MARGIN - behind)).mean() / 10
+            still = still + F.cross_entropy(scale * worse @ text.T, target[rows])
+            metrics |= {"ranking": ranking.detach(), "generated_gap": behind.mean().detach()}
         return contrast + 6 * ranking + 0.2 * still, metrics
 
     def _attacked(self, images: Tensor, text: Tensor, same: Tensor, scale: float) -> Tensor:
@@ -129,7 +127,7 @@ def train(recipe: RewardRecipe, run: RunDir) -> Path:
     kept.eval().requires_grad_(False)
     preferred = {"real images": measure_reward(kept, dataset)}
     if recipe.teacher is not None:
-        preferred[f"images of {recipe.teacher}"] = measure_reward(kept, dataset, teacher_images(recipe.teacher), 64)
+        preferred[f"images of {recipe.teacher}"] = measure_reward(kept, dataset, model_images(recipe.teacher, 12), 64)
     description = {
         "channels": recipe.channels,
         "objects": [item.code for item in dataset.objects],
@@ -164,13 +162,13 @@ def generated(dataset: EmojiDataset, recipe: RewardRecipe, directory: Path) -> L
     """A student's images of the training prompts, fp16 in [0, 1]; None without a student."""
     if recipe.student is None:
         return None
-    make = teacher_images(recipe.student, steps=None)
+    make = model_images(recipe.student, steps=None)
     specs, file = dataset.specs("train", STYLES), directory / "generated.safetensors"
     return build_bank(dataset, specs, lambda images: images, 1, recipe.train.seed, file, lambda some, _: make(some))
 
 
 def reward_batches(
-    dataset: EmojiDataset, bank: LatentBank, recipe: RewardRecipe, generated: LatentBank | None = None
+    dataset: EmojiDataset, bank: LatentBank, recipe: RewardRecipe, by_student: LatentBank | None = None
 ) -> BatchSource:
     """Batches of groups of four that differ in one or two of object, style and background: the hard negatives.
 
@@ -198,8 +196,8 @@ def reward_batches(
         severity = torch.rand(ranked, generator=generator)
         degraded = degrade(images[rows][-ranked:], severity, generator)
         worse = None
-        if generated is not None:
-            worse = slightly_changed(generated.draw(chosen[rows][-ranked:], generator), generator)
+        if by_student is not None:
+            worse = slightly_changed(by_student.draw(chosen[rows][-ranked:], generator), generator)
         return RewardBatch(images[rows], prompts[rows], same, degraded, severity, worse)
 
     return batch

@@ -121,14 +121,14 @@ def serve_fleet(fleet: FleetSettings, host: str = "127.0.0.1", port: int = 8000)
     fleet = fitted(fleet, cpus, gpus).model_copy(update=absolute_paths(fleet))
     keys_for(host, fleet)
     prepare(fleet, fleet)
-    application(fleet)
+    served = application(fleet)
     with bind(host, port) as bound:
         port, shown = bound.getsockname()[1], addresses(Path(fleet.model).name, bound)
     from ray import serve
 
     ended = threading.Event()
     with local_ray(host, port, cpus, gpus):
-        serve.run(application(fleet), name=NAME, logging_config=LOGGING)
+        serve.run(served, name=NAME, logging_config=LOGGING)
         log_line(shown)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())

@@ -25,12 +25,13 @@ from PIL import Image
 from fewstep.atomic import atomic_file, write_text
 from fewstep.config.load import dump_recipe, parse_recipe, read_yaml
 from fewstep.config.recipe import Recipe, flat_recipe
+from fewstep.config.sections import TrackerName
 from fewstep.errors import UserError
 from fewstep.locks import lock
 from fewstep.machine import reason
 from fewstep.outputs import check_folder
 from fewstep.training.claim import Claim
-from fewstep.training.trackers import TrackerName, check_trackers, open_trackers
+from fewstep.training.trackers import check_trackers, open_trackers
 from fewstep.training.tracking import Tracker
 
 RECIPE, FINGERPRINTS = "recipe.yaml", "fingerprints.json"

@@ -15,16 +15,16 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
 from fewstep.atomic import write_text
 from fewstep.config.recipe import Recipe, flat_recipe
+from fewstep.config.sections import TrackerName
 from fewstep.errors import UserError
 from fewstep.progress import log_line
 
-TrackerName = Literal["wandb", "mlflow"]
 FILE, PROJECT = "trackers.json", "fewstep"
 
 _PARAMETER_LENGTH = 500  # characters of a value that every MLflow server takes
@@ -41,17 +41,18 @@ class ExperimentTracker(Protocol):
 
 
 class WandbTracker:
-    """A run of Weights & Biases, in its mode offline where WANDB_MODE says so."""
+    """A run of Weights & Biases, in its mode offline where WANDB_MODE says so; ``run_id`` continues one."""
 
-    def __init__(self, directory: Path, recipe: Recipe, run_id: str) -> None:
+    def __init__(self, directory: Path, recipe: Recipe, run_id: str | None) -> None:
         import wandb
 
+        self.run_id = run_id or uuid.uuid4().hex[:12]
         self._image = wandb.Image
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             dir=directory,
             name=recipe.name,
-            id=run_id,
+            id=self.run_id,
             resume="allow",
             config=recipe.model_dump(mode="json"),
         )
@@ -67,7 +68,9 @@ class WandbTracker:
 
 
 class MLflowTracker:
-    """A run of MLflow. Characters that MLflow does not take in a metric's name become underscores."""
+    """A run of MLflow; ``run_id`` continues one. Characters that MLflow does not take in a metric's name become
+    underscores.
+    """
 
     def __init__(self, recipe: Recipe, run_id: str | None) -> None:
         from mlflow import MlflowClient
@@ -143,14 +146,11 @@ def open_trackers(names: Sequence[TrackerName], directory: Path, recipe: Recipe)
     opened: list[ExperimentTracker] = []
     for name in names:
         try:
-            if name == "wandb":
-                known.setdefault(name, uuid.uuid4().hex[:12])
-                tracker: ExperimentTracker = WandbTracker(directory, recipe, known[name])
-            else:
-                tracker = made = MLflowTracker(recipe, known.get(name))
-                known[name] = made.run_id
+            run_id = known.get(name)
+            tracker = WandbTracker(directory, recipe, run_id) if name == "wandb" else MLflowTracker(recipe, run_id)
         except Exception as error:  # the library's own, of its network, server or settings
             raise UserError(f"train.trackers: {name} did not start ({_first_line(error)})") from None
+        known[name] = tracker.run_id
         opened.append(Guarded(name, tracker))
     if known:
         write_text(file, json.dumps(known) + "\n")
