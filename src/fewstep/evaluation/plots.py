@@ -87,6 +87,7 @@ def relative_curves(lines: Sequence[Mapping[str, Any]], highlighted: str) -> str
         axes: Axes = figure.add_subplot()
         axes.axhline(1, color=FAINT, linewidth=0.8)
         styles = [(0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))]
+        markers = ["", "o", "s"]  # with the styles: twelve lines that can be told apart
         for index, (name, points) in enumerate(shown.items()):
             steps, values = zip(*points, strict=True)
             own = name == highlighted
@@ -96,6 +97,8 @@ def relative_curves(lines: Sequence[Mapping[str, Any]], highlighted: str) -> str
                 color=ACCENT if own else INK,
                 linewidth=2.2 if own else 1.0,
                 linestyle=styles[0] if own else styles[index % len(styles)],
+                marker=None if own else markers[index // len(styles) % len(markers)],
+                markersize=3,
                 label=name.removeprefix("val/"),
             )
         axes.set_xlabel("step")
