@@ -120,6 +120,21 @@ def test_cached_prompts_are_the_stored_ones(fresh: TextToImagePipeline) -> None:
     assert cached == {feature.data_ptr() for feature in stored.features}
 
 
+def test_only_the_prompts_of_the_training_are_encoded_beforehand(fresh: TextToImagePipeline, counted: Counted) -> None:
+    some = prompt_batches(fresh, numbered(60), size=4, seed=1, batches=3)
+    early = set(counted.texts)
+    assert {text for position in range(3) for text in some(position, Shard()).texts} == early
+    assert set(counted.texts) == early
+    late = some(3, Shard())
+    assert set(counted.texts) == early | set(late.texts)
+    fresh.encoder._cache = FeatureCache(2**28)
+    every = prompt_batches(fresh, numbered(60), size=4, seed=1)
+    for position in (0, 2, 3):
+        one, other = some(position, Shard()), every(position, Shard())
+        assert one.texts == other.texts
+        torch.testing.assert_close(one.prompts.features, other.prompts.features, atol=1e-5, rtol=1e-5)
+
+
 def test_many_prompts_are_on_disk(
     fresh: TextToImagePipeline, tmp_path: Path, counted: Counted, little_memory: None
 ) -> None:
@@ -221,7 +236,7 @@ def test_encoded_prompts_are_not_encoded_again_for_trajectories(
 def test_a_run_with_prompts_on_disk_resumes(
     tiny_folder: Path, tmp_path: Path, counted: Counted, little_memory: None
 ) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(numbered(40)))
+    (tmp_path / "prompts.txt").write_text("\n".join(numbered(6)))  # all of them are used
     overrides = [*RUN, f"teacher={tiny_folder}", f"prompts.source={tmp_path / 'prompts.txt'}"]
     api.distill("micro-decoupled", tmp_path / "run", overrides=overrides)
     assert len(list((tmp_path / "run" / "encoded-prompts").glob("*/index.json"))) == 1

@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.method import BatchSource, Shard
 from fewstep.core.seeds import generator, noise_rows
 from fewstep.data.batch import DistillBatch
-from fewstep.data.text_prompts import encodable
+from fewstep.data.encodable_texts import EncodableTexts
+from fewstep.data.text_prompts import TextPrompts, encodable
 from fewstep.models.pipeline import TextToImagePipeline
 
 
-def prompt_batches(model: TextToImagePipeline, prompts: Sequence[str], size: int, seed: int) -> BatchSource:
+def prompt_batches(
+    model: TextToImagePipeline, prompts: Sequence[str], size: int, seed: int, batches: int | None = None
+) -> BatchSource:
     """Batches of ``size`` prompts and pure noise. Prompts that are not encoded yet are encoded here, each once.
+
+    Args:
+        batches: about how many are used; None is any number. Where these have fewer prompts than there are, a CPU
+            encodes only theirs here, and others when they are needed. Other devices encode all, as they have no memory
+            for the text encoder beside the training.
 
     Raises:
         UserError: as for :func:`encodable`.
     """
-    texts = encodable(model, prompts).stored()
+    texts = encodable(model, prompts)
     shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
+
+    def numbers(position: int) -> list[int]:
+        return torch.randint(len(texts), (size,), generator=generator("prompts", seed, position)).tolist()
+
+    few = batches is not None and batches * size < len(texts) and isinstance(texts, TextPrompts)
+    if batches is not None and few and model.device.type == "cpu":
+        encoded = _encoded_part(texts, {row for position in range(batches) for row in numbers(position)})
+    else:
+        encoded = texts.stored().encoded
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
         rows = shard.rows(size)
-        chosen = torch.randint(len(texts), (size,), generator=generator("prompts", seed, position))[rows].tolist()
+        chosen = numbers(position)[rows]
         noise = noise_rows(rows, shape, "noise", seed, position)
         return DistillBatch(
-            noise.to(model.device), texts.encoded(chosen).to(model.device), texts=[texts[row] for row in chosen]
+            noise.to(model.device), encoded(chosen).to(model.device), texts=[texts[row] for row in chosen]
         )
 
     return source
+
+
+def _encoded_part(texts: EncodableTexts, rows: set[int]) -> Callable[[Sequence[int]], EncodedPrompts]:
+    """``texts.encoded``, with these rows encoded beforehand."""
+    ordered = sorted(rows)
+    place = {row: index for index, row in enumerate(ordered)}
+    stored = texts.select(ordered).stored()
+
+    def encoded(chosen: Sequence[int]) -> EncodedPrompts:
+        if all(row in place for row in chosen):
+            return stored.encoded([place[row] for row in chosen])
+        return texts.encoded(chosen)
+
+    return encoded

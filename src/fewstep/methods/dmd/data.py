@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fewstep.config.recipe import DistillRecipe
 from fewstep.core import flow
 from fewstep.core.batching import batched, max_batch_size
 from fewstep.core.compiler import eager
@@ -30,8 +31,10 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     recipe, config, train = setup.recipe, setup.recipe.method, setup.recipe.train
     assert isinstance(config, DMDConfig)
     sources: dict[str, BatchSource] = {}
-    if not config.requires_real:  # first, because it encodes all prompts, and the other sources need some of them
-        sources["train"] = prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed)
+    if not config.requires_real:  # first, because it encodes the prompts, and the other sources need some of them
+        alone = not config.samples_teacher and not config.measures_real
+        batches = _prompt_batches_used(recipe, config) if alone else None
+        sources["train"] = prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed, batches)
     if config.samples_teacher:
         cache = open_trajectory_cache(recipe, setup.teacher, setup.cache, setup.prompts)
         sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)
@@ -45,6 +48,12 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     for name, settings in config.terms.on.items():
         sources |= loss_terms.get(name).batch_sources(settings, setup)
     return sources
+
+
+def _prompt_batches_used(recipe: DistillRecipe, config: DMDConfig) -> int:
+    """Batches of a whole training; each update of a trained part has a new one."""
+    updates = len(recipe.optim) - 1 + config.fake_score_updates
+    return recipe.train.steps * recipe.train.gradient_accumulation_steps * updates
 
 
 def check_whole_groups(batch_size: int, group_size: int, processes: int) -> None:
