@@ -241,7 +241,7 @@ def test_a_diverging_trial_fails(tiny_folder: Path, tmp_path: Path) -> None:
 def test_minutes_give_the_steps_and_end_the_search(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.tuning.trials.seconds_per_step", lambda trainer: 0.1)
+    monkeypatch.setattr("fewstep.tuning.trials.seconds_per_step", lambda trainer, steps: 0.1)
     length = {"trial_steps": None, "trials": 1}
     short = search(tiny_folder, tmp_path / "out", minutes=0.006, trial_minutes=0.005, **length)
     assert (short.rows[0].state, short.rows[0].steps) == ("paused", 3)  # 0.3 seconds

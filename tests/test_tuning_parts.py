@@ -22,8 +22,20 @@ from fewstep.tuning.workbench import sharing_weights
 def test_time_that_others_compute_is_not_counted(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     trainer.method.pause = 0.05
-    assert 0 < seconds_per_step(trainer) < 0.04
-    assert trainer.step == 4
+    assert 0 < seconds_per_step(trainer, 12) < 0.04
+
+
+def test_steps_of_each_quarter_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, timed = tiny_trainer(tmp_path), []
+    plain = trainer.take_step
+
+    def noted() -> dict[str, float]:
+        timed.append(trainer.step)
+        return plain()
+
+    monkeypatch.setattr(trainer, "take_step", noted)
+    seconds_per_step(trainer, 800)
+    assert timed == [100, 101, 102, 300, 301, 302, 500, 501, 502, 700, 701, 702]
 
 
 def test_a_stopped_clock() -> None:

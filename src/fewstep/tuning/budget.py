@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from fewstep.training.trainer import Trainer
 
 REDUCTION = 3  # of the trials at a rung, one in so many reaches the next, which is so many times as long
-TIMED_STEPS = 3
+TIMED_SHARES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of a training, where its steps are timed
+TIMED_STEPS = 2  # at each
 
 
 def rung_shares(rungs: int) -> list[float]:
@@ -29,10 +30,14 @@ def rung_steps(steps: int, rungs: int) -> list[int]:
 def expected_trials(search_minutes: float, trial_minutes: float, rungs: int) -> int:
     """About how many trials fit into a search if one in ``REDUCTION`` passes each rung; building and measuring models
     takes no time in this figure."""
+    return math.floor(search_minutes / (trial_minutes * mean_length(rungs)) + 1e-9)
+
+
+def mean_length(rungs: int) -> float:
+    """The length of a trial in whole ones, on average, if one in ``REDUCTION`` passes each rung."""
     shares = rung_shares(rungs)
     parts = [share - before for share, before in zip(shares, [0.0, *shares[:-1]], strict=True)]
-    mean = sum(part / REDUCTION**rung for rung, part in enumerate(parts))
-    return math.floor(search_minutes / (trial_minutes * mean) + 1e-9)
+    return sum(part / REDUCTION**rung for rung, part in enumerate(parts))
 
 
 def steps_within(minutes: float, seconds_per_step: float) -> int:
@@ -40,19 +45,22 @@ def steps_within(minutes: float, seconds_per_step: float) -> int:
     return max(1, math.floor(60 * minutes / seconds_per_step + 1e-9))
 
 
-def seconds_per_step(trainer: Trainer) -> float:
-    """The median time of a few steps after one that warms up. The trainer has changed weights then; discard it.
+def seconds_per_step(trainer: Trainer, steps: int) -> float:
+    """The mean time of a step of a training of ``steps`` steps: of a few of each quarter, as weights and
+    parts may start later; each after one that warms up. The trainer has changed weights then; discard it.
 
     On a CPU it is the time that this thread computes: what else runs on the machine does not make a trial shorter.
     """
     now = time.thread_time if trainer.dist.device.type == "cpu" else time.monotonic
-    trainer.take_step()
     times = []
-    for _ in range(TIMED_STEPS):
-        start = now()
+    for share in TIMED_SHARES:
+        trainer.step = math.floor(steps * share)
         trainer.take_step()
-        times.append(now() - start)
-    return max(statistics.median(times), 1e-6)
+        for _ in range(TIMED_STEPS):
+            start = now()
+            trainer.take_step()
+            times.append(now() - start)
+    return max(statistics.mean(times), 1e-6)
 
 
 @dataclass

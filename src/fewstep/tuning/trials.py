@@ -90,7 +90,9 @@ class TrialRunner:
         if minutes is not None:
             recipe = self.search.trial_recipe(trial.row.number, trial.row.values, self.search.recipe.train.steps)
             with torch.random.fork_rng():
-                speed = seconds_per_step(self.bench.trainer(recipe, RunDir(folder, recipe, read_only=True)))
+                trainer = self.bench.trainer(recipe, RunDir(folder, recipe, read_only=True))
+                speed = seconds_per_step(trainer, recipe.train.steps)
+                del trainer
             free_memory()
             trial.note(timed=speed)
             steps = steps_within(minutes, speed)
