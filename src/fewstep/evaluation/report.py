@@ -7,7 +7,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from fewstep.atomic import atomic_file, write_text
@@ -15,6 +14,7 @@ from fewstep.evaluation import plots, table
 from fewstep.evaluation.grid import picture, tile
 from fewstep.evaluation.metrics_file import Metrics, Samples
 from fewstep.evaluation.watch import DIVERSITY, REWARD
+from fewstep.pages.render import render_page
 from fewstep.training.tracking import read_metrics
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -44,9 +44,8 @@ def render(metrics: Metrics, samples: Samples, lines: list[dict[str, Any]]) -> s
         for name, figures in metrics.figures.items()
         if figures.get("object_acc") is not None
     }
-    # Autoescape: prompts are whatever the user wrote.
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return template.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return render_page(
+        _TEMPLATE,
         summary=summary(metrics),
         heads=[table.label(name, figures) for name, figures in table.columns(metrics).items()],
         targets=metrics.targets,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
 from fewstep.atomic import write_text
 from fewstep.config.recipe import flat_recipe
+from fewstep.pages.render import render_page
 from fewstep.tuning import plots
 from fewstep.tuning.budget import REDUCTION, rung_shares
 from fewstep.tuning.results import described, length, length_of, ranked, short_names, shown
@@ -31,9 +30,8 @@ def render(search: Search, rows: Sequence[TrialRow], prompts: int, recipe: Path)
     best, names = order[0], short_names(search.space.keys)
     shares = importances(rows, search.space, objective)
     own = flat_recipe(search.recipe.model_dump(mode="json"))
-    # Autoescape: values and reasons are whatever the user wrote.
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return template.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return render_page(
+        _TEMPLATE,
         name=search.recipe.name,
         metric=objective.metric,
         recipe=recipe,

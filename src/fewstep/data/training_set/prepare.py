@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from fewstep.atomic import atomic_folder, is_litter
@@ -31,6 +30,7 @@ from fewstep.data.training_set.opening import SUFFIXES, Unreadable, open_rgb
 from fewstep.data.training_set.sheet import TILE, ContactSheet
 from fewstep.data.training_set.texts import FindText
 from fewstep.errors import UserError
+from fewstep.pages.render import render_page
 from fewstep.progress import progress_bar
 
 _WORKERS = min(4, os.cpu_count() or 1)
@@ -192,9 +192,8 @@ def _write(
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     (draft / "dataset.yaml").write_text(text, encoding="utf-8")
-    # autoescape: file names and captions are whatever the user wrote
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = template.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    page = render_page(
+        _TEMPLATE,
         count=len(records),
         source=str(folder),
         buckets=", ".join(f"{size} ({count})" for size, count in buckets.most_common()),

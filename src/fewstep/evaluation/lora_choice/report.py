@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import torch.nn.functional as F
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from fewstep.evaluation import plots
 from fewstep.evaluation.images import as_float, as_uint8
 from fewstep.evaluation.lora_choice.rule import MAX_OVERBAKE, MIN_FLEXIBILITY, MIN_MEMORIZATION, Figures, Reference
 from fewstep.evaluation.report import data_uri
+from fewstep.pages.render import render_page
 
 if TYPE_CHECKING:
     from fewstep.evaluation.lora_choice.runner import Comparison, Part
@@ -35,9 +35,8 @@ def render(result: Comparison) -> str:
     """The page."""
     reference, count = result.reference, len(result.prompts)
     shown = [*range(min(_SHOWN, result.known)), *range(result.known, min(count, result.known + _SHOWN))]
-    # Autoescape: prompts are whatever the user wrote.
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return template.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return render_page(
+        _TEMPLATE,
         name=result.run.recipe.name,
         file=result.file,
         strength=f"{result.strength:g}",

@@ -1,0 +1,1 @@
+"""Report pages: one layout and style for all of them, and self-contained HTML."""
