@@ -4,30 +4,30 @@ Every variant distills the bundled teacher to 4 steps for the same time, with ev
 test prompts and seeds. Finished runs are kept: the same command resumes, variant by variant.
 
     python benchmarks/ablation.py --out runs/ablation [--minutes 2.5] [--seeds 0 1 2] [--variants hybrid shared ...]
+    python benchmarks/ablation.py --out runs/ablation --tuned runs/tune [--length 10]
 
-13 variants with 3 seeds take about two hours on 2 CPU cores. The minutes are those of training. GAN, mean-variance,
-DMD, DMD2, trajectory and micro-aligned also need the teacher's trajectories. These are computed once, in
-``<out>/cache``, for all variants; their time is printed, not counted.
+The minutes are those of training; 13 variants with 3 seeds take about two hours on 2 CPU cores. With ``--tuned`` every
+variant has the settings of its best trial in benchmarks/tune.py, and as many steps as a whole trial computes in its
+minutes; ``--length`` multiplies the minutes, or these steps. GAN, mean-variance, DMD, DMD2, trajectory and
+micro-aligned also need the teacher's trajectories. These are computed once, in ``<out>/cache`` (that of the tuning,
+where there is one), for all variants; their time is printed, not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from ablation_results import arm_folder, draw_curves, run_folder, show
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep import api
+from fewstep.config.load import load_recipe
 from fewstep.config.recipe import CacheRecipe
 from fewstep.config.sections import PromptSettings
 from fewstep.data.prompts import open_prompts
@@ -78,18 +78,6 @@ FURTHER: dict[str, tuple[str, tuple[str, ...]]] = {
     "CA + MMD": (BASE, (*NO_DM, "method.terms.mmd={weight: 0.3}")),
     "hybrid, coarser too": (BASE, ("method.terms.distribution_matching.scales={2: 0.5}",)),
     "hybrid, LoRA of rank 32": (BASE, LORA),
-}
-
-#: Metric -> its title, its factor, and its format.
-METRICS = {
-    "object_acc": ("object accuracy, %", 100, ".1f"),
-    "nearest_real_acc": ("nearest real, %", 100, ".1f"),
-    "style_acc": ("style accuracy, %", 100, ".1f"),
-    "fd_teacher": ("FD to the teacher", 1, ".1f"),
-    "diversity": ("diversity, ×1000", 1000, ".1f"),
-    "saturation": ("saturation", 1, ".3f"),
-    "hf_energy": ("hf energy, ×1000", 1000, ".3f"),
-    "steps": ("steps", 1, ".0f"),
 }
 
 
@@ -154,8 +142,16 @@ class Evaluator:
         }
 
 
-def run_folder(out: Path, variant: str, seed: int) -> Path:
-    return out / f"{variant.replace(' ', '-')}-{seed}"
+def settings(variant: str, arguments: argparse.Namespace) -> tuple[str | Path, list[str]]:
+    """The recipe of a variant, and overrides."""
+    if arguments.tuned is not None:
+        best = arm_folder(arguments.tuned, variant) / "best.yaml"
+        return best, [f"train.steps={round(load_recipe(best).train.steps * arguments.length)}"]
+    recipe, changes = (VARIANTS | FURTHER)[variant]
+    minutes = arguments.minutes * arguments.length
+    steps = max(1, round(minutes * TURBO_STEPS_PER_MINUTE)) if recipe == TURBO else 100_000
+    own = [f"train.max_minutes={minutes}", f"train.steps={steps}"]
+    return recipe, [*own, *cached(recipe, changes, arguments.out / "cache"), *changes]
 
 
 def run(variant: str, seed: int, evaluator: Evaluator, arguments: argparse.Namespace) -> dict[str, float | None]:
@@ -164,83 +160,17 @@ def run(variant: str, seed: int, evaluator: Evaluator, arguments: argparse.Names
     file = folder / "figures.json"
     if file.exists():
         return json.loads(file.read_text())
-    recipe, changes = (VARIANTS | FURTHER)[variant]
-    steps = max(1, round(arguments.minutes * TURBO_STEPS_PER_MINUTE)) if recipe == TURBO else 100_000
+    recipe, overrides = settings(variant, arguments)
     common = [
-        *(f"train.max_minutes={arguments.minutes}", f"train.steps={steps}", f"train.seed={seed}"),
-        *(f"teacher={arguments.teacher}", f"trajectory.cache={arguments.out / 'cache'}"),
-        *(f"trajectory.teacher_steps_per_student_step={SUBSTEPS}", "train.sample_every=0"),
-        *("evaluate.enabled=false", "evaluate.validate_every=50"),
+        *(f"train.seed={seed}", f"teacher={arguments.teacher}", "train.sample_every=0", "evaluate.enabled=false"),
+        *("evaluate.validate_every=50", "evaluate.validation_prompts=64"),
     ]
-    made = api.distill(recipe, folder, overrides=[*common, *changes])
+    made = api.distill(recipe, folder, overrides=[*common, *overrides])
     found = evaluator.measure(load(made.student))
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found |= {"steps": last["step"], "minutes": last["seconds"] / 60}
     file.write_text(json.dumps(found, indent=1))
     return found
-
-
-def show(found: dict[str, list[dict[str, float | None]]], teacher: dict[str, dict[str, float | None]]) -> str:
-    """A Markdown table of means over seeds with their range; also printed."""
-    rows = {**{name: [one] for name, one in teacher.items()}, **found}
-    return markdown(rows, METRICS, "Decoupled-DMD on the emoji dataset, 4 steps")
-
-
-def markdown(
-    found: Mapping[str, Sequence[Mapping[str, float | None]]],
-    metrics: Mapping[str, tuple[str, float, str]],
-    title: str,
-) -> str:
-    """A Markdown table, a row for each variant: of each metric the mean over seeds with its range; also printed.
-
-    Args:
-        metrics: key -> its title, its factor, and its format.
-    """
-    rows = [
-        [name, *(_cell([one.get(key) for one in seeds], factor, style) for key, (_, factor, style) in metrics.items())]
-        for name, seeds in found.items()
-    ]
-    columns = ["variant", *(each for each, _, _ in metrics.values())]
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=200).print(table)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _cell(values: Sequence[float | None], factor: float, style: str) -> str:
-    numbers = [factor * value for value in values if value is not None]
-    if not numbers:
-        return "–"
-    mean = format(statistics.mean(numbers), style)
-    return f"{mean} ({min(numbers):{style}} to {max(numbers):{style}})" if len(numbers) > 1 else mean
-
-
-#: The curves: object accuracy, and the two metrics that rise with overbaking.
-CURVES = {"val/object_acc": "object accuracy", "val/saturation": "saturation", "val/hf_energy": "hf energy"}
-
-
-def draw_curves(folder: Path, variants: Sequence[str], seeds: Sequence[int]) -> Figure:
-    """Validation metrics (64 prompts) against minutes of training, one line for each variant and seed."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(CURVES))
-    for index, variant in enumerate(variants):
-        for seed in seeds:
-            file = run_folder(folder, variant, seed) / "metrics.jsonl"
-            lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-            for panel, (key, title) in zip(panels, CURVES.items(), strict=True):
-                points = [(line["seconds"] / 60, line[key]) for line in lines if key in line]
-                style = {"color": colormaps["tab20"](index % 20), "marker": ".", "linewidth": 1}
-                panel.plot(*zip(*points, strict=True), label=variant if seed == seeds[0] else None, **style)
-                panel.set_title(title, loc="left")
-                panel.set_xlabel("minutes of training")
-    for panel in panels[1:]:
-        panel.set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    return figure
 
 
 def cache_trajectories(teacher: str, folder: Path) -> None:
@@ -256,19 +186,33 @@ def cache_trajectories(teacher: str, folder: Path) -> None:
     make_cache(recipe, folder)
 
 
+def cached(recipe: str, changes: Sequence[str], folder: Path) -> list[str]:
+    """Overrides for the trajectories in a folder; none for a recipe that needs no trajectories."""
+    if not load_recipe(recipe, changes).method.samples_teacher:
+        return []
+    return [f"trajectory.cache={folder}", f"trajectory.teacher_steps_per_student_step={SUBSTEPS}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--teacher", default="micro")
     parser.add_argument("--minutes", type=float, default=2.5, help="of training, for each variant and seed")
+    parser.add_argument(
+        "--tuned", type=Path, help="folder of benchmarks/tune.py; the settings are those of its best trials"
+    )
+    parser.add_argument("--length", type=float, default=1.0, help="times the minutes, or a whole trial's steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS | FURTHER))
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS | FURTHER), metavar="VARIANT"
+    )
     parser.add_argument("--prompts", type=int, default=200)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     teacher = load(arguments.teacher)
     start = time.monotonic()
-    cache_trajectories(arguments.teacher, arguments.out / "cache")
+    if arguments.tuned is None:
+        cache_trajectories(arguments.teacher, arguments.out / "cache")
     print(f"the teacher's trajectories: {time.monotonic() - start:.0f} s")
     evaluator = Evaluator(teacher, arguments.prompts, arguments.out)
     found: dict[str, list[dict[str, float | None]]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ablation import METRICS, markdown
+from ablation_results import METRICS, markdown
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 

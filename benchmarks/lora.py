@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ablation import markdown
+from ablation_results import markdown
 from dmdr import ENDLESS, Figures, folder_name, kept
 from lora_arms import ARMS, BASE, STUDENT, SUBJECTS, Subject
 from matplotlib import colormaps

@@ -1,48 +1,79 @@
-"""An equal budget of tuning for each distillation method, in full and LoRA form, on the bundled teacher.
+"""An equal budget of tuning for every variant of the ablation, and for LoRA forms of five methods, on the bundled
+teacher.
 
 Every arm is a search of `fewstep tune` in its own space (benchmarks/spaces) with the same number of trials, and the
-same minutes of training in each whole trial. Trials are compared on validation prompts alone. The same command resumes,
-arm by arm; an arm with all its trials is not searched again.
+same minutes of training in each whole trial. The recipe's own values and two settings that were found by hand are among
+them; a trial whose process was killed is replaced. Trials are compared on validation prompts alone. The same command
+resumes, arm by arm; an arm with all its trials is not searched again.
 
-    python benchmarks/tune.py --out runs/tune [--arms hybrid hybrid-lora ...] [--trials 24] [--trial-minutes 3]
+    python benchmarks/tune.py --out runs/tune [--arms hybrid "hybrid, LoRA" ...] [--trials 24] [--trial-minutes 3]
+    python benchmarks/ablation.py --tuned runs/tune     # the ablation with each variant's best trial
 
 The cost is printed before the work starts. On a CPU a trial's steps follow from the time that its thread computes, so
-that other work on the machine makes the searches longer, not the trials shorter. The teacher's trajectories, which DMD,
-DMD2 and trajectory need, are made once, in ``<out>/cache``.
+that other work on the machine makes the searches longer, not the trials shorter; the blocks are compiled where there is
+a compiler. The teacher's trajectories, which some arms need, are made once, in ``<out>/cache``, and so are its images.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-from ablation import SUBSTEPS, cache_trajectories
+import torch
+from ablation import VARIANTS, cache_trajectories, cached
+from ablation_results import arm_folder
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fewstep.config.load import load_recipe
+from fewstep.config.recipe import DistillRecipe
 from fewstep.training.tracking import read_metrics
-from fewstep.tuning.budget import rung_shares
+from fewstep.tuning.budget import mean_length
 from fewstep.tuning.results import length, ranked, short_names
-from fewstep.tuning.space import read_space
-from fewstep.tuning.study import importances
-from fewstep.tuning.tune import TuneResult, tune
+from fewstep.tuning.search import STUDY
+from fewstep.tuning.space import Space, read_space
+from fewstep.tuning.study import KILLED, WAITING, Study, importances
+from fewstep.tuning.tune import RUNGS, TuneResult, tune
 
 SPACES = Path(__file__).parent / "spaces"
 LORA = ("models.train=lora", "models.rank=32")
 
-#: Arm -> its recipe, and the overrides. Its space is benchmarks/spaces/<arm>.yaml.
-FULL: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hybrid": ("micro-decoupled", ()),
-    "dmd": ("micro-dmd", ()),
-    "dmd2": ("micro-dmd2", ()),
-    "cdm": ("micro-cdm", ()),
-    "trajectory": ("micro-decoupled", ("method={name: trajectory}", "optim.fake_score=null")),
+#: Arm -> its space in benchmarks/spaces. The recipe and the overrides are those of the ablation's variant.
+FULL = {
+    **dict.fromkeys(("hybrid", "constrained", "full", "shared"), "hybrid"),
+    "CA only": "ca",
+    "DM only": "dm",
+    "CA + mean-variance": "ca-mean-variance",
+    "CA + GAN": "ca-gan",
+    "DMD": "dmd",
+    "DMD2": "dmd2",
+    "CDM": "cdm",
+    "trajectory": "trajectory",
+    "micro-aligned": "aligned",
 }
-ARMS = FULL | {f"{arm}-lora": (recipe, (*changes, *LORA)) for arm, (recipe, changes) in FULL.items()}
-WITH_TRAJECTORIES = ("dmd", "dmd2", "trajectory")
+IN_BOTH_FORMS = ("hybrid", "DMD", "DMD2", "CDM", "trajectory")
+ARMS = FULL | {f"{arm}, LoRA": f"{FULL[arm]}-lora" for arm in IN_BOTH_FORMS}
+
+#: Settings from docs/lab-notes/students.md that every search tries, where its space has the key. LoRA's rates are the
+#: usual multiples of these.
+BY_HAND = {
+    "optim.student.lr": 5.0e-4,
+    "optim.fake_score.lr": 7.0e-4,
+    "optim.student.ema_decay": 0.9,
+    "method.fake_score_updates": 1,
+}
+TRIED = (
+    BY_HAND | {"method.terms.cfg_augmentation.guidance_scale": 1.2, "train.batch_size": 32},
+    BY_HAND | {"method.terms.cfg_augmentation.guidance_scale": 2.0, "train.batch_size": 16},
+)
+LORA_FACTOR = 3
 
 #: Validation metrics of the best trial in the table.
 SHOWN = {"object_acc": "{:.1%}", "nearest_real_acc": "{:.1%}", "fd_teacher[open-nsfw]": "{:.1f}", "hf_energy": "{:.5f}"}
@@ -50,35 +81,69 @@ SHOWN = {"object_acc": "{:.1%}", "nearest_real_acc": "{:.1%}", "fd_teacher[open-
 
 def run_arm(arm: str, arguments: argparse.Namespace) -> TuneResult:
     """Search an arm, or continue, or read what is there."""
-    recipe, changes = ARMS[arm]
+    recipe, changes = VARIANTS[arm.removesuffix(", LoRA")]
     common = [
         *(f"teacher={arguments.teacher}", f"evaluate.validation_prompts={arguments.prompts}"),
-        *("train.log_every=10", f"train.precision={arguments.precision}", *changes),
+        *("train.log_every=10", f"train.precision={arguments.precision}", "models.compile=auto"),
+        *(*changes, *(LORA if arm.endswith("LoRA") else ())),
+        *(("train.on_alert=off",) if arm.startswith("CA") else ()),  # without distribution matching variance grows
     ]
-    if arm.removesuffix("-lora") in WITH_TRAJECTORIES:
-        common += [f"trajectory.cache={arguments.out / 'cache'}"]
-        common += [f"trajectory.teacher_steps_per_student_step={SUBSTEPS}"]
-    return tune(
+    common += cached(recipe, changes, arguments.out / "cache")
+    folder, space = arm_folder(arguments.out, arm), read_space(SPACES / f"{ARMS[arm]}.yaml")
+    search = partial(
+        tune,
         recipe,
-        SPACES / f"{arm}.yaml",
+        space,
         minutes=arguments.minutes,
-        out=arguments.out / arm,
-        trials=arguments.trials,
+        out=folder,
         trial_minutes=arguments.trial_minutes,
+        rungs=arguments.rungs,
         metric=arguments.metric,
         overrides=common,
     )
+    torch.compiler.reset()  # every arm has its own graphs, and their number is limited
+    begun = search(trials=0)
+    for made in arguments.out.glob("*/teacher-*.safetensors"):  # all arms have one teacher and the same prompts
+        if not (folder / made.name).exists():
+            shutil.copy(made, folder)
+    study = Study(folder / STUDY, space, begun.search.objective)
+    rows = study.rows()
+    if not any(row.state == WAITING and row.number > 0 for row in rows):
+        for drawn in suggestions(recipe, common, space, LORA_FACTOR if arm.endswith("LoRA") else 1):
+            if not any(drawn.items() <= row.drawn.items() for row in rows):
+                study.suggest(drawn)
+    while True:
+        found = search(trials=arguments.trials + killed(begun))
+        if killed(found) == killed(begun):
+            return found
+        begun = found
+
+
+def killed(found: TuneResult) -> int:
+    """How many trials ended with their process."""
+    return sum(row.reason == KILLED for row in found.rows)
+
+
+def suggestions(recipe: str, overrides: list[str], space: Space, factor: float) -> Iterator[dict[str, Any]]:
+    """The values of ``TRIED`` for the keys of a space; other keys have the recipe's own."""
+    plain = load_recipe(recipe, overrides)
+    assert isinstance(plain, DistillRecipe)
+    for values in TRIED:
+        own = {
+            key: value * (factor if key.endswith(".lr") else 1) for key, value in values.items() if key in space.keys
+        }
+        changed = load_recipe(recipe, [*overrides, *(f"{key}={value}" for key, value in own.items())])
+        assert isinstance(changed, DistillRecipe)
+        yield space.drawn(plain) | space.drawn(changed)
 
 
 def cost(arguments: argparse.Namespace) -> str:
     """What the searches cost if one trial in three passes each rung."""
-    shares = rung_shares(3)
-    mean = shares[0] + (shares[1] - shares[0]) / 3 + (shares[2] - shares[1]) / 9
-    training = len(arguments.arms) * arguments.trials * arguments.trial_minutes * mean
+    training = len(arguments.arms) * arguments.trials * arguments.trial_minutes * mean_length(arguments.rungs)
     return (
         f"{len(arguments.arms)} arms, each {arguments.trials} trials of up to {arguments.trial_minutes:g} minutes: "
         f"about {training / 60:.1f} hours of training on an idle machine, and the measuring of {arguments.prompts} "
-        f"validation prompts once to three times a trial; at most {arguments.minutes / 60:.1f} hours for an arm"
+        f"validation prompts up to {arguments.rungs} times a trial; at most {arguments.minutes / 60:.1f} hours each"
     )
 
 
@@ -150,9 +215,10 @@ def draw(found: dict[str, TuneResult]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tune"))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--trials", type=int, default=24, help="of each arm")
     parser.add_argument("--trial-minutes", type=float, default=3.0, help="of training in a whole trial")
+    parser.add_argument("--rungs", type=int, default=RUNGS, help="how often a trial is measured; 1 stops none early")
     parser.add_argument("--minutes", type=float, default=180.0, help="at most so many for each arm")
     parser.add_argument("--metric", default="fd_teacher")
     parser.add_argument("--prompts", type=int, default=128, help="validation prompts")
@@ -162,11 +228,10 @@ def main() -> None:
     arguments = parser.parse_args()
     print(cost(arguments), flush=True)
     for arm in arguments.arms:  # a mistake in a space is found before the first search
-        read_space(SPACES / f"{arm}.yaml")
+        read_space(SPACES / f"{ARMS[arm]}.yaml")
     if arguments.plan:
         return
-    if any(arm.removesuffix("-lora") in WITH_TRAJECTORIES for arm in arguments.arms):
-        cache_trajectories(arguments.teacher, arguments.out / "cache")
+    cache_trajectories(arguments.teacher, arguments.out / "cache")
     found: dict[str, TuneResult] = {}
     for arm in arguments.arms:
         print(f"--- {arm} ---", flush=True)

@@ -1,12 +1,14 @@
 """Every benchmark imports what there is."""
 
 import importlib
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from fewstep.config.load import load_recipe
+from fewstep.config.load import dump_recipe, load_recipe
+from fewstep.tuning.space import read_space
 
 TESTS = Path(__file__).parent
 SCRIPTS = sorted((TESTS.parent / "benchmarks").glob("*.py"))
@@ -57,6 +59,25 @@ def test_every_arm_of_the_lora_study_is_a_recipe_and_its_subjects_have_prompts(m
     assert all("fluent" in prompt for prompt in style[0])
     assert all("zorp" in prompt and "unicorn" not in prompt for prompt in thing[0])
     assert all("unicorn" in prompt for prompt in thing[1])
+
+
+def test_every_arm_of_the_tuning_has_a_space_for_its_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tune, ablation = study("tune", monkeypatch), study("ablation", monkeypatch)
+    assert set(tune.FULL) == set(ablation.VARIANTS)
+    for arm, space in tune.ARMS.items():
+        recipe, changes = ablation.VARIANTS[arm.removesuffix(", LoRA")]
+        form = tune.LORA if arm.endswith("LoRA") else ()
+        resolved = load_recipe(recipe, [*changes, *form, *ablation.cached(recipe, changes, tmp_path)])
+        read_space(tune.SPACES / f"{space}.yaml").check(resolved)
+
+
+def test_a_tuned_variant_has_the_steps_of_its_best_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ablation = study("ablation", monkeypatch)
+    best = tmp_path / "CA-only" / "best.yaml"
+    best.parent.mkdir()
+    best.write_text(dump_recipe(load_recipe("micro-ca", ["train.steps=7"])))
+    options = Namespace(tuned=tmp_path, length=10.0)
+    assert ablation.settings("CA only", options) == (best, ["train.steps=70"])
 
 
 def test_benchmarks_and_test_helpers_have_different_names() -> None:
