@@ -7,23 +7,21 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import UserError
 from fewstep.models.family import MODEL_INDEX, LoadingInfo, ModelFamily, resolve_family
 from fewstep.models.file_kinds import describe_file, describe_tensors
 from fewstep.models.folder_kinds import describe_path
 from fewstep.models.key_layout import KeyLayout
+from fewstep.models.library_logs import silence_loggers
 from fewstep.models.weight_files import file_of_tensor, stored_dtype, tensor_names
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -169,19 +167,3 @@ def format_tensor_names(problem: str, names: Sequence[str]) -> str:
 
 def _more(count: int) -> str:
     return f" and {count} more" if count > 0 else ""
-
-
-@contextmanager
-def silence_loggers() -> Iterator[None]:
-    """Inside, diffusers and transformers show no progress bars and log only errors; fewstep reports problems itself."""
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.enable_progress_bar()
-            library.set_verbosity(level)

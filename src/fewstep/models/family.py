@@ -21,6 +21,7 @@ from fewstep.models import vae as vae_tools
 from fewstep.models.consistency import Mismatch
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.key_layout import KeyLayout, ProgramNames
+from fewstep.models.library_logs import silence_loggers
 from fewstep.models.text import PromptEncoder
 
 if TYPE_CHECKING:
@@ -170,5 +171,6 @@ def get_family(pipeline_class: str, where: str = "model family") -> ModelFamily:
     if pipeline_class not in model_families:
         known = ", ".join(model_families.names())
         raise UserError(f"{where}: {pipeline_class!r} is not a supported pipeline; supported: {known}")
-    family: ModelFamily = model_families.get(pipeline_class)
+    with silence_loggers():  # its module imports diffusers' pipeline, which may warn about packages it has no use for
+        family: ModelFamily = model_families.get(pipeline_class)
     return family

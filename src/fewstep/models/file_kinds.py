@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from fewstep.errors import UserError
 
 _SUPPORTED = "a Z-Image or Lumina transformer"
+_SD3, _SD3_DIFFUSERS = "a Stable Diffusion 3 transformer", "a Stable Diffusion 3 transformer in diffusers' layout"
 _FP8 = "scaled fp8"
 _MERGE = "give it with --lora beside its base model, or merge it: fewstep lora merge MODEL FILE --out FOLDER"
 
@@ -48,9 +49,9 @@ _QUANTIZED: Mapping[str, str] = {
 _FAMILIES: Mapping[tuple[str, ...], str] = {
     ("double_blocks.", "single_blocks."): "a FLUX or HunyuanVideo transformer",
     ("single_transformer_blocks.", "x_embedder."): "a FLUX transformer in diffusers' layout",
-    ("joint_blocks.",): "a Stable Diffusion 3 transformer",
+    ("joint_blocks.",): _SD3,
     ("transformer_blocks.", ".img_mod."): "a Qwen-Image transformer",
-    ("transformer_blocks.", ".norm1_context."): "a Stable Diffusion 3 transformer in diffusers' layout",
+    ("transformer_blocks.", ".norm1_context."): _SD3_DIFFUSERS,
     ("input_blocks.", "middle_block."): "a Stable Diffusion U-Net",
     ("down_blocks.", "time_embedding."): "a Stable Diffusion U-Net in diffusers' layout",
     ("blocks.", ".cross_attn."): "a Wan transformer",
@@ -67,7 +68,9 @@ def _quantized(method: str) -> str:
 
 
 #: Descriptions of single files that may be convertible to a folder.
-CONVERTIBLE = frozenset({_SUPPORTED, _quantized(_FP8), _quantized("ComfyUI"), _SIGNATURES[b"GGUF"]})
+CONVERTIBLE = frozenset(
+    {_SUPPORTED, _SD3, _SD3_DIFFUSERS, _quantized(_FP8), _quantized("ComfyUI"), _SIGNATURES[b"GGUF"]}
+)
 
 
 def describe_file(file: Path) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+_BLOCK = re.compile(r"(?:.*\.)?\w*blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,11 @@ class KeyLayout:
     Attributes:
         renamed: parts of names, diffusers' -> the format's. A part that starts with a dot may be anywhere in a name,
             others only at its start.
-        fused: a part of the format's names -> the parts of diffusers' names whose tensors it concatenates, equally
-            large, along the first dimension.
+        fused: a part of the format's names -> the parts of diffusers' names whose tensors it concatenates along the
+            first dimension.
+        unequal: whether these differ in size. Files of LoRA adapters with the format's names are not read then.
+        swapped: starts of diffusers' names of tensors whose halves, scale and shift, have the format's other order;
+            "{last}" is the number of the last block.
         prefix: of every name in files that are written.
         read_prefixes: prefixes that files of the format may have.
         ignored: names in some files that belong to no part of the model.
@@ -27,6 +33,8 @@ class KeyLayout:
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unequal: bool = False
+    swapped: tuple[str, ...] = ()
     prefix: str = ""
     read_prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -36,15 +44,22 @@ class KeyLayout:
     def to_format(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by diffusers' names -> by the format's."""
         named: dict[str, Tensor] = {}
+        swapped = self.swapped_starts(weights)
         for name, tensor in weights.items():
-            fused = next(((whole, parts) for whole, parts in self.fused.items() if any(p in name for p in parts)), None)
+            fused = next((parts for parts in self.fused.values() if any(part in name for part in parts)), None)
+            own = self.prefix + self.from_diffusers(name)[0]
             if fused is None:
-                named[self.prefix + _replace(name, self.renamed)] = tensor.contiguous()
-            elif fused[1][0] in name:
-                whole, (first, *_) = fused
-                tensors = [weights[name.replace(first, part)] for part in fused[1]]
-                named[self.prefix + name.replace(first, whole)] = torch.cat(tensors)
+                named[own] = (swap_halves(tensor) if name.startswith(swapped) else tensor).contiguous()
+            elif fused[0] in name:
+                named[own] = torch.cat([weights[name.replace(fused[0], part)] for part in fused])
         return named
+
+    def swapped_starts(self, names: Iterable[str]) -> tuple[str, ...]:
+        """``swapped`` for a model with these diffusers' names."""
+        if not self.swapped:
+            return ()
+        last = max((int(found[1]) for name in names if (found := _BLOCK.match(name))), default=0)
+        return tuple(start.format(last=last) for start in self.swapped)
 
     def without_prefix(self, keys: Iterable[str]) -> dict[str, str]:
         """A file's names -> the same without the prefix that all of the file's names have, if any."""
@@ -58,13 +73,10 @@ class KeyLayout:
         for whole, parts in self.fused.items():
             if whole in name:
                 for index, part in enumerate(parts):
-                    yield name.replace(whole, part), (index, len(parts))
+                    yield self._renamed_back(name.replace(whole, part)), (index, len(parts))
                 return
         starts = [ours for ours in self.renamed if not ours.startswith(".")]
-        if name.startswith(tuple(starts)):
-            yield name, None
-        else:
-            yield _replace(name, {theirs: ours for ours, theirs in self.renamed.items()}), None
+        yield (name if name.startswith(tuple(starts)) else self._renamed_back(name)), None
 
     def from_diffusers(self, name: str) -> tuple[str, tuple[int, int] | None]:
         """A diffusers' name -> the format's without its prefix, with (index, count) of its part of a fused tensor, None
@@ -72,8 +84,11 @@ class KeyLayout:
         for whole, parts in self.fused.items():
             for index, part in enumerate(parts):
                 if part in name:
-                    return name.replace(part, whole), (index, len(parts))
+                    return _replace(name.replace(part, whole), self.renamed), (index, len(parts))
         return _replace(name, self.renamed), None
+
+    def _renamed_back(self, name: str) -> str:
+        return _replace(name, {theirs: ours for ours, theirs in self.renamed.items()})
 
     def diffusers_names(self, keys: Iterable[str]) -> set[str]:
         """The names of the format in a file -> diffusers'."""
@@ -98,6 +113,12 @@ class ProgramNames:
     gguf_architecture: str
     gguf_text_architecture: str
     clip_type: str
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])
 
 
 def _replace(name: str, parts: Mapping[str, str]) -> str:

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fewstep.errors import UserError
-from fewstep.models.components import read_config, silence_loggers
+from fewstep.models.components import read_config
 from fewstep.models.fingerprint import path_fingerprint
+from fewstep.models.library_logs import silence_loggers
 from fewstep.models.text import apply_chat_template
 from fewstep.models.weight_files import file_of_tensor, tensor_names
 

@@ -23,7 +23,7 @@ from fewstep.errors import UserError
 from fewstep.models.components import format_tensor_names
 from fewstep.models.family import ModelFamily
 from fewstep.models.file_kinds import describe_file, describe_tensors
-from fewstep.models.key_layout import KeyLayout
+from fewstep.models.key_layout import KeyLayout, swap_halves
 from fewstep.models.weight_files import refuse_non_finite
 
 SCALES = (".scale_weight", ".weight_scale")  # of an fp8 matrix, beside it
@@ -55,10 +55,10 @@ def read_transformer(
         raise UserError(f"{file}: single files of {family.pipeline_class} are not supported")
     layout = next(iter(family.key_layouts.values()))  # layouts of one family differ in the prefix they write
     with _open(Path(file)) as tensors:
-        found = _readers(file, tensors, layout, dtype)
         with torch.device("meta"):
             model = family.build("transformer", config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = _readers(file, tensors, layout, dtype, shapes)
         if found.keys() != shapes.keys() and (kind := describe_tensors(found.keys(), shapes.keys())) is not None:
             raise UserError(f"{file}: seems to be {kind}")
         for problem, names in (("missing", shapes.keys() - found.keys()), ("unexpected", found.keys() - shapes)):
@@ -146,7 +146,9 @@ def _storage_types(tensors: Any) -> set[str]:
     return {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
 
 
-def _readers(file: str | Path, tensors: Any, layout: KeyLayout, dtype: torch.dtype) -> dict[str, Read]:
+def _readers(
+    file: str | Path, tensors: Any, layout: KeyLayout, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Read]:
     """The tensors of a file by diffusers' names, each with its reader."""
     keys = set(tensors.keys())
     for key in sorted(key for key in keys if key.endswith(STORAGE)):
@@ -158,24 +160,37 @@ def _readers(file: str | Path, tensors: Any, layout: KeyLayout, dtype: torch.dty
         warnings.warn(f"{file}: only the transformer is read, not the text encoder and autoencoder", stacklevel=3)
     keys = {key for key in keys - others if not key.endswith(HINTS)}
     found: dict[str, Read] = {}
+    swapped = layout.swapped_starts(shapes)
     for key, bare in sorted(layout.without_prefix(keys).items()):
         if bare in layout.ignored or key.endswith(SCALES):
             continue
-        for name, part in layout.to_diffusers(bare):
-            found[name] = _reader(file, tensors, key, keys, dtype, part)
+        names = list(layout.to_diffusers(bare))
+        rows = [shapes[name][0] if shapes.get(name) else 0 for name, _ in names]
+        for name, part in names:
+            reader = _reader(file, tensors, key, keys, dtype, None if part is None else (part[0], rows))
+            found[name] = _swapped(reader) if name != bare and name.startswith(swapped) else reader
     return found
 
 
+def _swapped(read: Read) -> Read:
+    return lambda: swap_halves(read())
+
+
 def _reader(
-    file: str | Path, tensors: Any, key: str, keys: set[str], dtype: torch.dtype, part: tuple[int, int] | None
+    file: str | Path, tensors: Any, key: str, keys: set[str], dtype: torch.dtype, part: tuple[int, list[int]] | None
 ) -> Read:
-    """Reads a tensor, or (index, count) of a fused one; fp8 is multiplied by its scale, if the file has one."""
+    """Reads a tensor, or part (index, rows of all parts) of a fused one; fp8 is multiplied by its scale, if any."""
     stem = key.removesuffix(".weight")
     scale_key = next((stem + ending for ending in SCALES if stem + ending in keys and stem != key), None)
 
     def select(rows: Tensor) -> Tensor:
         # a part is taken before it is dequantized, and copied, so that the rest of the tensor is freed
-        return rows if part is None else rows.chunk(part[1])[part[0]].clone()
+        if part is None:
+            return rows
+        index, sizes = part
+        if len(rows) != sum(sizes):
+            raise UserError(f"{file}: {key} has {len(rows)} rows, expected {sum(sizes)}")
+        return rows.split(sizes)[index].clone()
 
     def read() -> Tensor:
         weight = tensors.get_tensor(key)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.machine import reading
 from fewstep.models.checkpoints import load_checkpoint
-from fewstep.models.components import download, silence_loggers
+from fewstep.models.components import download
+from fewstep.models.library_logs import silence_loggers
 
 _DOWNLOADED = ["*.json", "*.txt", "*.safetensors"]
 _PICKLES = ("*.pt", "*.pth", "*.bin", "*.ckpt")

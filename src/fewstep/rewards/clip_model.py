@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.models.checkpoints import load_processor
-from fewstep.models.components import silence_loggers
+from fewstep.models.library_logs import silence_loggers
 from fewstep.rewards.checkpoints import fill, load_model, read_tensors, reward_folder, weight_bytes
 from fewstep.rewards.clip_layout import OPEN_CLIP_KEY, infer_config, to_transformers
 from fewstep.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, from_processor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.models.checkpoints import load_processor
-from fewstep.models.components import silence_loggers
+from fewstep.models.library_logs import silence_loggers
 from fewstep.rewards.checkpoints import fill, read_tensors, reward_folder, weight_bytes
 from fewstep.rewards.preprocess import Preprocess
 from fewstep.rewards.protocol import RewardInfo

@@ -42,9 +42,15 @@ class LoraTargets:
             found.setdefault(other, [parts[index] for index in sorted(parts)])
         return found
 
+    @cached_property
+    def _swapped(self) -> tuple[str, ...]:
+        """Starts of the names of layers whose rows have another order in the family's single files: an adapter's would
+        be misread."""
+        return () if self.layout is None else self.layout.swapped_starts(self.shapes)
+
     def file_name(self, name: str) -> tuple[str, tuple[int, int] | None]:
         """A layer's name in the family's single files, and (index, count) of its part of a fused layer."""
-        if self.layout is None:
+        if self.layout is None or f"{name}.".startswith(self._swapped):
             return name, None
         other, part = self.layout.from_diffusers(f"{name}.weight")
         return other.removesuffix(".weight"), part
@@ -88,4 +94,5 @@ def released_targets(family: ModelFamily) -> LoraTargets:
 
 
 def _layout(family: ModelFamily) -> KeyLayout | None:
-    return next(iter(family.key_layouts.values()), None)  # layouts of one family differ in their prefixes
+    layout = next(iter(family.key_layouts.values()), None)  # layouts of one family differ in their prefixes
+    return None if layout is None or layout.unequal else layout

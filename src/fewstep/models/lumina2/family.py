@@ -16,6 +16,7 @@ from fewstep.models.consistency import Mismatch, text_mismatches, vae_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.lumina2.denoiser import Lumina2Denoiser
+from fewstep.models.lumina2.keys import KEY_LAYOUTS
 from fewstep.models.lumina2.prompts import Lumina2PromptEncoder
 from fewstep.models.scheduler import load_scheduler
 from fewstep.models.vae import vae_scale_factor
@@ -36,6 +37,7 @@ class Lumina2Family(ModelFamily):
     lora_target_modules = BLOCK_LINEARS
     quantizable_modules = BLOCK_LINEARS
     attention_backends = False
+    key_layouts = KEY_LAYOUTS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
         options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}

@@ -25,6 +25,7 @@ from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.scheduler import load_scheduler
 from fewstep.models.sd3.denoiser import TIMESTEPS, SD3Denoiser
+from fewstep.models.sd3.keys import KEY_LAYOUTS
 from fewstep.models.sd3.prompts import PROMPT_ROWS, SD3PromptEncoder
 from fewstep.models.vae import vae_scale_factor
 
@@ -51,6 +52,7 @@ class SD3Family(ModelFamily):
     lora_target_modules = BLOCK_LINEARS
     quantizable_modules = BLOCK_LINEARS
     attention_backends = False
+    key_layouts = KEY_LAYOUTS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
         options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
