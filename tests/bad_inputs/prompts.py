@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lumina2_setup import save_lumina2
+
 from bad_inputs.files import CACHE, DISTILL, PROMPTS, folder, link_loop
 from bad_inputs.lora_train import LORA_RUN
 from bad_inputs.table import Case, Content, Message, Section
@@ -54,6 +56,7 @@ SECTION = Section(
             Case(f"generate tiny 'a fox' --guidance-scale 2 --negative-prompt '{LONG}'", "at most 512 fit"),
             Case(f"generate tiny 'a fox' --system-prompt '{LONG}'", "at most 512 fit"),
             Case(f"generate tiny 'a fox' --assistant-prefix '{LONG}'", "at most 512 fit"),
+            Case(f"generate lumina2 '{LONG}' --width 64 --height 64", "at most 256 fit", {"lumina2": save_lumina2}),
         ),
         Message(
             "{source}: No such file or folder; prompts come from {formats}",

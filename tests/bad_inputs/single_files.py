@@ -33,6 +33,7 @@ def _truncated(path: Path) -> None:
 
 
 VAE = "tiny/vae/diffusion_pytorch_model.safetensors"
+OTHER_FAMILY = {"joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(6, 2)}
 LORA = {"layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 2)}
 
 SECTION = Section(
@@ -81,6 +82,7 @@ SECTION = Section(
             _convert("a VAE", _tensors(dict, VAE)),
             _convert('"strange." before every name', _tensors(_prefixed)),
             _convert("a LoRA adapter", _tensors(lambda tensors: LORA)),
+            _convert("a Stable Diffusion 3 transformer", _tensors(lambda tensors: OTHER_FAMILY)),
         ),
         Message(
             "{file}: one missing tensor: {name}",
