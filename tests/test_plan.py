@@ -48,7 +48,13 @@ LORA = ("models.train=lora", "models.rank=4", "models.fake_score_rank=2")
 
 
 @pytest.mark.parametrize(
-    "more", [(), (*LORA, "models.frozen_dtype=bf16"), (*LORA, "models.frozen_dtype=fp8"), ("models.frozen_dtype=fp8",)]
+    "more",
+    [
+        (),
+        pytest.param((*LORA, "models.frozen_dtype=bf16"), marks=pytest.mark.slow),
+        (*LORA, "models.frozen_dtype=fp8"),
+        pytest.param(("models.frozen_dtype=fp8",), marks=pytest.mark.slow),
+    ],
 )
 def test_weights_and_states_equal_those_of_real_models(tiny_folder, more):
     recipe = recipe_of(tiny_folder, *more)

@@ -17,7 +17,8 @@ def size(tiny_folder: Path) -> ParamCounts:
     return ParamCounts.of(load(tiny_folder).denoiser)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_processes_hold_and_receive_the_bytes_of_the_formulas(
     tiny_folder: Path, tmp_path: Path, size: ParamCounts, precision: str
 ) -> None:
