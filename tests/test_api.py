@@ -100,6 +100,7 @@ def test_the_teacher_is_loaded_in_the_models_dtype(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_command_line_evaluates_a_file_of_prompts(tmp_path):
     prompts = [f"a noto emoji of a {animal} on a blue background" for animal in ("fox", "bear", "cat")]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))

@@ -62,6 +62,7 @@ def test_a_method_in_one_file_trains_and_resumes(recipe: Path, tmp_path: Path) -
     assert [line["student/mean_loss"] for line in lines] == [line["student/mean_loss"] for line in expected]
 
 
+@pytest.mark.slow
 def test_a_method_in_one_file_is_planned(recipe: Path) -> None:
     done = fewstep("plan", recipe, "--gpu", "24GB", plugin="on_policy.py")
     assert "saved activations" in done.stdout

@@ -95,6 +95,7 @@ def test_an_adapter_starts_from_that_of_an_earlier_run(tiny_folder, tmp_path):
         build_models(load_recipe("micro-aligned", [*overrides, f"init={tiny_folder}"]), load(tiny_folder))
 
 
+@pytest.mark.slow
 def test_bf16_base_with_fp32_adapters(tiny_folder, tmp_path):
     """The base takes half the memory, adapters are trained in fp32; the student is the base plus its adapter."""
     more = ("models.frozen_dtype=bf16", "models.rank=4", "train.steps=2", "train.precision=bf16")

@@ -52,7 +52,7 @@ LORA = ("models.train=lora", "models.rank=4", "models.fake_score_rank=2")
     [
         (),
         pytest.param((*LORA, "models.frozen_dtype=bf16"), marks=pytest.mark.slow),
-        (*LORA, "models.frozen_dtype=fp8"),
+        pytest.param((*LORA, "models.frozen_dtype=fp8"), marks=pytest.mark.slow),
         pytest.param(("models.frozen_dtype=fp8",), marks=pytest.mark.slow),
     ],
 )

@@ -133,7 +133,7 @@ def test_adapters_train_as_on_the_dequantized_base(tiny, checkpointed):
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_a_distillation_with_an_fp8_teacher(tiny_folder, tmp_path, train):
     overrides = [
         f"teacher={tiny_folder}", f"models.train={train}", "models.frozen_dtype=fp8", "train.steps=2",
