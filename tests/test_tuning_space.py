@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.config.load import load_recipe, parse_recipe
+from fewstep.config.recipe import DistillRecipe
 from fewstep.errors import UserError
 from fewstep.tuning.budget import expected_trials, rung_shares, rung_steps, steps_within
 from fewstep.tuning.objective import find_objective
@@ -86,6 +87,21 @@ def test_choices_of_equal_value_but_other_type_are_different() -> None:
     assert not Range(1, 5).contains(True)
     assert not Range(1, 9, step=2).contains(4)
     assert Choices({1: 1, 2: 2}).examples() == [1, 2]
+
+
+def test_a_key_inside_a_choice_leaves_the_choice_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "method.terms:\n"
+        "  - {cfg_augmentation: {guidance_scale: 3.0}, distribution_matching: {}}\n"
+        "  - {cfg_augmentation: {guidance_scale: 3.0}, distribution_matching: {weight: 2.0}}\n"
+        "method.terms.cfg_augmentation.guidance_scale: {low: 1.0, high: 5.0}\n"
+    )
+    space, recipe = read_space(tmp_path / "space.yaml"), load_recipe("micro-decoupled", [])
+    assert isinstance(recipe, DistillRecipe)
+    drawn = space.drawn(recipe)
+    space.check(recipe)
+    assert space.drawn(recipe) == drawn
+    assert set(drawn) == set(space.keys)
 
 
 def test_objective() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -120,7 +121,7 @@ def with_values(recipe: DistillRecipe, values: Mapping[str, Any], source: str) -
     """The recipe with other values, by dotted key. Raises: UserError that begins with ``source``."""
     tree = recipe.model_dump(mode="json")
     for key, value in values.items():
-        set_value(tree, key.split("."), value, source)
+        set_value(tree, key.split("."), copy.deepcopy(value), source)  # a later key may lie inside this value
     changed = parse_recipe(tree, source)
     assert isinstance(changed, DistillRecipe)
     return changed
