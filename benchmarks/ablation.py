@@ -210,10 +210,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     teacher = load(arguments.teacher)
-    start = time.monotonic()
     if arguments.tuned is None:
+        start = time.monotonic()
         cache_trajectories(arguments.teacher, arguments.out / "cache")
-    print(f"the teacher's trajectories: {time.monotonic() - start:.0f} s")
+        print(f"the teacher's trajectories: {time.monotonic() - start:.0f} s")
     evaluator = Evaluator(teacher, arguments.prompts, arguments.out)
     found: dict[str, list[dict[str, float | None]]] = {}
     for seed in arguments.seeds:

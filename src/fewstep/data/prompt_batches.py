@@ -34,8 +34,8 @@ def prompt_batches(
     def numbers(position: int) -> list[int]:
         return torch.randint(len(texts), (size,), generator=generator("prompts", seed, position)).tolist()
 
-    few = batches is not None and batches * size < len(texts) and isinstance(texts, TextPrompts)
-    if batches is not None and few and model.device.type == "cpu":
+    by_need = isinstance(texts, TextPrompts) and model.device.type == "cpu"
+    if batches is not None and by_need and batches * size < len(texts):
         encoded = _encoded_part(texts, {row for position in range(batches) for row in numbers(position)})
     else:
         encoded = texts.stored().encoded
