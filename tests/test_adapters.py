@@ -7,7 +7,7 @@ import torch
 
 from fewstep.data.trajectories import weights_hash
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
-from fewstep.models.adapters import AdapterDenoiser, active_adapters, adapter_parameters, add_adapter, lora_layers
+from fewstep.models.adapters import AdapterDenoiser, active_adapters, adapter_layers, adapter_parameters, add_adapter
 from fewstep.models.components import load_component
 from fewstep.models.quantize import quantize_fp8_
 from fewstep.models.zimage.denoiser import ZImageDenoiser
@@ -78,9 +78,33 @@ def test_an_adapter_of_full_rank_is_a_full_copy(tiny, transformer, tmp_path, sca
         torch.testing.assert_close(adapter[f"{name}.lora_B.student.weight"].grad, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_gradients_reach_only_the_adapter_that_was_active(tiny, transformer):
+@pytest.mark.parametrize(("rank", "factor"), [(2, None), (2, 4), (500, 4)])
+def test_a_lokr_adds_a_kronecker_product(tiny, transformer, rank, factor):
+    base = ZImageDenoiser(transformer)
+    plain, before = copy.deepcopy(transformer), weights_hash(transformer)
+    add_adapter(transformer, "student", rank, 3 * rank, target_modules=TARGETS, kind="lokr", factor=factor)
+    student = AdapterDenoiser(base, {"student": 0.5})
+    torch.testing.assert_close(student(*inputs(tiny)), ZImageDenoiser(plain)(*inputs(tiny)))
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    adapter = adapter_parameters(transformer, "student")
+    for name, layer in targeted(plain).items():
+        own = {key.split(".")[-2]: value for key, value in adapter.items() if key.startswith(f"{name}.")}
+        whole = own.get("lokr_w2")
+        right = own["lokr_w2_a"] @ own["lokr_w2_b"] if whole is None else whole
+        assert (whole is not None) == (rank == 500)
+        if factor is not None:
+            assert tuple(own["lokr_w1"].shape) == (factor, factor)
+        with torch.no_grad():
+            layer.weight += 0.5 * 3 * torch.kron(own["lokr_w1"], right)
+    torch.testing.assert_close(student(*inputs(tiny)), ZImageDenoiser(plain)(*inputs(tiny)), atol=1e-4, rtol=1e-4)
+    assert weights_hash(transformer) == before
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_gradients_reach_only_the_adapter_that_was_active(tiny, transformer, kind):
     for name in ("student", "fake"):
-        add_adapter(transformer, name, 3, target_modules=TARGETS)
+        add_adapter(transformer, name, 3, target_modules=TARGETS, kind=kind)
     base = ZImageDenoiser(transformer)
     student, fake = AdapterDenoiser(base, {"student": 1.0}), AdapterDenoiser(base, {"fake": 1.0})
     loss = student(*inputs(tiny)).square().mean()
@@ -90,7 +114,7 @@ def test_gradients_reach_only_the_adapter_that_was_active(tiny, transformer):
     loss.backward()
     gradients = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
     assert gradients
-    assert all(".lora_" in name and ".student." in name for name in gradients)
+    assert gradients.keys() == adapter_parameters(transformer, "student").keys()
     assert len(list(student.parameters())) == len(adapter_parameters(transformer, "student")) == len(gradients)
     assert {id(p) for p in student.parameters()}.isdisjoint({id(p) for p in fake.parameters()})
 
@@ -192,7 +216,7 @@ def test_adapter_state_does_not_leak(tiny, two_adapters):
     base = ZImageDenoiser(two_adapters)
     expected = base(*inputs(tiny))
     full, half = AdapterDenoiser(base, {"style": 1.0}), AdapterDenoiser(base, {"style": 0.5, "turbo": 1.0})
-    scaling = [dict(layer.scaling) for layer in lora_layers(two_adapters)]
+    scaling = [dict(layer.scaling) for layer in adapter_layers(two_adapters)]
     file = adapter_state_dict(two_adapters, "style")
     first = full(*inputs(tiny))
     half(*inputs(tiny))
@@ -204,7 +228,7 @@ def test_adapter_state_does_not_leak(tiny, two_adapters):
     with pytest.raises(RuntimeError, match="stop"), active_adapters(two_adapters, {"turbo": 3.0}):
         raise RuntimeError("stop")
     assert torch.equal(base(*inputs(tiny)), expected)
-    assert [dict(layer.scaling) for layer in lora_layers(two_adapters)] == scaling
+    assert [dict(layer.scaling) for layer in adapter_layers(two_adapters)] == scaling
     assert all(torch.equal(tensor, file[name]) for name, tensor in adapter_state_dict(two_adapters, "style").items())
 
 

@@ -97,7 +97,7 @@ def test_every_key_becomes_one_of_the_recipe(tmp_path):
          ("timesteps", "distribution"), "sigmoid"),
         ("train", {"dtype": "fp16"}, "train.dtype fp16: it overflows", ("train", "precision"), "bf16"),
         ("train", {"diff_output_preservation": True}, "train.diff_output_preservation True: ", ("name",), "ann"),
-        ("network", {"type": "lokr"}, "network.type lokr: ", ("adapter", "kind"), "lora"),
+        ("network", {"type": "loha"}, "network.type loha: ", ("adapter", "kind"), "lora"),
         ("network", {"network_kwargs": {"only_if_contains": ["layers.1"]}},
          "network.network_kwargs.only_if_contains ['layers.1']: ", ("adapter", "rank"), 32),
         ("model", {"qtype": "uint4|adapter"}, "model.qtype uint4|adapter: ", ("models", "frozen_dtype"), "fp8"),

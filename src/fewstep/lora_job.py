@@ -204,5 +204,6 @@ def _write(
     file = run.directory / LORA / name
     dtype = DTYPES[recipe.adapter.save_dtype]
     targets = targets_of(model.transformer, model.family)
-    write_lora(file, adapter_updates(model.transformer, LORA), targets, "diffusers", metadata, dtype)
+    layout = "ai-toolkit" if recipe.adapter.kind == "lokr" else "diffusers"  # in which diffusers reads LoKr
+    write_lora(file, adapter_updates(model.transformer, LORA), targets, layout, metadata, dtype)
     return file

@@ -98,6 +98,21 @@ SECTION = Section(
             _set("adapter.kind dora", "adapter.kind=dora", "models.frozen_dtype=fp8"),
         ),
         Message(
+            "{recipe}: adapter.factor: no effect on {kind}; set adapter.kind to lokr, or leave it out",
+            "Only a LoKr has a small matrix beside its low-rank one.",
+            _set("adapter.factor: no effect on lora", "adapter.factor=8"),
+        ),
+        Message(
+            "{recipe}: adapter.init: a lokr starts from no change; leave it out, or set adapter.kind to lora",
+            "Only plain LoRA files can be continued.",
+            _set("a lokr starts from no change", "adapter={kind: lokr, rank: 4, init: a.safetensors}"),
+        ),
+        Message(
+            "{recipe}: adapter.kind lokr: {file} would be a LoRA on the same model; set adapter.kind to lora",
+            "All adapters of a model are LoKr, or none is.",
+            _set("a.safetensors would be a LoRA", "adapter.kind=lokr", "method.training_adapter=a.safetensors"),
+        ),
+        Message(
             "{recipe}: train.keep_best: LoRA files are kept by keep_files; leave it out",
             "There are no validation metrics to choose by.",
             _set("train.keep_best", "train.keep_best.metric=lora/loss"),

@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 
 JOB_TYPES = ("diffusion_trainer", "sd_trainer", "ui_trainer")
 MAX_PROMPTS = 64
+WHOLE_RANK = 65_536  # no factor of a LoKr has so many rows
 
 _DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "fp32": "fp32", "float32": "fp32"}
 _TIMESTEPS = {"sigmoid": "sigmoid", "linear": "uniform", "weighted": "weighted", "shift": "shift"}
@@ -194,10 +195,18 @@ def _method(model: _Section) -> dict[str, Any]:
 
 
 def _adapter(network: _Section, save: _Section) -> dict[str, Any]:
-    kind = network.look_up("type", {"lora": "lora", "dora": "dora"}, "lora")
+    kind = network.look_up("type", {"lora": "lora", "dora": "dora", "lokr": "lokr"}, "lora")
     rank = int(network.take("linear", network.take("rank", 4)))
     alpha = float(network.take("linear_alpha", network.take("alpha", rank)))
-    return {"kind": kind, "rank": rank, "alpha": alpha, "save_dtype": save.look_up("dtype", _DTYPES, "bf16")}
+    found = {"kind": kind, "rank": rank, "alpha": alpha, "save_dtype": save.look_up("dtype", _DTYPES, "bf16")}
+    return found | _lokr(network) if kind == "lokr" else found
+
+
+def _lokr(network: _Section) -> dict[str, Any]:
+    """Its own keys. With both factors whole, which ai-toolkit's default is, it has no scale there."""
+    factor, full = int(network.take("lokr_factor", -1)), bool(network.take("lokr_full_rank", True))
+    own: dict[str, Any] = {"factor": factor if factor > 1 else None}
+    return own | {"rank": WHOLE_RANK, "alpha": None} if full else own
 
 
 def _frozen(model: _Section) -> dict[str, Any]:

@@ -52,8 +52,17 @@ class LoraDataSettings(Settings):
 class AdapterSettings(Settings):
     """The adapter that is trained. Its weights are fp32."""
 
-    kind: Literal["lora", "dora"] = Field("lora", description="dora also trains the norms of the weights' rows.")
-    rank: int = Field(default=64, ge=1, le=65_536, description="Rank.")
+    kind: Literal["lora", "dora", "lokr"] = Field(
+        "lora",
+        description="dora also trains the norms of the weights' rows; lokr is a Kronecker product of a small matrix "
+        "and one of this rank.",
+    )
+    rank: int = Field(
+        default=64, ge=1, le=65_536, description="Rank; of lokr, from half of the second factor's size on it is whole."
+    )
+    factor: int | None = Field(
+        None, ge=2, le=65_536, description="Of lokr: size of the small matrix; null is about the root of the weight's."
+    )
     alpha: float | None = Field(
         None, gt=0, le=1_000_000, description="The adapter adds (alpha / rank) B A; null is the rank: a scale of 1."
     )
@@ -191,16 +200,30 @@ class LoraRecipe(TrainingRecipe):
                     f"optim.{part}: method {self.method.name} has no such part (it trains {', '.join(parts)})"
                 )
         check_optimizers({f"optim.{part}": settings for part, settings in self.optim.items()})
-        if self.adapter.kind == "dora" and self.models.frozen_dtype == "fp8":
-            raise ValueError(
-                "adapter.kind dora needs the norms of the weights: set models.frozen_dtype to bf16 or fp32"
-            )
+        self._check_adapter()
         if self.train.keep_best is not None:
             raise ValueError("train.keep_best: LoRA files are kept by keep_files; leave it out")
         if self.train.fsdp_shard_size is not None:
             raise ValueError("train.fsdp_shard_size: a LoRA is trained by one process; leave it out")
         self.method.check(self)
         return self
+
+    def _check_adapter(self) -> None:
+        """Raises: ValueError if its kind does not fit the rest of the recipe."""
+        kind, method = self.adapter.kind, self.method
+        if kind == "dora" and self.models.frozen_dtype == "fp8":
+            raise ValueError(
+                "adapter.kind dora needs the norms of the weights: set models.frozen_dtype to bf16 or fp32"
+            )
+        if kind != "lokr":
+            if self.adapter.factor is not None:
+                raise ValueError(f"adapter.factor: no effect on {kind}; set adapter.kind to lokr, or leave it out")
+            return
+        if self.adapter.init is not None:
+            raise ValueError("adapter.init: a lokr starts from no change; leave it out, or set adapter.kind to lora")
+        if method.added_lora is not None or (method.teacher_lora is not None and method.teacher_adapters):
+            file = method.added_lora or method.teacher_lora
+            raise ValueError(f"adapter.kind lokr: {file} would be a LoRA on the same model; set adapter.kind to lora")
 
     @classmethod
     def validation_model(cls) -> type[Self]:

@@ -25,6 +25,7 @@ from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.seeds import image_seed
 from fewstep.errors import UserError
 from fewstep.machine import reading
+from fewstep.models.adapters import is_adapter_key
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.text import PromptEncoder
 
@@ -62,7 +63,7 @@ def weights_hash(module: nn.Module) -> str:
     total = hashlib.blake2b(digest_size=16)
     weights = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
     for name, tensor in sorted(weights.items()):
-        if ".lora_" in name:
+        if is_adapter_key(name):
             continue
         values = tensor.detach().cpu().to(torch.bfloat16).contiguous().flatten()
         total.update(f"{name}{tuple(tensor.shape)}".encode())

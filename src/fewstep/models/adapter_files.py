@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.models.adapters import active_adapters, lora_layers
+from fewstep.models.adapters import active_adapters, adapter_layers
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
@@ -57,6 +57,6 @@ def write_merged(
 
 def adapter_state_dict(transformer: nn.Module, name: str) -> dict[str, Tensor]:
     """An adapter's weights by peft's names, with ``alpha / rank`` multiplied into B, so that readers need no alpha."""
-    (scaling,) = {layer.scaling[name] for layer in lora_layers(transformer) if name in layer.scaling}
+    (scaling,) = {layer.scaling[name] for layer in adapter_layers(transformer) if name in layer.scaling}
     weights = get_peft_model_state_dict(transformer, adapter_name=name)
     return {key: tensor * scaling if "lora_B" in key else tensor for key, tensor in weights.items()}

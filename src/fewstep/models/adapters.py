@@ -6,13 +6,15 @@ the forward pass of its denoiser, whose parameters are the adapter's alone, so t
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -24,8 +26,16 @@ from fewstep.models.linear_layers import matching_linears
 if TYPE_CHECKING:
     from fewstep.models.denoiser import TransformerDenoiser
 
+AdapterKind = Literal["lora", "dora", "lokr"]
+
+#: A layer with adapters, which are all of one of these kinds.
+AdapterLayer = LoraLayer | LoKrLayer
+
 #: A layer's active adapters, whether it is its base alone, and the factor of each adapter.
 LayerState = tuple[list[str], bool, dict[str, float]]
+
+#: An adapter's parameter in a transformer: its layer, its part, and the adapter's name.
+_PARAMETER = re.compile(r"(?P<layer>.+)\.(?P<part>lora_\w+|lokr_\w+)\.(?P<name>[^.]+)(\.weight)?")
 
 
 def add_adapter(
@@ -35,58 +45,96 @@ def add_adapter(
     alpha: float | None = None,
     *,
     target_modules: Sequence[str],
-    dora: bool = False,
+    kind: AdapterKind = "lora",
+    factor: int | None = None,
 ) -> None:
-    """Add a LoRA adapter that changes nothing yet, in fp32 whatever the base's dtype; the base's weights are frozen.
+    """Add an adapter that changes nothing yet, in fp32 whatever the base's dtype; the base's weights are frozen.
 
     The adapted weight is ``W + alpha / rank * B A``. Outside of :func:`active_adapters` the transformer is its base.
 
     Args:
-        alpha: peft's ``lora_alpha``; unset, the rank.
+        alpha: over the rank it is the scale; unset, the rank.
         target_modules: endings of the linear layers' names.
-        dora: also train the norms of the weights' rows (DoRA, arXiv 2402.09353).
+        kind: dora also trains the norms of the weights' rows (arXiv 2402.09353). lokr adds ``alpha / rank * kron(C, B
+            A)`` in place of ``B A`` (arXiv 2309.14859); the second factor is one matrix where a product of this rank
+            would not be smaller. All adapters of a transformer are LoKr, or none is.
+        factor: of lokr: the size of C is this at most, or its nearest divisor; unset, about the root of the weight's.
 
     Raises:
         UserError: an ending matches no linear layer.
     """
     matching_linears(transformer, target_modules, "target_modules")
-    trained = {key for key, p in transformer.named_parameters() if p.requires_grad and ".lora_" in key}
+    trained = {key for key, p in transformer.named_parameters() if p.requires_grad and is_adapter_key(key)}
     transformer.requires_grad_(False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # any number works
-        target_modules=list(target_modules),
-        init_lora_weights=True,
-        use_dora=dora,
-    )
+    scale = rank if alpha is None else alpha
+    config: PeftConfig
+    if kind == "lokr":
+        config = LoKrConfig(
+            r=rank,
+            alpha=scale,  # type: ignore[arg-type]  # any number works
+            target_modules=list(target_modules),
+            init_weights="lycoris",
+            decompose_factor=-1 if factor is None else factor,
+        )
+    else:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=scale,  # type: ignore[arg-type]  # any number works
+            target_modules=list(target_modules),
+            init_lora_weights=True,
+            use_dora=kind == "dora",
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
         inject_adapter_in_model(config, transformer, name)
-    for layer in lora_layers(transformer):
+    for layer in adapter_layers(transformer):
         layer._disable_adapters = True
+    own = adapter_parameters(transformer, name)
     for key, parameter in transformer.named_parameters():
-        if ".lora_" in key:
+        if is_adapter_key(key):
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(key in trained or f".{name}." in key)  # others stay as they are
+            parameter.requires_grad_(key in trained or key in own)  # others stay as they are
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a parameter's name in a transformer is that of an adapter's part."""
+    return ".lora_" in key or ".lokr_" in key
 
 
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters by their names in the transformer."""
-    return {key: p for key, p in transformer.named_parameters() if f".{name}." in key and ".lora_" in key}
+    return {
+        key: parameter
+        for key, parameter in transformer.named_parameters()
+        if (match := _PARAMETER.fullmatch(key)) is not None and match["name"] == name
+    }
 
 
 @torch.no_grad()
 def copy_adapter(transformer: nn.Module, source: str, target: str) -> None:
-    """Give an adapter the weights of another one of its rank and layers, and freeze it."""
-    weights = adapter_parameters(transformer, source)
+    """Give an adapter the weights of another one of its kind, rank and layers, and freeze it."""
+    weights = {_place(key): parameter for key, parameter in adapter_parameters(transformer, source).items()}
     for key, parameter in adapter_parameters(transformer, target).items():
-        parameter.copy_(weights[key.replace(f".{target}.", f".{source}.")])
+        parameter.copy_(weights[_place(key)])
         parameter.requires_grad_(False)
 
 
-def lora_layers(module: nn.Module) -> list[LoraLayer]:
-    """The layers of a module that have LoRA adapters."""
-    return [child for child in module.modules() if isinstance(child, LoraLayer)]
+def _place(key: str) -> tuple[str, str]:
+    """The layer and the part of an adapter's parameter."""
+    match = _PARAMETER.fullmatch(key)
+    assert match is not None
+    return match["layer"], match["part"]
+
+
+def adapter_layers(module: nn.Module) -> list[AdapterLayer]:
+    """The layers of a module that have adapters."""
+    return [child for child in module.modules() if isinstance(child, AdapterLayer)]
+
+
+def adapter_scale(layer: AdapterLayer, name: str) -> float:
+    """Alpha over rank of an adapter."""
+    alphas = layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha
+    return float(alphas[name] / layer.r[name])
 
 
 @contextmanager
@@ -100,7 +148,7 @@ def active_adapters(transformer: nn.Module, adapters: Mapping[str, float]) -> It
     Raises:
         ValueError: the transformer has no adapter of one of the names.
     """
-    layers = lora_layers(transformer)
+    layers = adapter_layers(transformer)
     missing = [name for name in adapters if not any(name in layer.scaling for layer in layers)]
     if missing:
         raise ValueError(f"no LoRA adapter named {', '.join(missing)} in the transformer")
@@ -110,13 +158,13 @@ def active_adapters(transformer: nn.Module, adapters: Mapping[str, float]) -> It
 
 def capture_adapter_state(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """Makes contexts in which the module's adapters are as active as now, for recomputation in a backward pass."""
-    layers = lora_layers(module)
+    layers = adapter_layers(module)
     states = [_state(layer) for layer in layers]
     return lambda: _with_states(layers, states)
 
 
 @contextmanager
-def _with_states(layers: Sequence[LoraLayer], states: Sequence[LayerState]) -> Iterator[None]:
+def _with_states(layers: Sequence[AdapterLayer], states: Sequence[LayerState]) -> Iterator[None]:
     """Inside, each layer has its state from ``states``."""
     before = [_state(layer) for layer in layers]
     try:
@@ -128,18 +176,18 @@ def _with_states(layers: Sequence[LoraLayer], states: Sequence[LayerState]) -> I
             _set_state(layer, state)
 
 
-def _state(layer: LoraLayer) -> LayerState:
+def _state(layer: AdapterLayer) -> LayerState:
     return list(layer.active_adapters), layer._disable_adapters, dict(layer.scaling)
 
 
-def _scaled_state(layer: LoraLayer, adapters: Mapping[str, float]) -> LayerState:
+def _scaled_state(layer: AdapterLayer, adapters: Mapping[str, float]) -> LayerState:
     """The state with these adapters active. Nested contexts do not multiply: scales refer to ``alpha / rank``."""
     names = [name for name in adapters if name in layer.scaling]
-    scaling = {name: adapters[name] * layer.lora_alpha[name] / layer.r[name] for name in names}
+    scaling = {name: adapters[name] * adapter_scale(layer, name) for name in names}
     return names, not names, {**layer.scaling, **scaling}
 
 
-def _set_state(layer: LoraLayer, state: LayerState) -> None:
+def _set_state(layer: AdapterLayer, state: LayerState) -> None:
     layer._active_adapter, layer._disable_adapters, scaling = state
     layer.scaling.update(scaling)
 

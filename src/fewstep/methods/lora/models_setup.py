@@ -21,7 +21,7 @@ from fewstep.models.quantize import quantize_fp8_
 
 LORA = "lora"  # the adapter that is saved
 ADDED = "training_adapter"  # what is added while training
-COPY = "copy"  # of the trained one, on the same model
+COPY = "trained_copy"  # on the same model; ParameterDict, which LoKr uses, has a method "copy"
 TEACHER = "teacher"  # the second model's, trained or from a file
 
 
@@ -99,8 +99,12 @@ def build_lora_models(
 def _add(model: TextToImagePipeline, name: str, settings: AdapterSettings) -> None:
     endings = settings.target_modules or list(model.family.lora_target_modules)
     layers = target_layers(model.transformer, endings, settings.refiners)
-    dora = settings.kind == "dora"
-    add_adapter(model.transformer, name, settings.rank, settings.alpha, target_modules=layers, dora=dora)
+    add_adapter(
+        *(model.transformer, name, settings.rank, settings.alpha),
+        target_modules=layers,
+        kind=settings.kind,
+        factor=settings.factor,
+    )
 
 
 def _prepare(model: TextToImagePipeline, settings: LoraModelsSettings, device: torch.device) -> None:

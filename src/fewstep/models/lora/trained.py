@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.models.adapters import adapter_parameters, add_adapter, lora_layers
+from fewstep.models.adapters import AdapterLayer, adapter_layers, adapter_parameters, adapter_scale, add_adapter
 from fewstep.models.linear_layers import matching_linears
-from fewstep.models.lora.weights import Lora, LowRank, Update
+from fewstep.models.lora.weights import Kronecker, Lora, LowRank, Update
 
 
 def target_layers(transformer: nn.Module, endings: list[str], refiners: bool) -> list[str]:
@@ -81,13 +82,28 @@ def adapter_updates(transformer: nn.Module, name: str) -> Mapping[str, Update]:
     """What an adapter does to each layer, by diffusers' names, on the CPU; for ``write_lora``."""
     found: dict[str, Update] = {}
     paths = {id(part): path for path, part in transformer.named_modules()}
-    for layer in lora_layers(transformer):
-        if name not in layer.scaling:
-            continue
-        down, up = (part[name].weight.detach().float().cpu() for part in (layer.lora_A, layer.lora_B))  # type: ignore[union-attr, operator]
-        change = LowRank(down.clone(), up.clone(), layer.lora_alpha[name] / layer.r[name])
-        magnitude = None
-        if name in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[name].weight.detach().float().cpu().reshape(-1, 1).clone()  # type: ignore[union-attr, operator]
-        found[paths[id(layer)]] = Update(change, magnitude)
+    for layer in adapter_layers(transformer):
+        if name in layer.scaling:
+            found[paths[id(layer)]] = _update(layer, name)
     return found
+
+
+def _update(layer: AdapterLayer, name: str) -> Update:
+    scale = adapter_scale(layer, name)
+    if isinstance(layer, LoraLayer):
+        down, up = (_kept(part[name].weight) for part in (layer.lora_A, layer.lora_B))  # type: ignore[arg-type]
+        magnitudes = layer.lora_magnitude_vector
+        magnitude = _kept(magnitudes[name].weight).reshape(-1, 1) if name in magnitudes else None  # type: ignore[arg-type]
+        return Update(LowRank(down, up, scale), magnitude)
+    whole = ((layer.lokr_w1,), (layer.lokr_w2,))
+    products = ((layer.lokr_w1_a, layer.lokr_w1_b), (layer.lokr_w2_a, layer.lokr_w2_b))
+    left, right = (
+        tuple(_kept(part[name]) for part in (one if name in one[0] else pair))
+        for one, pair in zip(whole, products, strict=True)
+    )
+    return Update(Kronecker(left, right, scale))
+
+
+def _kept(parameter: Tensor) -> Tensor:
+    """A copy in fp32 on the CPU."""
+    return parameter.detach().to("cpu", torch.float32, copy=True)
