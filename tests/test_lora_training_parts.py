@@ -174,6 +174,7 @@ def test_a_step_takes_the_planned_memory(few_step, tiny_folder, more, monkeypatc
     [
         *(("lora-character-24gb", "24GB"), ("lora-character-16gb", "16GB"), ("lora-character-12gb", "12GB")),
         *(("lora-style", "24GB"), ("lora-micro-rank", "12GB"), ("training-adapter", "24GB"), ("lora-dmd-24gb", "24GB")),
+        ("lora-opsd-24gb", "24GB"),
     ],
 )
 def test_recipes_fit_their_gpus(name, gpu, monkeypatch):

@@ -33,6 +33,7 @@ from fewstep.models.lora.trained import adapter_updates
 from fewstep.models.lora.write import write_lora
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.same_latents import check_same_latents
+from fewstep.models.vision_language import vision_language_folder
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
 from fewstep.training.trainer import Trainer
@@ -50,12 +51,14 @@ class LoraInputs:
         captions: of own images, one for each.
         files: the LoRA files that the recipe names.
         few_step: whether the model is a few-step one.
+        vision_language: folder of the model that encodes images with their captions; None if the method needs none.
     """
 
     images: TrainingSet | None
     captions: list[str]
     files: LoraFiles
     few_step: bool
+    vision_language: Path | None
 
 
 def open_lora_inputs(recipe: LoraRecipe, cache: Path) -> LoraInputs:
@@ -77,7 +80,9 @@ def open_lora_inputs(recipe: LoraRecipe, cache: Path) -> LoraInputs:
         texts = open_prompts(PromptSettings(source=own.prompts)).texts("train")
         chosen = torch.randint(len(texts), (own.count,), generator=generator("own prompts", recipe.train.seed))
         captions = [texts[index] for index in chosen.tolist()]
-    return LoraInputs(images, captions, files, few_step)
+    named = recipe.method.image_encoder
+    vision_language = None if named is None else vision_language_folder(named)
+    return LoraInputs(images, captions, files, few_step, vision_language)
 
 
 def _check_method(recipe: LoraRecipe, few_step: bool) -> None:
@@ -116,7 +121,7 @@ def train_lora(recipe: LoraRecipe, run: RunDir, device: torch.device) -> Path:
     model.set_resolution(max(sides) // model.latent_multiple * model.latent_multiple)
     teacher = None if recipe.method.teacher_model is None else _open_teacher(recipe, model)
     if inputs.images is not None:
-        examples = encode_set(inputs.images, model, cache, recipe.data.resolutions, device)
+        examples = encode_set(inputs.images, model, cache, recipe.data.resolutions, device, inputs.vision_language)
         captions, features = [one.caption for one in examples], list[Tensor]()
     else:
         captions = inputs.captions

@@ -113,6 +113,22 @@ SECTION = Section(
             _set("a.safetensors would be a LoRA", "adapter.kind=lokr", "method.training_adapter=a.safetensors"),
         ),
         Message(
+            "{recipe}: method.vision_language_model needs the images of a set: name one in data.images",
+            "Own images are made while the training begins.",
+            _set(
+                "method.vision_language_model needs", "method={name: self_distillation, vision_language_model: vl}",
+                "data={own_images: {count: 4}}",
+            ),
+        ),
+        Message(
+            "{folder}: no vision-language model found (config.json is missing); give a folder of Qwen3-VL",
+            "The path of `method.vision_language_model` is mistyped, or the download is not complete.",
+            _set(
+                "vl: no vision-language model found", "model=micro-turbo",
+                "method={name: self_distillation, vision_language_model: vl}",
+            ),
+        ),
+        Message(
             "{recipe}: train.keep_best: LoRA files are kept by keep_files; leave it out",
             "There are no validation metrics to choose by.",
             _set("train.keep_best", "train.keep_best.metric=lora/loss"),

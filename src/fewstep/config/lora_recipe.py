@@ -152,6 +152,11 @@ class LoraMethodConfig(Settings):
         return False
 
     @property
+    def image_encoder(self) -> str | None:
+        """Folder of a vision-language model that encodes the images of the training set with their captions."""
+        return None
+
+    @property
     def few_step_only(self) -> bool:
         """Whether the model must be a few-step one; where there is a second model, it must be."""
         return self.teacher_model is not None

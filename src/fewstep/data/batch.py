@@ -18,12 +18,14 @@ class DistillBatch:
     states: [B, K, C, ..., H, W]: the teacher's states from this noise at the student's levels after the first, the last
         at sigma 0; or K = 1 real latents of these prompts. None for methods that use neither.
     texts: the prompts as text, B of them, for rewards.
+    privileged: B prompts that know more than ``prompts``: the real image too. None for methods that use none.
     """
 
     noise: Tensor
     prompts: EncodedPrompts
     states: Tensor | None = None
     texts: Sequence[str] = ()
+    privileged: EncodedPrompts | None = None
 
     @property
     def real(self) -> Tensor:

@@ -35,9 +35,11 @@ def meta_noise(model: TextToImagePipeline, count: int) -> Tensor:
     return torch.empty(count, *model.latent_shape(config.height, config.width), device="meta")
 
 
-def meta_prompts(model: TextToImagePipeline, count: int) -> EncodedPrompts:
-    """``count`` encoded prompts of ``PROMPT_TOKENS`` tokens, or as many as the family's have, without contents."""
-    width, tokens = model.family.prompt_features(model.components), model.family.prompt_tokens or PROMPT_TOKENS
+def meta_prompts(model: TextToImagePipeline, count: int, tokens: int | None = None) -> EncodedPrompts:
+    """``count`` encoded prompts of so many tokens, without contents; of ``PROMPT_TOKENS``, or as many as the family's
+    have, where the number is not given."""
+    width = model.family.prompt_features(model.components)
+    tokens = tokens or model.family.prompt_tokens or PROMPT_TOKENS
     return EncodedPrompts(torch.empty(count, tokens, width, device="meta"), torch.full((count,), tokens))
 
 

@@ -22,6 +22,7 @@ from fewstep.models.components import resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.meta_pipeline import meta_pipeline
 from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.models.vision_language import MAX_TOKENS
 from fewstep.plan import costs
 from fewstep.plan.estimate import BUNDLED_CONFIGS, ENCODING, PREVIEW, STEP, Plan
 from fewstep.plan.memory_tracker import DeviceType, EmulatedDevice, MemoryTracker
@@ -63,7 +64,8 @@ def plan_lora(recipe: LoraRecipe, device_type: DeviceType = "cuda") -> Plan:
 
     size = recipe.train.batch_size
     noise = costs.meta_noise(model, size)
-    batch = DistillBatch(noise, costs.meta_prompts(model, size), noise[:, None], [""] * size)
+    privileged = None if recipe.method.image_encoder is None else costs.meta_prompts(model, size, MAX_TOKENS)
+    batch = DistillBatch(noise, costs.meta_prompts(model, size), noise[:, None], [""] * size, privileged)
     method_class: type[LoraMethod] = lora_methods.get(recipe.method.name)
     setup = LoraSetup(recipe, models, costs.meta_prompts(model, 1))
     with torch.random.fork_rng(devices=[]):  # the losses draw noise

@@ -51,11 +51,13 @@ def example_batches(
         own = [examples[number] for number in epoch_order(epoch)[index][rows]]
         dropped = torch.rand(size, generator=generator("dropout", seed, position))[rows] < dropout
         features = [null if drop else one.features for one, drop in zip(own, dropped.tolist(), strict=True)]
+        seen = [one.privileged for one in own if one.privileged is not None]
         return DistillBatch(
             noise_rows(rows, own[0].latent.shape, "noise", seed, position).to(device),
             EncodedPrompts.pad(features).to(device),
             torch.stack([one.latent for one in own])[:, None].to(device),
             ["" if drop else one.caption for one, drop in zip(own, dropped.tolist(), strict=True)],
+            EncodedPrompts.pad(seen).to(device) if seen else None,
         )
 
     return source

@@ -18,7 +18,9 @@ from fewstep.data.training_set.reading import SetImage, TrainingSet
 from fewstep.data.trajectories import text_fingerprint, weights_hash
 from fewstep.errors import UserError
 from fewstep.machine import reading
+from fewstep.models.fingerprint import path_fingerprint
 from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.models.vision_language import open_vision_language_encoder
 from fewstep.progress import track
 
 
@@ -29,11 +31,13 @@ class Example:
     Attributes:
         latent: [C, ..., H, W], fp32.
         features: [L, D], of its caption, in the text encoder's dtype.
+        privileged: likewise, of the image with its caption; None where no method needs it.
     """
 
     latent: Tensor
     features: Tensor
     caption: str
+    privileged: Tensor | None = None
 
 
 def encode_set(
@@ -42,15 +46,18 @@ def encode_set(
     folder: Path,
     resolutions: list[int] | None,
     device: torch.device,
+    vision_language: Path | None = None,
 ) -> list[Example]:
     """The examples of a set, at all resolutions. The autoencoder and the text encoder are on ``device`` while they
     compute, one after the other, and on the CPU afterwards.
 
     Args:
         folder: of the cached files.
+        vision_language: folder of the model that encodes images with their captions; None leaves that out.
 
     Raises:
-        UserError: an image cannot be opened or has a size that the model cannot take, or a caption is too long.
+        UserError: an image cannot be opened or has a size that the model cannot take, or a caption is too long; or the
+            vision-language model cannot be used.
     """
     sized = [(image, size) for image in images.images for size in images.sizes(image, resolutions)]
     for image, (width, height) in sized:
@@ -61,9 +68,12 @@ def encode_set(
     latents = encode_images(sized, model, folder, device)
     texts = list(dict.fromkeys(image.caption for image in images.images))
     features = dict(zip(texts, encode_captions(texts, model, folder, device), strict=True))
+    privileged: Sequence[Tensor | None] = [None] * len(sized)
+    if vision_language is not None:
+        privileged = encode_privileged(sized, model, folder, device, vision_language)
     return [
-        Example(latent, features[image.caption], image.caption)
-        for (image, _), latent in zip(sized, latents, strict=True)
+        Example(latent, features[image.caption], image.caption, seen)
+        for (image, _), latent, seen in zip(sized, latents, privileged, strict=True)
     ]
 
 
@@ -94,6 +104,26 @@ def encode_captions(
             return [features.cpu() for features in model.encoder.encode_uncached(texts)]
 
     return cached(folder, "captions", [text_fingerprint(model.encoder), list(texts)], compute)
+
+
+def encode_privileged(
+    sized: Sequence[tuple[SetImage, tuple[int, int]]],
+    model: TextToImagePipeline,
+    folder: Path,
+    device: torch.device,
+    vision_language: Path,
+) -> list[Tensor]:
+    """The features [L, D] of images with their captions, of a vision-language model with the text encoder's weights."""
+
+    def compute() -> Iterator[Tensor]:
+        encoder = open_vision_language_encoder(vision_language, model.encoder)
+        with on_device(encoder, device):
+            for image, size in track(sized, "images described"):
+                yield encoder(image.pixels(size), image.caption).cpu()
+
+    images = [[image.digest(), image.caption, *size] for image, size in sized]
+    made_from = [text_fingerprint(model.encoder), path_fingerprint(vision_language), images]
+    return cached(folder, "privileged", made_from, compute)
 
 
 def cached(folder: Path, what: str, made_from: object, compute: Callable[[], Iterable[Tensor]]) -> list[Tensor]:

@@ -1,10 +1,10 @@
 """On-policy self-distillation of a LoRA on a few-step model (after D-OPSD, arXiv 2605.05204).
 
 The student is trained at states of its own few-step rollouts, towards an EMA copy of itself that is given more. In the
-paper the copy sees the target image through a vision-language encoder. Here it is given the target's latent: its data
-prediction is moved part of the way to it. The weight ``sigma^2`` of the velocities' distance makes it that of the data
-predictions. The paper takes all steps of a rollout; here one is drawn for each update, which has the same expectation
-at the memory of one step.
+paper the copy sees the target image through a vision-language encoder, whose language weights are the student's.
+Without one it is given the target's latent: its data prediction is moved part of the way to it. The weight ``sigma^2``
+of the velocities' distance makes it that of the data predictions, as in the paper's code. The paper takes all steps of
+a rollout; here one is drawn for each update, which has the same expectation at the memory of one step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fewstep.config.lora_recipe import LoraMethodConfig
+from fewstep.config.lora_recipe import LoraMethodConfig, LoraRecipe
 from fewstep.core.denoiser import Denoiser, predict_x0
 from fewstep.core.method import Trainable
 from fewstep.core.registry import lora_methods
@@ -30,12 +30,30 @@ class SelfDistillationConfig(LoraMethodConfig):
     """The config section of method self_distillation."""
 
     name: Literal["self_distillation"]
-    reference_weight: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.25, description="How far the copy's data prediction is moved to the target's latent; 1 is the latent itself."
+    vision_language_model: str | None = Field(
+        None,
+        description="Folder of a Qwen3-VL of the text encoder's size, through which the copy sees the image; null "
+        "shows it the latent alone.",
+    )
+    reference_weight: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="How far the copy's data prediction is moved to the target's latent; 1 is the latent itself. null "
+        "is 0.25, or not at all where the copy sees the image.",
     )
     copy_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99, description="EMA decay of the copy, by update. The paper has 0.9999 in long runs."
     )
+
+    @property
+    def weight(self) -> float:
+        """How far the data prediction is moved."""
+        if self.reference_weight is not None:
+            return self.reference_weight
+        return 0.25 if self.vision_language_model is None else 0.0
+
+    @property
+    def image_encoder(self) -> str | None:
+        return self.vision_language_model
 
     @property
     def copied(self) -> bool:
@@ -44,6 +62,10 @@ class SelfDistillationConfig(LoraMethodConfig):
     @property
     def few_step_only(self) -> bool:
         return True
+
+    def check(self, recipe: LoraRecipe) -> None:
+        if self.vision_language_model is not None and recipe.data.images is None:
+            raise ValueError("method.vision_language_model needs the images of a set: name one in data.images")
 
 
 @lora_methods.register("self_distillation")
@@ -71,7 +93,7 @@ class SelfDistillation(LoraMethod):
         levels, shift = models.student_levels(), models.model.shift
         sampler = StudentSampler(models.denoiser, levels, shift, "fixed", sampling.sampler, sampling.eta)
         copy = models.teacher_denoisers[COPY]
-        return cls(models.denoiser, copy, sampler, config.reference_weight, config.copy_decay)
+        return cls(models.denoiser, copy, sampler, config.weight, config.copy_decay)
 
     def loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared distance of the data predictions at one state of the student's rollout."""
@@ -96,5 +118,7 @@ class SelfDistillation(LoraMethod):
 
 
 def privileged_x0(copy: Denoiser, z: Tensor, sigma: Tensor, batch: DistillBatch, weight: float) -> Tensor:
-    """The copy's data prediction at ``z``, moved by ``weight`` to the batch's latents: [B, C, ..., H, W], fp32."""
-    return predict_x0(copy, z, sigma, batch.prompts).float().lerp(batch.real.float(), weight)
+    """The copy's data prediction at ``z``, with the batch's privileged prompts where it has them, moved by ``weight``
+    to its latents: [B, C, ..., H, W], fp32."""
+    prompts = batch.prompts if batch.privileged is None else batch.privileged
+    return predict_x0(copy, z, sigma, prompts).float().lerp(batch.real.float(), weight)
