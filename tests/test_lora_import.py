@@ -100,7 +100,7 @@ def test_every_key_becomes_one_of_the_recipe(tmp_path):
         ("network", {"type": "loha"}, "network.type loha: ", ("adapter", "kind"), "lora"),
         ("network", {"network_kwargs": {"only_if_contains": ["layers.1"]}},
          "network.network_kwargs.only_if_contains ['layers.1']: ", ("adapter", "rank"), 32),
-        ("model", {"qtype": "uint4|adapter"}, "model.qtype uint4|adapter: ", ("models", "frozen_dtype"), "fp8"),
+        ("model", {"qtype": "uint3|adapter"}, "model.qtype uint3|adapter: ", ("models", "frozen_dtype"), "fp8"),
         ("model", {"assistant_lora_path": "a/b/c.safetensors"}, "model.assistant_lora_path a/b/c.safetensors: ",
          ("method", "training_adapter"), "a/b/c.safetensors"),
         ("model", {"name_or_path": "Tongyi-MAI/Z-Image-Turbo"}, "sample.guidance_scale 4: ", ("preview",),

@@ -129,6 +129,11 @@ SECTION = Section(
             ),
         ),
         Message(
+            "{recipe}: adapter.kind lokr: not on weights in nf4; set models.frozen_dtype to fp8, bf16 or fp32",
+            "A LoKr's product is formed in the shape of the weight, which nf4 does not have.",
+            _set("adapter.kind lokr: not on weights in nf4", "adapter.kind=lokr", "models.frozen_dtype=nf4"),
+        ),
+        Message(
             "{recipe}: train.keep_best: LoRA files are kept by keep_files; leave it out",
             "There are no validation metrics to choose by.",
             _set("train.keep_best", "train.keep_best.metric=lora/loss"),

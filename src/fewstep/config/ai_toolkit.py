@@ -20,6 +20,7 @@ _DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"
 _TIMESTEPS = {"sigmoid": "sigmoid", "linear": "uniform", "weighted": "weighted", "shift": "shift"}
 _SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
 _FP8 = ("qfloat8", "float8", "fp8", "qint8")
+_NF4 = ("nf4", "uint4", "qint4")
 
 #: Keys that have no meaning here, or that are always so; with a tuple, only these values.
 _PASSED: dict[str, tuple[object, ...] | None] = {
@@ -211,11 +212,12 @@ def _lokr(network: _Section) -> dict[str, Any]:
 
 def _frozen(model: _Section) -> dict[str, Any]:
     quantized, qtype = bool(model.take("quantize", False)), str(model.take("qtype", "qfloat8"))
-    if quantized and qtype.partition("|")[0] not in _FP8:
-        model.remark("qtype", qtype, "frozen weights are held in bf16 or fp8; fp8 is taken")
+    kind = "nf4" if qtype.partition("|")[0] in _NF4 else "fp8"
+    if quantized and kind == "fp8" and qtype.partition("|")[0] not in _FP8:
+        model.remark("qtype", qtype, "frozen weights are held in bf16, fp8 or nf4; fp8 is taken")
     if model.take("low_vram", False):
         model.remark("low_vram", True, "no equivalent; fewstep plan shows whether the recipe fits the memory")
-    return {"frozen_dtype": "fp8" if quantized else "bf16"}
+    return {"frozen_dtype": kind if quantized else "bf16"}
 
 
 def _optimizer(train: _Section) -> dict[str, Any]:

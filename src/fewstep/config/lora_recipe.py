@@ -81,8 +81,9 @@ class AdapterSettings(Settings):
 class LoraModelsSettings(Settings):
     """How the frozen models are held in memory."""
 
-    frozen_dtype: Literal["fp32", "bf16", "fp8"] = Field(
-        default="bf16", description="Of frozen weights; fp8: the linear layers of the blocks, all other weights bf16."
+    frozen_dtype: Literal["fp32", "bf16", "fp8", "nf4"] = Field(
+        default="bf16",
+        description="Of frozen weights; fp8, nf4 (4 bits): the linear layers of the blocks, all other weights bf16.",
     )
     compile: bool | Literal["auto"] = Field(
         default=False, description="Compile the transformer's blocks; auto: where there is a compiler."
@@ -216,10 +217,13 @@ class LoraRecipe(TrainingRecipe):
     def _check_adapter(self) -> None:
         """Raises: ValueError if its kind does not fit the rest of the recipe."""
         kind, method = self.adapter.kind, self.method
-        if kind == "dora" and self.models.frozen_dtype == "fp8":
+        dtype = self.models.frozen_dtype
+        if kind == "dora" and dtype in ("fp8", "nf4"):
             raise ValueError(
                 "adapter.kind dora needs the norms of the weights: set models.frozen_dtype to bf16 or fp32"
             )
+        if kind == "lokr" and dtype == "nf4":
+            raise ValueError("adapter.kind lokr: not on weights in nf4; set models.frozen_dtype to fp8, bf16 or fp32")
         if kind != "lokr":
             if self.adapter.factor is not None:
                 raise ValueError(f"adapter.factor: no effect on {kind}; set adapter.kind to lokr, or leave it out")

@@ -35,6 +35,7 @@ LORA_MEMORY_OPTIONS = (
     "models.gradient_checkpointing=true",
     "models.frozen_dtype=bf16",
     "models.frozen_dtype=fp8",
+    "models.frozen_dtype=nf4",
 )
 
 

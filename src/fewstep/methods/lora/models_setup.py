@@ -16,6 +16,7 @@ from fewstep.models.lora.bind import read_lora
 from fewstep.models.lora.targets import model_targets
 from fewstep.models.lora.trained import add_frozen_adapter, init_adapter, target_layers
 from fewstep.models.lora.weights import Lora
+from fewstep.models.nf4 import quantize_nf4_
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import quantize_fp8_
 
@@ -49,7 +50,7 @@ class LoraFiles:
 
 
 def frozen_dtype(settings: LoraModelsSettings) -> torch.dtype:
-    """The data type in which frozen weights are loaded; fp8 is made of bf16."""
+    """The data type in which frozen weights are loaded; fp8 and nf4 are made of bf16."""
     return torch.float32 if settings.frozen_dtype == "fp32" else torch.bfloat16
 
 
@@ -110,6 +111,8 @@ def _add(model: TextToImagePipeline, name: str, settings: AdapterSettings) -> No
 def _prepare(model: TextToImagePipeline, settings: LoraModelsSettings, device: torch.device) -> None:
     if settings.frozen_dtype == "fp8":
         quantize_fp8_(model.transformer, model.family.quantizable_modules)
+    if settings.frozen_dtype == "nf4":
+        quantize_nf4_(model.transformer, model.family.quantizable_modules)
     model.transformer.to(device)
     if compiles(settings.compile, device):
         model.denoiser.compile_repeated_blocks()
