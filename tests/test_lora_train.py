@@ -18,7 +18,8 @@ from fewstep.errors import UserError
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.lora_job import open_lora_inputs
-from fewstep.methods.lora.models_setup import build_lora_models
+from fewstep.methods.lora.models_setup import build_lora_models, frozen_dtype
+from fewstep.models.adapters import is_adapter_key
 from fewstep.models.lora.bind import read_lora
 from fewstep.models.lora.targets import targets_of
 from fewstep.models.lora.weights import LowRank
@@ -150,6 +151,34 @@ def test_an_added_lora_of_several_ranks_is_as_merged(few_step, tmp_path):
     x, sigma, prompts = torch.randn(1, 16, 8, 8), torch.tensor([0.7]), model.encode(["a fox"])
     with torch.no_grad(), active_adapters(model.transformer, {"added": 1.0}):
         assert_close(model.denoiser(x, sigma, prompts), merged.denoiser(x, sigma, prompts), atol=1e-5, rtol=1e-4)
+
+
+def test_offloaded_blocks_train_the_same_lora(few_step, image_set, tmp_path):
+    more = [f"model={few_step}", f"data.images={image_set}", "models.gradient_checkpointing=true", "train.steps=2"]
+    plain = load_file(run_lora(tmp_path / "plain", *more))
+    offloaded = load_file(run_lora(tmp_path / "offloaded", *more, "models.offload_blocks=true"))
+    assert all(torch.equal(tensor, offloaded[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp8", "nf4"])
+def test_of_offloaded_blocks_adapters_alone_stay_on_the_device(few_step, dtype):
+    """The device is "meta", on which tensors have no contents."""
+    more = [f"models.frozen_dtype={dtype}", "models.gradient_checkpointing=true", "models.offload_blocks=true"]
+    recipe = load_recipe("micro-lora", [*SHORT, "method={name: self_distillation}", *more])
+    models = build_lora_models(recipe, load(few_step, CPU, frozen_dtype(recipe.models)), torch.device("meta"))
+    transformer = models.model.transformer
+    prompts = models.model.encode(["a fox"]).to("meta")
+    devices = set()
+    for block in transformer.layers:
+        block.attention.to_q.register_forward_pre_hook(
+            lambda module, _: devices.update(tensor.device.type for tensor in module.state_dict().values())
+        )
+    models.denoiser(torch.randn(1, 16, 8, 8, device="meta"), torch.ones(1, device="meta"), prompts).sum().backward()
+    assert devices == {"meta"}
+    for key, tensor in transformer.state_dict().items():
+        at_home = key.startswith(("layers", "noise_refiner", "context_refiner")) and not is_adapter_key(key)
+        assert tensor.device.type == ("cpu" if at_home else "meta"), key
+    assert all(parameter.grad is not None for parameter in models.denoiser.parameters())
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])

@@ -134,6 +134,13 @@ SECTION = Section(
             _set("adapter.kind lokr: not on weights in nf4", "adapter.kind=lokr", "models.frozen_dtype=nf4"),
         ),
         Message(
+            "{recipe}: models: offload_blocks: the backward pass would keep all blocks; set gradient_checkpointing too",
+            "Checkpointed blocks are computed again in the backward pass, one after the other.",
+            _set(
+                "offload_blocks: the backward pass", "models={offload_blocks: true, gradient_checkpointing: false}",
+            ),
+        ),
+        Message(
             "{recipe}: train.keep_best: LoRA files are kept by keep_files; leave it out",
             "There are no validation metrics to choose by.",
             _set("train.keep_best", "train.keep_best.metric=lora/loss"),

@@ -137,7 +137,7 @@ def import_ai_toolkit(tree: Mapping[str, Any]) -> Imported:
         "data": data,
         "method": _method(model),
         "adapter": _adapter(network, save),
-        "models": _frozen(model) | {"gradient_checkpointing": bool(train.take("gradient_checkpointing", True))},
+        "models": _frozen(model, bool(train.take("gradient_checkpointing", True))),
         "timesteps": {"distribution": train.look_up("timestep_type", _TIMESTEPS, "sigmoid")},
         "preview": _preview(sample, trigger, distilled),
         "keep_files": int(save.take("max_step_saves_to_keep", 4)),
@@ -210,14 +210,17 @@ def _lokr(network: _Section) -> dict[str, Any]:
     return own | {"rank": WHOLE_RANK, "alpha": None} if full else own
 
 
-def _frozen(model: _Section) -> dict[str, Any]:
+def _frozen(model: _Section, checkpointing: bool) -> dict[str, Any]:
     quantized, qtype = bool(model.take("quantize", False)), str(model.take("qtype", "qfloat8"))
     kind = "nf4" if qtype.partition("|")[0] in _NF4 else "fp8"
     if quantized and kind == "fp8" and qtype.partition("|")[0] not in _FP8:
         model.remark("qtype", qtype, "frozen weights are held in bf16, fp8 or nf4; fp8 is taken")
     if model.take("low_vram", False):
         model.remark("low_vram", True, "no equivalent; fewstep plan shows whether the recipe fits the memory")
-    return {"frozen_dtype": kind if quantized else "bf16"}
+    found = {"frozen_dtype": kind if quantized else "bf16", "gradient_checkpointing": checkpointing}
+    if model.take("layer_offloading", False):
+        found |= {"offload_blocks": True, "gradient_checkpointing": True}
+    return found
 
 
 def _optimizer(train: _Section) -> dict[str, Any]:

@@ -91,6 +91,17 @@ class LoraModelsSettings(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute each block in the backward pass instead of keeping its activations."
     )
+    offload_blocks: bool = Field(
+        default=False,
+        description="Keep the blocks' frozen weights in the CPU's memory and copy each block's to the GPU while it "
+        "computes: slow. Needs gradient_checkpointing.",
+    )
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload_blocks and not self.gradient_checkpointing:
+            raise ValueError("offload_blocks: the backward pass would keep all blocks; set gradient_checkpointing too")
+        return self
 
 
 class TimestepSettings(Settings):

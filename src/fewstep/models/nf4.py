@@ -58,7 +58,8 @@ class _DequantizedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = gradients
-        return gradient @ dequantize_nf4(*ctx.saved_tensors, ctx.shape, gradient.dtype), None, None, None
+        packed, scale = ctx.saved_tensors
+        return gradient @ dequantize_nf4(packed, scale, ctx.shape, gradient.dtype), None, None, None
 
 
 class Nf4Linear(nn.Linear):

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.models.adapters import is_adapter_key
 from fewstep.models.block import TransformerBlock
 from fewstep.models.denoiser import TransformerDenoiser
 
 
 def offload_blocks(denoiser: TransformerDenoiser, device: torch.device | str) -> None:
-    """Make the denoiser compute on ``device``, which keeps only the weights outside of the blocks. These may be
-    compiled, before or after.
+    """Make the denoiser compute on ``device``, which keeps only the weights outside of the blocks, and LoRA adapters.
+    Blocks may be compiled, before or after. In training they are to be checkpointed: else the copies of all blocks stay
+    on the device until the backward pass.
 
     Raises:
         UserError: they are offloaded already.
@@ -28,10 +30,14 @@ def offload_blocks(denoiser: TransformerDenoiser, device: torch.device | str) ->
     if has_offloaded_blocks(denoiser):
         raise UserError("offload: the blocks of this model are offloaded already; load it again to change the device")
     inside = {id(module) for block in blocks for module in block.modules()}
-    to_cpu: Callable[[Tensor], Tensor] = partial(_pinned, device=device)
+    adapters = {id(parameter) for key, parameter in denoiser.named_parameters() if is_adapter_key(key)}
+
+    def at_home(tensor: Tensor) -> Tensor:
+        return tensor.to(device) if id(tensor) in adapters else _pinned(tensor, device)
+
     to_device: Callable[[Tensor], Tensor] = partial(Tensor.to, device=device)  # type: ignore[call-overload]
     for module in denoiser.modules():
-        module._apply(to_cpu if id(module) in inside else to_device, recurse=False)
+        module._apply(at_home if id(module) in inside else to_device, recurse=False)
     for block in blocks:
         block.contexts.append(partial(on_device, device=device))
         block.offloaded = True

@@ -18,6 +18,7 @@ from fewstep.core.registry import lora_methods
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.lora.base import LoraMethod, LoraModels, LoraSetup
 from fewstep.methods.lora.models_setup import LoraFiles, build_lora_models, frozen_dtype
+from fewstep.models.adapters import is_adapter_key
 from fewstep.models.components import resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.meta_pipeline import meta_pipeline
@@ -36,6 +37,7 @@ LORA_MEMORY_OPTIONS = (
     "models.frozen_dtype=bf16",
     "models.frozen_dtype=fp8",
     "models.frozen_dtype=nf4",
+    "models.offload_blocks=true",
 )
 
 
@@ -74,7 +76,7 @@ def plan_lora(recipe: LoraRecipe, device_type: DeviceType = "cuda") -> Plan:
         losses = [costs.loss_bytes(device, part.module, _loss(part, batch)) for part in method.trainables]
         flops = costs.forward_flops(model, base, device, size)
         passes = _passes(method_class, setup, batch)
-    held = _weights(denoisers, method.trainables)
+    held = _weights(denoisers, method.trainables, recipe.models.offload_blocks)
     held |= costs.state_bytes(recipe.optim, {part.name: _trained(part.module) for part in method.trainables})
     worst = max(losses, key=lambda rows: sum(rows.values()))
     guided = config.guidance_scale > 0 if recipe.preview.guidance_scale is None else recipe.preview.guidance_scale > 0
@@ -106,8 +108,9 @@ def _meta(recipe: LoraRecipe, name: str) -> TextToImagePipeline:
 
 
 def _meta_models(recipe: LoraRecipe, model: TextToImagePipeline) -> LoraModels:
-    """On the meta device, not compiled and not checkpointed."""
-    plain = recipe.models.model_copy(update={"compile": False, "gradient_checkpointing": False})
+    """On the meta device, not compiled, checkpointed or offloaded."""
+    off = {"compile": False, "gradient_checkpointing": False, "offload_blocks": False}
+    plain = recipe.models.model_copy(update=off)
     name = recipe.method.teacher_model
     files = LoraFiles.read(recipe, _folder(recipe.model), None if name is None else _folder(name))
     teacher = None if name is None else _meta(recipe, name)
@@ -124,10 +127,21 @@ def _trained(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _weights(denoisers: list[TransformerDenoiser], trainables: list[Trainable]) -> dict[str, float]:
-    """Bytes of the frozen weights, with a LoRA that is added while training, and of the adapters."""
+def _weights(denoisers: list[TransformerDenoiser], trainables: list[Trainable], offloaded: bool) -> dict[str, float]:
+    """Bytes of the frozen weights, with a LoRA that is added while training, and of the adapters; of offloaded blocks
+    only the largest counts."""
     adapters = {f"{costs.label(part.name)} adapter": 4.0 * _trained(part.module) for part in trainables}
-    return {"frozen weights": sum(map(costs.bytes_of, denoisers)) - sum(adapters.values())} | adapters
+    frozen = sum(map(costs.bytes_of, denoisers)) - sum(adapters.values())
+    if offloaded:
+        blocks = [_frozen_bytes(block) for denoiser in denoisers for block in denoiser.get_blocks()]
+        frozen += max(blocks) - sum(blocks)
+    return {"frozen weights": frozen} | adapters
+
+
+def _frozen_bytes(block: nn.Module) -> int:
+    """Of a block's weights and buffers, without LoRA adapters."""
+    adapters = sum(parameter.nbytes for key, parameter in block.named_parameters() if is_adapter_key(key))
+    return int(costs.bytes_of(block)) - adapters
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from fewstep.models.lora.targets import model_targets
 from fewstep.models.lora.trained import add_frozen_adapter, init_adapter, target_layers
 from fewstep.models.lora.weights import Lora
 from fewstep.models.nf4 import quantize_nf4_
+from fewstep.models.offload import offload_blocks
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import quantize_fp8_
 
@@ -113,7 +114,10 @@ def _prepare(model: TextToImagePipeline, settings: LoraModelsSettings, device: t
         quantize_fp8_(model.transformer, model.family.quantizable_modules)
     if settings.frozen_dtype == "nf4":
         quantize_nf4_(model.transformer, model.family.quantizable_modules)
-    model.transformer.to(device)
+    if settings.offload_blocks:
+        offload_blocks(model.denoiser, device)
+    else:
+        model.transformer.to(device)
     if compiles(settings.compile, device):
         model.denoiser.compile_repeated_blocks()
     if settings.gradient_checkpointing:
