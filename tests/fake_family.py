@@ -131,7 +131,7 @@ class FakeFamily(ModelFamily):
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
         return self.classes[name].from_config(dict(config))
 
-    def write_index(self, components: Components, folder: Path) -> None:
+    def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
         (folder / "model_index.json").write_text(json.dumps({"_class_name": self.pipeline_class}))
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ class FakeFamily(ModelFamily):
         factor = self.latent_multiple(components)
         return 3, 1, height // factor, width // factor
 
-    def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
+    def infer_generation_config(self, components: Components, folder: Path) -> tuple[GenerationConfig, str]:
         return GenerationConfig(steps=3, height=16, width=16), "FakeVideo"
 
     def encode_images(self, vae: Any, images: Tensor) -> Tensor:

@@ -80,8 +80,9 @@ class FamilyConformance(ABC):
         settings = SamplingParams(seed=5, steps=steps, guidance_scale=scale, height=64, width=64)
         images = generate(ours, PROMPTS[:2], settings).images.float()
         expected = quiet(theirs)(
-            PROMPTS[:2], height=64, width=64, num_inference_steps=steps, latents=initial_noise(ours, [5, 6], 64, 64),
-            guidance_scale=scale + self.guidance_offset, output_type="pt", **self.call_options, **options,
+            prompt=PROMPTS[:2], height=64, width=64, num_inference_steps=steps,
+            latents=initial_noise(ours, [5, 6], 64, 64), guidance_scale=scale + self.guidance_offset,
+            output_type="pt", **self.call_options, **options,
         ).images  # fmt: skip
         assert images.std() > 1
         assert (images - (expected.permute(0, 2, 3, 1) * 255).round()).abs().max() <= 2

@@ -1,4 +1,4 @@
-"""Single files of Stable Diffusion 3 and Lumina-Image-2.0, against diffusers' own converters."""
+"""Single files of Stable Diffusion 3, Lumina-Image-2.0 and FLUX.2, against diffusers' own converters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from flux2_setup import save_flux2
 from lumina2_setup import save_lumina2
 from safetensors.torch import load_file, save_file
 from sd3_setup import save_sd3
@@ -25,9 +26,9 @@ QUERIES, KEYS = 48, 24  # rows of a tiny Lumina 2
 Weights = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", params=["sd3", "lumina2"])
+@pytest.fixture(scope="module", params=["sd3", "lumina2", "flux2"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    save = {"sd3": save_sd3, "lumina2": save_lumina2}[request.param]
+    save = {"sd3": save_sd3, "lumina2": save_lumina2, "flux2": save_flux2}[request.param]
     return save(tmp_path_factory.mktemp(request.param))
 
 
@@ -42,6 +43,8 @@ def converted(file: Weights, folder: Path, monkeypatch: pytest.MonkeyPatch) -> W
     file = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in file.items()}
     if resolve_family(folder).pipeline_class == "StableDiffusion3Pipeline":
         return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(file)
+    if resolve_family(folder).pipeline_class == "Flux2KleinPipeline":
+        return single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(file)
     split = torch.split
     sizes = [QUERIES, KEYS, KEYS]
     monkeypatch.setattr(torch, "split", lambda tensor, _, dim: split(tensor, sizes, dim))
@@ -78,7 +81,7 @@ def test_the_file_of_another_size_is_refused(folder: Path, tmp_path: Path) -> No
     file = write_transformer(model.transformer, tmp_path / "model.safetensors", family, "original")
     key = next(name for name in load_file(file) if "qkv.weight" in name)
     save_file(load_file(file) | {key: torch.zeros(6, 48)}, file)
-    with pytest.raises(UserError, match=r"model.safetensors: .*qkv.weight has 6 rows, expected (48|96)"):
+    with pytest.raises(UserError, match=r"model.safetensors: .*qkv.weight has 6 rows, expected (48|72|96)"):
         read_transformer(file, family, model.transformer.config)
 
 

@@ -1,5 +1,8 @@
 """What single model families do not have."""
 
+from functools import partial
+
+from flux2_setup import save_flux2
 from lumina2_setup import save_lumina2
 from sd3_setup import save_sd3
 
@@ -16,6 +19,15 @@ SECTION = Section(
             "{width} x {height}: this transformer has positions for sides of at most {pixels} pixels",
             "Stable Diffusion 3's positions end there: make smaller images.",
             Case("generate sd3 'a fox' --width 256 --height 256 --steps 1", "256 x 256", _SD3),
+        ),
+        Message(
+            "{file}: time_shift_type {type} is not supported; only exponential is",
+            "FLUX.2's noise levels are shifted by the size of the image, as its own pipeline does it.",
+            Case(
+                f"generate flux2 'a fox' {_SMALL}",
+                "flux2/scheduler/scheduler_config.json: time_shift_type 'linear'",
+                {"flux2": partial(save_flux2, time_shift_type="linear")},
+            ),
         ),
         Message(
             "aot: {denoiser} cannot be compiled ahead of time; use compile",

@@ -134,7 +134,7 @@ def generate_batches(
     resolved = (params or SamplingParams()).resolved(pipeline.generation_config)
     seeds = resolved.image_seeds(len(prompts))
     pipeline.latent_shape(resolved.height, resolved.width)  # an impossible size is an error before any work
-    sigmas = pipeline.sigmas(resolved.steps)
+    sigmas = pipeline.sigmas(resolved.steps, (resolved.height, resolved.width))
     first = 0 if source is None else first_step(resolved.steps, resolved.strength or 1.0)
 
     with _adapters(pipeline, resolved.adapters):

@@ -167,7 +167,7 @@ def _full_copies(
 ) -> Models:
     # each is sharded before the next is made: all of them need not fit unsharded
     transformer = copy.deepcopy(teacher.transformer).float()
-    student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher))
+    student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher), student=True)
     if recipe.init is not None:
         load_init(student, recipe.init)
     kept: dict[str, nn.Module] = {}
@@ -216,7 +216,7 @@ def _adapters(
         teacher.denoiser.enable_gradient_checkpointing()
     if mesh is not None:
         shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, teacher.device))
-    student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher))
+    student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher), student=True)
     student.denoiser = AdapterDenoiser(teacher.denoiser, {"student": 1.0})  # type: ignore[assignment]
     trained: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in extra}
     kept: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in copies}

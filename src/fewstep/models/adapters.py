@@ -63,7 +63,9 @@ def add_adapter(
     Raises:
         UserError: an ending matches no linear layer.
     """
-    matching_linears(transformer, target_modules, "target_modules")
+    # names, as peft takes an ending for that of any module
+    linears = matching_linears(transformer, target_modules, "target_modules")
+    targets = [name.removesuffix(".base_layer") for name in linears]
     trained = {key for key, p in transformer.named_parameters() if p.requires_grad and is_adapter_key(key)}
     transformer.requires_grad_(False)
     scale = rank if alpha is None else alpha
@@ -72,7 +74,7 @@ def add_adapter(
         config = LoKrConfig(
             r=rank,
             alpha=scale,  # type: ignore[arg-type]  # any number works
-            target_modules=list(target_modules),
+            target_modules=targets,
             init_weights="lycoris",
             decompose_factor=-1 if factor is None else factor,
         )
@@ -80,7 +82,7 @@ def add_adapter(
         config = LoraConfig(
             r=rank,
             lora_alpha=scale,  # type: ignore[arg-type]  # any number works
-            target_modules=list(target_modules),
+            target_modules=targets,
             init_lora_weights=True,
             use_dora=kind == "dora",
         )

@@ -5,3 +5,4 @@ from fewstep.core.registry import model_families
 model_families.register("ZImagePipeline", "fewstep.models.zimage.family:ZIMAGE")
 model_families.register("StableDiffusion3Pipeline", "fewstep.models.sd3.family:SD3")
 model_families.register("Lumina2Pipeline", "fewstep.models.lumina2.family:LUMINA2")
+model_families.register("Flux2KleinPipeline", "fewstep.models.flux2.family:FLUX2")

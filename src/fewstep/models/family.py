@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +94,12 @@ class ModelFamily(ABC):
         component.save_pretrained(path)
 
     @abstractmethod
-    def write_index(self, components: Components, folder: Path) -> None:
-        """Write ``model_index.json``."""
+    def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
+        """Write ``model_index.json``.
+
+        Args:
+            config: how the model is sampled.
+        """
 
     @abstractmethod
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -122,9 +126,9 @@ class ModelFamily(ABC):
         """Pixels that the sides of an image must be a multiple of: what one patch of the latent covers."""
 
     @abstractmethod
-    def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
-        """How a folder without ``fewstep.json`` is sampled, from its scheduler, and the name of the model it is taken
-        for."""
+    def infer_generation_config(self, components: Components, folder: Path) -> tuple[GenerationConfig, str]:
+        """How a folder without ``fewstep.json`` is sampled, from its scheduler and ``model_index.json``, and the name
+        of the model it is taken for."""
 
     def mismatches(self, components: Components) -> Iterator[Mismatch]:
         """Components that do not fit the others, by name, each with the reason (``consistency.check_components``).
@@ -138,9 +142,17 @@ class ModelFamily(ABC):
         """The shift of the noise levels (``core.flow.shift_sigma``)."""
         return float(components["scheduler"].config["shift"])
 
-    def sigmas(self, components: Components, steps: int) -> list[float]:
-        """The noise levels of ``steps`` steps, from 1 to the terminal 0, of a model whose own are not stored."""
+    def sigmas(self, components: Components, steps: int, shape: Sequence[int] | None = None) -> list[float]:
+        """The noise levels of ``steps`` steps, from 1 to the terminal 0, of a model whose own are not stored.
+
+        Args:
+            shape: of the latent, where the levels depend on it; None is that of a default size.
+        """
         return flow.get_sigmas(steps, self.shift(components))
+
+    def student_components(self, components: Components) -> Components:
+        """Components that a student has in place of its teacher's; without any where ``shift`` is a constant."""
+        return {}
 
     def encode_images(self, vae: Any, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> latents [B, *latent_shape]."""

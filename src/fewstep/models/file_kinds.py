@@ -11,6 +11,7 @@ from fewstep.errors import UserError
 
 _SUPPORTED = "a Z-Image or Lumina transformer"
 _SD3, _SD3_DIFFUSERS = "a Stable Diffusion 3 transformer", "a Stable Diffusion 3 transformer in diffusers' layout"
+_FLUX, _FLUX_DIFFUSERS = "a FLUX or HunyuanVideo transformer", "a FLUX transformer in diffusers' layout"
 _FP8 = "scaled fp8"
 _MERGE = "give it with --lora beside its base model, or merge it: fewstep lora merge MODEL FILE --out FOLDER"
 
@@ -47,8 +48,8 @@ _QUANTIZED: Mapping[str, str] = {
 
 #: Parts of names -> the family of transformers or U-Nets that has all of them.
 _FAMILIES: Mapping[tuple[str, ...], str] = {
-    ("double_blocks.", "single_blocks."): "a FLUX or HunyuanVideo transformer",
-    ("single_transformer_blocks.", "x_embedder."): "a FLUX transformer in diffusers' layout",
+    ("double_blocks.", "single_blocks."): _FLUX,
+    ("single_transformer_blocks.", "x_embedder."): _FLUX_DIFFUSERS,
     ("joint_blocks.",): _SD3,
     ("transformer_blocks.", ".img_mod."): "a Qwen-Image transformer",
     ("transformer_blocks.", ".norm1_context."): _SD3_DIFFUSERS,
@@ -69,7 +70,16 @@ def _quantized(method: str) -> str:
 
 #: Descriptions of single files that may be convertible to a folder.
 CONVERTIBLE = frozenset(
-    {_SUPPORTED, _SD3, _SD3_DIFFUSERS, _quantized(_FP8), _quantized("ComfyUI"), _SIGNATURES[b"GGUF"]}
+    {
+        _SUPPORTED,
+        _SD3,
+        _SD3_DIFFUSERS,
+        _FLUX,
+        _FLUX_DIFFUSERS,
+        _quantized(_FP8),
+        _quantized("ComfyUI"),
+        _SIGNATURES[b"GGUF"],
+    }
 )
 
 

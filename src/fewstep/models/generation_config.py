@@ -95,7 +95,7 @@ def load_generation_config(folder: Path) -> GenerationConfig:
 def _infer_generation_config(folder: Path) -> GenerationConfig:
     family = resolve_family(folder)
     components = {"scheduler": load_component(folder, "scheduler", family=family)}
-    config, model = family.infer_generation_config(components)
+    config, model = family.infer_generation_config(components, folder)
     warnings.warn(
         f"{folder}: no {GENERATION_CONFIG}; by its shift of {family.shift(components):g} this is a {model} model: "
         f"the defaults are {config.steps} steps and guidance_scale {config.guidance_scale:g}",

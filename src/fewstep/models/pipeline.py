@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from fewstep.atomic import atomic_folder
@@ -17,7 +16,7 @@ from fewstep.core.device import AUTO, log_device, resolve_device
 from fewstep.core.precision import warn_if_weights_are_emulated
 from fewstep.errors import UserError
 from fewstep.models.ahead_of_time import check_package, load_package
-from fewstep.models.attention_backends import check_attention_backend
+from fewstep.models.attention_backends import use_attention_backend
 from fewstep.models.components import load_component, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
 from fewstep.models.family import Components, ModelFamily, resolve_family
@@ -87,9 +86,13 @@ class TextToImagePipeline:
                 self.components[name].to(device)
         return self
 
-    def with_transformer(self, transformer: nn.Module, generation_config: GenerationConfig) -> TextToImagePipeline:
-        """A pipeline with another transformer and generation config; the other components are shared."""
-        return TextToImagePipeline(self.family, {**self.components, "transformer": transformer}, generation_config)
+    def with_transformer(
+        self, transformer: nn.Module, generation_config: GenerationConfig, *, student: bool = False
+    ) -> TextToImagePipeline:
+        """A pipeline with another transformer and generation config, that of a student of this model for one; the other
+        components are shared."""
+        replaced = {**(self.family.student_components(self.components) if student else {}), "transformer": transformer}
+        return TextToImagePipeline(self.family, {**self.components, **replaced}, generation_config)
 
     def set_resolution(self, side: int | None) -> None:
         """Make square images of ``side`` pixels the default, as a recipe's ``resolution`` does; None changes nothing.
@@ -125,26 +128,19 @@ class TextToImagePipeline:
         Raises:
             UserError: there is no such backend, it does not run here, or the family's attention has none.
         """
-        name = check_attention_backend(backend)
         if not self.family.attention_backends:
             raise UserError(f"attention {backend}: {self.family.pipeline_class} has PyTorch's alone; leave it out")
-        with silence_loggers():
-            try:
-                self.transformer.set_attention_backend(backend)
-                dtype = torch.bfloat16 if is_fp8(self.transformer) else self.transformer.dtype
-                tokens = torch.ones(1, 32, 1, 64, device=self.device, dtype=dtype)
-                dispatch_attention_fn(tokens, tokens, tokens, backend=name)  # some fail in use
-            except (ImportError, RuntimeError, ValueError) as error:
-                self.transformer.set_attention_backend("native")
-                raise UserError(f"attention {backend}: {str(error).splitlines()[0]}") from error
+        dtype = torch.bfloat16 if is_fp8(self.transformer) else self.transformer.dtype
+        use_attention_backend(self.transformer, backend, self.device, dtype)
 
-    def sigmas(self, steps: int) -> list[float]:
+    def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> list[float]:
         """The noise levels of ``steps`` steps, from 1 to the terminal 0: ``steps + 1`` numbers; those of the generation
-        config where it has as many."""
-        sigmas = self.generation_config.sigmas
-        if sigmas is not None and len(sigmas) == steps + 1:
-            return sigmas
-        return self.family.sigmas(self.components, steps)
+        config where it has as many. ``size`` is height and width in pixels, the generation config's by default."""
+        config = self.generation_config
+        if config.sigmas is not None and len(config.sigmas) == steps + 1:
+            return config.sigmas
+        shape = self.latent_shape(*(size or (config.height, config.width)))
+        return self.family.sigmas(self.components, steps, shape)
 
     def encode(self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = "") -> EncodedPrompts:
         """One batch of encoded prompts, in fp32; "" is the null prompt. Recent prompts are cached.
@@ -199,7 +195,7 @@ class TextToImagePipeline:
         folder = Path(folder)
         check_replaceable(folder)
         with atomic_folder(folder) as draft, silence_loggers():
-            self.family.write_index(self.components, draft)
+            self.family.write_index(self.components, draft, self.generation_config)
             for name in self.family.component_names:
                 if name == "transformer" and write is not None:
                     write(draft / name)

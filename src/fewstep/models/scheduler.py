@@ -32,14 +32,18 @@ NEUTRAL: Mapping[str, Any] = {
 _UNUSED = {"shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
 
 
-def load_scheduler(path: Path) -> FlowMatchEulerDiscreteScheduler:
+def load_scheduler(path: Path, dynamic: bool = False) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler in a component's folder.
+
+    Args:
+        dynamic: whether the family computes a shift that depends on the image's size.
 
     Raises:
         UserError: it cannot be read, is of another class, or has a setting that fewstep would not obey.
     """
     file, index = path / SCHEDULER_CONFIG, path.parent / MODEL_INDEX
-    check_scheduler(_read(file), file)
+    config = _read(file)
+    check_scheduler({**config, "use_dynamic_shifting": False} if dynamic else config, file)
     if index.exists() and "scheduler" in (entries := _read(index)):  # diffusers opens the class that the index names
         check_scheduler({"_class_name": entries["scheduler"][-1]}, index)
     scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path)

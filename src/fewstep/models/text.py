@@ -22,10 +22,13 @@ MAX_TOKENS_PER_BATCH = 4096
 CACHE_BYTES = 2**28  # of features that an encoder keeps: some 1,000 prompts of Z-Image
 
 
-def apply_chat_template(tokenizer: Any, text: str, system: str = "", assistant_prefix: str = "") -> str:
-    """``text`` as the user's turn of the tokenizer's chat template, with thinking enabled.
+def apply_chat_template(
+    tokenizer: Any, text: str, system: str = "", assistant_prefix: str = "", thinking: bool = True
+) -> str:
+    """``text`` as the user's turn of the tokenizer's chat template.
 
     Args:
+        thinking: whether it is enabled.
         system: the system prompt; "" leaves the turn out.
         assistant_prefix: text placed inside ``<think>...</think>`` after the user's turn; "" leaves it out.
 
@@ -35,7 +38,9 @@ def apply_chat_template(tokenizer: Any, text: str, system: str = "", assistant_p
     turns = [{"role": "system", "content": system}] if system else []
     turns += [{"role": "user", "content": text}]
     try:
-        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        chat = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
     except (TemplateError, TypeError, ValueError) as error:
         turn = " with a system prompt" if system else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -28,6 +28,7 @@ BUNDLED_CONFIGS = {
     "Tongyi-MAI/Z-Image-Turbo": _ASSETS / "zimage",
     "Alpha-VLLM/Lumina-Image-2.0": _ASSETS / "lumina2",
     "stabilityai/stable-diffusion-3.5-medium": _ASSETS / "sd35-medium",
+    "black-forest-labs/FLUX.2-klein-base-4B": _ASSETS / "klein-4b",
 }
 
 #: Titles of the peaks.

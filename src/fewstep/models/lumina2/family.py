@@ -60,7 +60,7 @@ class Lumina2Family(ModelFamily):
             rope.freqs_cis = rope._precompute_freqs_cis(rope.axes_dim, rope.axes_lens, rope.theta)
         return transformer
 
-    def write_index(self, components: Components, folder: Path) -> None:
+    def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
         Lumina2Pipeline(**components).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -92,7 +92,7 @@ class Lumina2Family(ModelFamily):
                 yield "transformer", f"patch_size {patch} is not supported; only {self.patch_size} is"
         yield from text_mismatches(components, None if transformer is None else self.prompt_features(components))
 
-    def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
+    def infer_generation_config(self, components: Components, folder: Path) -> tuple[GenerationConfig, str]:
         return GenerationConfig(guidance_scale=3.0), "Lumina-Image-2.0"  # diffusers' guidance_scale is 4
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class SD3Family(ModelFamily):
             return CLIPTextModelWithProjection(CLIPTextConfig(**config))
         return {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}[name].from_config(dict(config))
 
-    def write_index(self, components: Components, folder: Path) -> None:
+    def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
         StableDiffusion3Pipeline(**components).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -102,7 +102,7 @@ class SD3Family(ModelFamily):
         factor = vae_scale_factor(components["vae"])
         return config["in_channels"], height // factor, width // factor
 
-    def sigmas(self, components: Components, steps: int) -> list[float]:
+    def sigmas(self, components: Components, steps: int, shape: Sequence[int] | None = None) -> list[float]:
         """diffusers' own levels for SD3: even from 1 to the smallest of 1,000 training levels, before the shift."""
         shift = self.shift(components)
         last = flow.shift_sigma(1 / TIMESTEPS, shift)
@@ -126,7 +126,7 @@ class SD3Family(ModelFamily):
         if pooled != (needed := config["pooled_projection_dim"]):
             yield "text_encoder", f"both CLIPs' pooled vectors have {pooled} features, the transformer takes {needed}"
 
-    def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
+    def infer_generation_config(self, components: Components, folder: Path) -> tuple[GenerationConfig, str]:
         return GenerationConfig(steps=40, guidance_scale=3.5), "Stable Diffusion 3.5"  # diffusers' scale is 4.5
 
 

@@ -80,7 +80,7 @@ class ZImageFamily(ModelFamily):
             component.config.architectures = known_as
             component.config.save_pretrained(path)
 
-    def write_index(self, components: Components, folder: Path) -> None:
+    def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
         ZImagePipeline(**components).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -114,7 +114,7 @@ class ZImageFamily(ModelFamily):
         yield from text_mismatches(components, None if transformer is None else self.prompt_features(components))
         yield from chat_template_mismatches(components["tokenizer"])
 
-    def infer_generation_config(self, components: Components) -> tuple[GenerationConfig, str]:
+    def infer_generation_config(self, components: Components, folder: Path) -> tuple[GenerationConfig, str]:
         if self.shift(components) == TURBO_SHIFT:
             return GenerationConfig(steps=8), "Z-Image-Turbo"
         return GenerationConfig(guidance_scale=4.0), "Z-Image"
