@@ -35,7 +35,6 @@ FOREIGN: Mapping[str, tuple[dict[str, Tensor], str]] = {
     "ComfyUI LoRA": (named("diffusion_model.layers.0.attention.qkv.lora_down.weight"), "LoRA adapter"),
     "LoKr": (named("lycoris_layers_0_attention_qkv.lokr_w1"), "LoRA adapter"),
     "VAE": (named("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.mid_block.x.weight"), "VAE"),
-    "FLUX": (named("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"), "a FLUX"),
     "SDXL": (named("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.middle_block.0.x"), "U-Net"),
     "Qwen-Image": (named("transformer_blocks.0.img_mod.1.weight", "img_in.weight"), "a Qwen-Image transformer"),
     "text encoder": (named("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"), "text encoder"),
