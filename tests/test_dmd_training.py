@@ -10,6 +10,7 @@ from fewstep.core.schedules import Piecewise, Ramp
 from fewstep.data.batch import DistillBatch
 from fewstep.data.teacher_trajectories import teacher_trajectory
 from fewstep.methods.dmd.rollout import backward_simulation, sample_rollout_timesteps
+from fewstep.methods.dmd.student_sampler import StudentSampler
 from fewstep.methods.trajectory import trajectory_mse
 
 # --- backward simulation ------------------------------------------------------------------------------------------
@@ -49,6 +50,17 @@ def test_timesteps_of_a_rollout():
     assert all(levels[0] == 1.0 and levels == sorted(levels, reverse=True) and levels[-1] > 0 for levels in drawn)
     last = torch.tensor([levels[-1] for levels in drawn if len(levels) == 4])
     assert last.mean().item() == pytest.approx(0.25, abs=0.02)  # the least of three uniform draws
+
+
+def test_a_student_of_several_step_counts_is_sampled_at_the_levels_of_each():
+    counts = [1, 2, 4]
+    sampler = StudentSampler(Gaussian(), LEVELS, SHIFT, trained_levels=[flow.uniform_timesteps(n) for n in counts])
+    torch.manual_seed(0)
+    anchors = [float(sampler(batch_of()).anchor[0]) for _ in range(600)]
+    share = {level: anchors.count(level) / len(anchors) for level in set(anchors)}
+    # a third of the batches each: 1; 1 and 1/2; 1, 3/4, 1/2 and 1/4
+    assert share == pytest.approx({1.0: 7 / 12, 0.75: 1 / 12, 0.5: 1 / 4, 0.25: 1 / 12}, abs=0.05)
+    assert sampler.sigmas == flow.sigmas_from_timesteps(LEVELS, SHIFT)  # of inference
 
 
 # --- gradients and schedules --------------------------------------------------------------------------------------

@@ -192,6 +192,17 @@ CONTRADICTIONS = Section(
     "Each value is possible, but not beside the others.",
     (
         Message(
+            "{recipe}: student: step_counts {counts}: expected different numbers, steps ({steps}) among them",
+            "`student.steps` is the number that is sampled with by default.",
+            _set("student.step_counts=[1, 2]", "steps (4) among them"),
+            _set("student.step_counts=[4, 4]", "different numbers"),
+        ),
+        Message(
+            "{recipe}: student: step_counts: its levels are evenly spaced; leave timesteps and timestep_sampling out",
+            "A list of levels is that of one number of steps.",
+            _set("student={step_counts: [2, 4], timestep_sampling: continuous}", "step_counts: its levels"),
+        ),
+        Message(
             "{recipe}: student: timesteps {levels}: expected {steps} levels that descend from 1, without the 0",
             "Give one noise level for each of `student.steps`, the first one 1.",
             _set("student.timesteps=[1, 0.5]", "expected 4 levels"),

@@ -116,7 +116,7 @@ class DMD(DistillMethod):
         renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max, **levels)
         sampler = StudentSampler(
             *(models.student.denoiser, student.levels, teacher.shift),
-            *(student.timestep_sampling, student.sampler, student.eta),
+            *(student.timestep_sampling, student.sampler, student.eta, student.trained_levels),
         )
         null = setup.null
         term_setup = TermSetup(

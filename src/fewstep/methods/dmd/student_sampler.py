@@ -21,6 +21,8 @@ class StudentSampler:
         levels: the student's pre-shift noise levels, from 1 down, without the 0.
         timestep_sampling: "fixed", or "continuous": levels drawn anew each time (CDM, arXiv 2605.06376).
         sampler, eta: how the student is run at inference.
+        trained_levels: likewise for each number of steps that it is trained for, one of which is drawn for each batch;
+            None is ``levels`` alone.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class StudentSampler:
         timestep_sampling: AnchorSchedule = "fixed",
         sampler: Sampler = "euler",
         eta: float = 1.0,
+        trained_levels: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.student, self.levels, self.shift = student, list(levels), shift
         self.timestep_sampling, self.sampler, self.eta = timestep_sampling, sampler, eta
+        self.trained_levels = [self.levels] if trained_levels is None else [list(each) for each in trained_levels]
 
     @property
     def sigmas(self) -> list[float]:
@@ -42,7 +46,10 @@ class StudentSampler:
 
     def __call__(self, batch: DistillBatch) -> StudentSample:
         """Samples with gradient through the last prediction alone."""
-        anchors = sample_rollout_timesteps(self.levels, self.timestep_sampling)
+        levels = self.trained_levels[0]
+        if len(self.trained_levels) > 1:
+            levels = self.trained_levels[int(torch.randint(len(self.trained_levels), ()))]
+        anchors = sample_rollout_timesteps(levels, self.timestep_sampling)
         sigmas = [flow.shift_sigma(u, self.shift) for u in anchors]
         z = backward_simulation(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
         sigma = torch.full((len(z),), sigmas[-1], device=z.device)
