@@ -116,7 +116,8 @@ class DMD(DistillMethod):
         renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max, **levels)
         sampler = StudentSampler(
             *(models.student.denoiser, student.levels, teacher.shift),
-            *(student.timestep_sampling, student.sampler, student.eta, student.trained_levels),
+            *(student.timestep_sampling, student.sampler, student.eta),
+            trained_levels=student.trained_levels,
         )
         null = setup.null
         term_setup = TermSetup(
