@@ -21,7 +21,7 @@ class KeyLayout:
             others only at its start.
         fused: a part of the format's names -> the parts of diffusers' names whose tensors it concatenates along the
             first dimension.
-        unequal: whether these differ in size. Files of LoRA adapters with the format's names are not read then.
+        unequal: whether these differ in size.
         swapped: starts of diffusers' names of tensors whose halves, scale and shift, have the format's other order;
             "{last}" is the number of the last block.
         prefix: of every name in files that are written.

@@ -37,15 +37,14 @@ def bind(raw: RawLora, targets: LoraTargets) -> Lora:
     for module, parts in raw.modules.items():
         layers = resolved[module]
         assert layers is not None
-        whole = Update(_change(raw, module, parts), None)
-        magnitude = parts.get("magnitude")
-        for layer, update in zip(layers, _split(raw, module, whole, magnitude, len(layers)), strict=True):
+        change = _change(raw, module, parts)
+        sizes = _sizes(raw, module, change, layers, targets)
+        for layer, update in zip(layers, _split(raw, module, change, parts.get("magnitude"), sizes), strict=True):
             if layer in owners:
                 raise UserError(
                     f"{raw.file}: {module} and {owners[layer]} are both the layer {layer}; --ignore '{module}.*' "
                     "leaves one out"
                 )
-            _check_shape(raw, module, layer, update.change, targets.shapes[layer], len(layers))
             owners[layer], updates[layer] = module, update
     return Lora(raw.file, updates, len(raw.modules), raw.metadata, raw.dtype)
 
@@ -88,17 +87,17 @@ def _scale(raw: RawLora, module: str, parts: Mapping[str, Tensor], rank: int | N
     return raw.config.scale(module)
 
 
-def _split(raw: RawLora, module: str, whole: Update, magnitude: Tensor | None, count: int) -> list[Update]:
-    """The updates of the layers that a module is."""
-    out = whole.change.shape[0]
-    changes = [whole.change] if count == 1 else list(whole.change.split(count))  # type: ignore[union-attr]
+def _split(raw: RawLora, module: str, whole: Change, magnitude: Tensor | None, sizes: list[int]) -> list[Update]:
+    """The updates of the layers that a module is, with so many rows."""
+    out, count = whole.shape[0], len(sizes)
+    changes = [whole] if count == 1 else list(whole.split(sizes))  # type: ignore[union-attr]
     if magnitude is None:
         return [Update(change) for change in changes]
     if magnitude.ndim == 1 or magnitude.shape[0] == out:
         rows = magnitude.reshape(-1, 1)
         if len(rows) == out:
-            return [Update(change, part) for change, part in zip(changes, rows.chunk(count), strict=True)]
-    elif magnitude.numel() == whole.change.shape[1]:
+            return [Update(change, part) for change, part in zip(changes, rows.split(sizes), strict=True)]
+    elif magnitude.numel() == whole.shape[1]:
         if count > 1:
             raise UserError(
                 f"{raw.file}: {raw.keys[module, 'magnitude']} scales columns of a fused layer, whose parts are layers "
@@ -109,16 +108,25 @@ def _split(raw: RawLora, module: str, whole: Update, magnitude: Tensor | None, c
     raise UserError(f"{raw.file}: {key} is {list(magnitude.shape)}; expected a norm for each row or column")
 
 
-def _check_shape(
-    raw: RawLora, module: str, layer: str, change: Change, expected: tuple[int, int] | None, count: int
-) -> None:
-    if expected is not None and change.shape != expected:
-        found = f"{change.shape[0] * count} x {change.shape[1]}"
-        wanted = f"{expected[0] * count} x {expected[1]}"
+def _sizes(raw: RawLora, module: str, change: Change, layers: list[str], targets: LoraTargets) -> list[int]:
+    """The rows of each of a module's layers; equal ones where only the names of the layers are known.
+
+    Raises:
+        UserError: the module has another shape than they have together.
+    """
+    out, columns = change.shape
+    shapes = [shape for layer in layers if (shape := targets.shapes[layer]) is not None]
+    if len(shapes) < len(layers):
+        if out % len(layers):
+            raise UserError(f"{raw.file}: {module} has {out} rows, expected {len(layers)} equal parts: another model's")
+        return [out // len(layers)] * len(layers)
+    sizes = [rows for rows, _ in shapes]
+    if (out, columns) != (sum(sizes), shapes[0][1]):
         raise UserError(
-            f"{raw.file}: {module} changes a matrix of {found}, but {layer} has one of {wanted}: a LoRA for another "
-            "model"
+            f"{raw.file}: {module} changes a matrix of {out} x {columns}, but {layers[0]} has one of {sum(sizes)} x "
+            f"{shapes[0][1]}: a LoRA for another model"
         )
+    return sizes
 
 
 def changes_nothing(lora: Lora) -> bool:

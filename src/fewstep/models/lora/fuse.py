@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,10 +28,20 @@ def fuse(updates: Mapping[str, Update], targets: LoraTargets) -> dict[str, Updat
         else:
             groups.setdefault(other, {})[part[0]] = update
             counts[other] = part[1]
-    return fused | {other: _fused(other, parts, counts[other]) for other, parts in groups.items()}
+    for other, parts in groups.items():
+        fused[other] = _fused(other, parts, _sizes(other, parts, counts[other], targets))
+    return fused
 
 
-def _fused(name: str, parts: Mapping[int, Update], count: int) -> Update:
+def _sizes(name: str, parts: Mapping[int, Update], count: int, targets: LoraTargets) -> list[int]:
+    """The rows of each part of a fused layer; equal ones where only the names of the layers are known."""
+    shapes = [targets.shapes[layer] for layer in targets.resolve(name) or []]
+    known = [shape[0] for shape in shapes if shape is not None]
+    return known if len(known) == count else [next(iter(parts.values())).change.shape[0]] * count
+
+
+def _fused(name: str, parts: Mapping[int, Update], sizes: Sequence[int]) -> Update:
+    count = len(sizes)
     changes = [parts[index].change for index in sorted(parts)]
     magnitudes = [parts[index].magnitude for index in sorted(parts)]
     given = [magnitude for magnitude in magnitudes if magnitude is not None]
@@ -43,7 +53,7 @@ def _fused(name: str, parts: Mapping[int, Update], count: int) -> Update:
     magnitude = torch.cat(rows) if rows else None
     low_rank = {index: part.change for index, part in parts.items() if isinstance(part.change, LowRank)}
     if len(low_rank) == len(parts):
-        return Update(_fused_low_rank(low_rank, count), magnitude)
+        return Update(_fused_low_rank(low_rank, sizes), magnitude)
     products = [change for change in changes if isinstance(change, Kronecker)]
     if len(products) == count and all(_continue(products[0], other) for other in products[1:]):
         left = torch.cat([product.left[0] for product in products])
@@ -57,18 +67,18 @@ def _fused(name: str, parts: Mapping[int, Update], count: int) -> Update:
     )
 
 
-def _fused_low_rank(parts: Mapping[int, LowRank], count: int) -> LowRank:
+def _fused_low_rank(parts: Mapping[int, LowRank], sizes: Sequence[int]) -> LowRank:
     """One ``down`` where all parts share it, else a block-diagonal ``up`` of the sum of their ranks."""
     changes = [parts[index] for index in sorted(parts)]
     first = changes[0]
     alike = all(other.scale == first.scale for other in changes)
-    if len(parts) == count and alike and all(torch.equal(other.down, first.down) for other in changes):
+    if len(parts) == len(sizes) and alike and all(torch.equal(other.down, first.down) for other in changes):
         return LowRank(first.down, torch.cat([change.up for change in changes]), first.scale)
-    out, rank = len(first.up), sum(change.rank for change in changes)
-    up, column = torch.zeros(count * out, rank), 0
+    up, column = torch.zeros(sum(sizes), sum(change.rank for change in changes)), 0
     for index, change in sorted(parts.items()):
+        start = sum(sizes[:index])
         block = change.up if alike else change.scale * change.up
-        up[index * out : (index + 1) * out, column : column + change.rank] = block
+        up[start : start + sizes[index], column : column + change.rank] = block
         column += change.rank
     return LowRank(torch.cat([change.down for change in changes]), up, first.scale if alike else 1.0)
 

@@ -76,7 +76,7 @@ def targets_of(transformer: nn.Module, family: ModelFamily) -> LoraTargets:
         for name, part in found.items()
         if ".lora_" not in name
     }
-    return LoraTargets(shapes, _layout(family))
+    return LoraTargets(shapes, next(iter(family.key_layouts.values()), None))  # of one family, prefixes alone differ
 
 
 def model_targets(folder: Path) -> LoraTargets:
@@ -87,12 +87,9 @@ def model_targets(folder: Path) -> LoraTargets:
 
 
 def released_targets(family: ModelFamily) -> LoraTargets:
-    """The names of the layers of a family's released model, whose configuration is its class's default."""
+    """The names of the layers of a family's released model, whose configuration is its class's default; without those
+    of fused layers where the sizes of their parts would have to be known."""
     with torch.device("meta"):
         known = targets_of(family.build("transformer", {}), family)
-    return LoraTargets(dict.fromkeys(known.shapes), known.layout)
-
-
-def _layout(family: ModelFamily) -> KeyLayout | None:
-    layout = next(iter(family.key_layouts.values()), None)  # layouts of one family differ in their prefixes
-    return None if layout is None or layout.unequal else layout
+    layout = None if known.layout is None or known.layout.unequal else known.layout
+    return LoraTargets(dict.fromkeys(known.shapes), layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -46,11 +47,11 @@ class LowRank:
         gram = (self.up.double().T @ self.up.double()) * (self.down.double() @ self.down.double().T)
         return abs(self.scale) * max(float(gram.sum()), 0.0) ** 0.5
 
-    def split(self, count: int) -> list[LowRank]:
-        """Equal parts of the rows, as a fused layer's own layers have them; without the components that are zero in
-        a part, which a block-diagonal ``up`` has."""
+    def split(self, sizes: Sequence[int]) -> list[LowRank]:
+        """Parts of so many rows, as a fused layer's own layers have them; without the components that are zero in a
+        part, which a block-diagonal ``up`` has."""
         parts = []
-        for rows in self.up.chunk(count):
+        for rows in self.up.split(list(sizes)):
             used = rows.any(dim=0)
             parts.append(LowRank(self.down[used], rows[:, used].clone(), self.scale))
         return parts
@@ -92,20 +93,22 @@ class Kronecker:
         left, right = (reduce(torch.matmul, factors) for factors in (self.left, self.right))
         return abs(self.scale) * float(left.norm() * right.norm())
 
-    def split(self, count: int) -> Sequence[Kronecker | Rows]:
-        """Equal parts of the rows: products of the same kind where the left factor divides, else views."""
-        if self.left[0].shape[0] % count:
-            return [Rows(self, index, count) for index in range(count)]
-        return [Kronecker((rows.clone(), *self.left[1:]), self.right, self.scale) for rows in self.left[0].chunk(count)]
+    def split(self, sizes: Sequence[int]) -> Sequence[Kronecker | Rows]:
+        """Parts of so many rows: products of the same kind where the left factor divides, else views."""
+        block = self.right[0].shape[0]
+        if any(size % block for size in sizes):
+            return [Rows(self, end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        rows = self.left[0].split([size // block for size in sizes])
+        return [Kronecker((part.clone(), *self.left[1:]), self.right, self.scale) for part in rows]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of part ``index`` of ``count`` of a Kronecker product; they are no such product themselves."""
+    """The rows ``start`` to ``end`` of a Kronecker product; they are no such product themselves."""
 
     whole: Kronecker
-    index: int
-    count: int
+    start: int
+    end: int
 
     @property
     def rank(self) -> int | None:
@@ -117,11 +120,11 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.whole.shape[0] // self.count, self.whole.shape[1]
+        return self.end - self.start, self.whole.shape[1]
 
     def delta(self) -> Tensor:
         """[out, in]."""
-        return self.whole.delta().chunk(self.count)[self.index]
+        return self.whole.delta()[self.start : self.end]
 
     def norm(self) -> float:
         """The Frobenius norm of ``delta()``."""
