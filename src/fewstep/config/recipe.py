@@ -14,11 +14,11 @@ from fewstep.config.sections import (
     ModelsSettings,
     OptimSettings,
     PromptSettings,
-    StudentSettings,
     TrainSettings,
     TrajectorySettings,
     check_optimizers,
 )
+from fewstep.config.student import StudentSettings
 from fewstep.core.registry import recipe_kinds
 
 

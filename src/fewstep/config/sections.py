@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fewstep.config.base import BatchSize, Fraction, GuidanceScale, SamplingSteps, Seed, Settings, Updates
-from fewstep.core import flow
 
 # --- shared ----------------------------------------------------------------------------------------------------------
 
@@ -144,63 +142,6 @@ class PromptSettings(Settings):
         lt=0.5,
         description="Fraction of a file's or folder's prompts held out for validation, and again for test.",
     )
-
-
-class StudentSettings(Settings):
-    """The student's noise levels and its sampler."""
-
-    steps: int = Field(default=4, ge=1, le=64, description="Steps of the student.")
-    step_counts: list[Annotated[int, Field(ge=1, le=64)]] | None = Field(
-        default=None,
-        min_length=1,
-        description="Numbers of steps that one student is trained for, steps among them: each training step draws one. "
-        "null is steps alone.",
-    )
-    timesteps: list[Fraction] | None = Field(
-        default=None,
-        description="The student's noise levels before the shift, descending from 1, without the 0; null spaces them "
-        "evenly.",
-    )
-    timestep_sampling: Literal["fixed", "continuous"] = Field(
-        default="fixed",
-        description="continuous: every training step draws random levels in place of the timesteps (CDM).",
-    )
-    sampler: Literal["euler", "sde"] = Field(default="euler", description="How a step reaches the next noise level.")
-    eta: Fraction = Field(default=1.0, description="Share of fresh noise in each step of the sde sampler; 0 is Euler.")
-
-    @model_validator(mode="after")
-    def _check_timesteps(self) -> StudentSettings:
-        if self.sampler == "euler" and self.eta != 1:
-            raise ValueError("eta: no effect on the euler sampler; set student.sampler: sde, or leave it out")
-        levels, counts = self.timesteps, self.step_counts
-        if counts is not None:
-            if self.steps not in counts or len(set(counts)) < len(counts):
-                raise ValueError(f"step_counts {counts}: expected different numbers, steps ({self.steps}) among them")
-            if levels is not None or self.timestep_sampling != "fixed":
-                raise ValueError("step_counts: its levels are evenly spaced; leave timesteps and timestep_sampling out")
-        if levels is None:
-            return self
-        falling = all(a > b > 0 for a, b in pairwise([*levels, 0.0]) if b > 0) and levels[-1:] > [0]
-        if len(levels) != self.steps or levels[0] != 1 or not falling:
-            raise ValueError(f"timesteps {levels}: expected {self.steps} levels that descend from 1, without the 0")
-        return self
-
-    @property
-    def levels(self) -> list[float]:
-        """The pre-shift noise levels, from 1 down, without the 0."""
-        return flow.uniform_timesteps(self.steps) if self.timesteps is None else self.timesteps
-
-    @property
-    def trained_levels(self) -> list[list[float]]:
-        """``levels`` for each number of steps that it is trained for."""
-        if self.step_counts is None:
-            return [self.levels]
-        return [flow.uniform_timesteps(count) for count in self.step_counts]
-
-    @property
-    def follows_teacher_trajectory(self) -> bool:
-        """Whether a cached trajectory has states at the student's levels: evenly spaced ones, and Euler steps."""
-        return self.timesteps is None and self.sampler == "euler"
 
 
 class ModelsSettings(Settings):
