@@ -243,13 +243,16 @@ def test_gpus_share_weights_and_batches(tiny_folder):
     saved = "saved activations"
     assert four.memory[saved] == pytest.approx(one.memory[saved] / 4, rel=0.05)
     assert four.flops == pytest.approx(one.flops / 4, rel=0.01)
+    lora = recipe_of(tiny_folder, "models.train=lora", "models.rank=4")
+    one, four = plan(lora).memory, plan(lora, gpus=4).memory
+    shares = {name: one[name] / four[name] for name in ("base", "student adapter", "gradients", "fake score optimizer")}
+    assert shares == {"base": 4, "student adapter": 1, "gradients": 1, "fake score optimizer": 1}
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("train.batch_size=6", "train.batch_size 6 is not a multiple of the 4 processes"),
-        ("models.frozen_dtype=fp8", "models.frozen_dtype fp8: FSDP shards weights of one dtype together"),
         ("optim.fake_score.optimizer=adamw8bit", "optim.fake_score.optimizer=adamw8bit works with one process only"),
     ],
 )
@@ -264,7 +267,6 @@ def test_savings_that_several_gpus_cannot_train_are_not_suggested(tiny_folder):
     done = CliRunner().invoke(app, [*words, "--gpus", "2", "--gpu", "0.0001GB"])
     assert done.exit_code == 0, done.output
     assert "with -s" in done.stdout
-    assert "fp8" not in done.stdout
     assert "adamw8bit" not in done.stdout
     assert "still too large" in done.stdout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fewstep.core.method import Shard
 from fewstep.core.precision import uses_bf16
 from fewstep.errors import UserError
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
-from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter, copy_adapter
+from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter, copy_adapter, is_adapter_key
 from fewstep.models.components import load_component, resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.generation_config import GenerationConfig
@@ -93,12 +94,19 @@ class Models:
         return load_component(resolve_model(self.teacher_path), "transformer", torch.bfloat16)
 
     def gather_full_model(self) -> nn.Module:
-        """The student's sharded transformer as a plain one."""
+        """The student's sharded transformer as a plain one. Of a base in fp8 it has the adapters alone, on a base
+        without weights."""
         sharded = self.student.transformer
-        plain = self.teacher.family.build("transformer", sharded.config)
-        for name, spec in self.adapters.items():
-            add_adapter(plain, name, spec.rank, spec.alpha, target_modules=spec.target_modules)
-        plain.load_state_dict(full_state_dict(sharded))
+        quantized = is_fp8(sharded)
+        with torch.device("meta") if quantized else nullcontext():
+            plain = self.teacher.family.build("transformer", sharded.config)
+            for name, spec in self.adapters.items():
+                add_adapter(plain, name, spec.rank, spec.alpha, target_modules=spec.target_modules)
+        if quantized:
+            own = {key: tensor for key, tensor in sharded.state_dict().items() if is_adapter_key(key)}
+            plain.load_state_dict(own, strict=False, assign=True)
+        else:
+            plain.load_state_dict(full_state_dict(sharded))
         return plain
 
 
@@ -142,18 +150,11 @@ def check_processes(recipe: DistillRecipe, count: int) -> None:
     """Check that ``count`` processes can train a recipe together.
 
     Raises:
-        UserError: batches that cannot be divided, weights that FSDP cannot shard together, or an optimizer that works
-            with one process only.
+        UserError: batches that cannot be divided, or an optimizer that works with one process only.
     """
     if count == 1:
         return
     Shard(world_size=count).rows(recipe.train.batch_size)
-    dtype = recipe.models.frozen_dtype
-    if dtype == "fp8" or (dtype == "bf16" and recipe.models.train == "lora"):
-        raise UserError(
-            f"models.frozen_dtype {dtype}: FSDP shards weights of one dtype together; with several processes use fp32, "
-            "or bf16 with models.train: full"
-        )
     for part, optim in recipe.optim.items():
         check_optimizer(part, optim, count)
 

@@ -36,6 +36,8 @@ LOADING, COPYING, ENCODING = "loading the teacher", "copying the models", "encod
 TRAJECTORIES = "sampling the teacher's trajectories"
 STEP, PREVIEW, EVALUATION = "training step", "sampling previews", "evaluation at the end"
 
+BASE = "base"  # the weights that LoRA adapters share
+
 #: Settings that save memory, in the order in which they are suggested.
 MEMORY_OPTIONS = (
     "models.gradient_checkpointing=true",
@@ -97,14 +99,19 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
     bf16 = recipe.train.precision != "fp32" if device_type == "cuda" else recipe.train.precision == "bf16"
 
     weights = _weights(models)
-    if gpus > 1 and bf16:  # all-gathered weights are in bf16 already, autocast makes no copies
+
+    def sharing(name: str) -> int:
+        """The GPUs that share it: LoRA adapters and their optimizers are whole on each."""
+        return gpus if name == BASE or not models.shares_base else 1
+
+    if gpus > 1 and bf16 and not models.shares_base:  # all-gathered weights are in bf16: autocast makes no copies
         for module in (models.student.denoiser, *models.extra.values(), *models.copies.values()):
             nn.Module.to(module, torch.bfloat16)
     with torch.random.fork_rng(devices=[]):  # the losses draw noise
         dry_run = DryRun(recipe, models, -(-recipe.train.batch_size // gpus), device_type, bf16)
         trained = {part.name: count_parameters(part.module) for part in dry_run.method.trainables}
         states = state_bytes(recipe.optim, trained)
-        held = {name: size / gpus for name, size in {**weights, **states}.items() if size}
+        held = {name: size / sharing(name) for name, size in {**weights, **states}.items() if size}
         # a term's own parts, such as a discriminator, are whole on each GPU
         own = trained.keys() - {"student", *models.extra}
         held |= {f"{label(name)} weights": 4.0 * trained[name] for name in sorted(own)}
@@ -115,7 +122,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
             held["all-gather buffers"] = (2.0 if bf16 else 4.0) * (2 * counts.block + counts.root)
         found.peaks = {
             LOADING: {"teacher": teacher_bytes} | encoding,
-            ENCODING: {name: size / gpus for name, size in weights.items()} | encoding,
+            ENCODING: {name: size / sharing(name) for name, size in weights.items()} | encoding,
             STEP: held | dry_run.step(),
             PREVIEW: held | dry_run.preview(),
         }
@@ -149,6 +156,6 @@ def _weights(models: Models) -> dict[str, float]:
     sizes = {name: 4.0 * count_parameters(module) for name, module in trained.items()}
     transformer = bytes_of(models.teacher.transformer)
     if models.shares_base:
-        base = {"base": transformer - sum(sizes.values())}
+        base = {BASE: transformer - sum(sizes.values())}
         return base | {f"{label(name)} adapter": size for name, size in sizes.items()}
     return {"teacher": transformer} | {f"{label(name)} weights": size for name, size in sizes.items()}
