@@ -30,7 +30,7 @@ def own_examples(
         folder: of the cached file.
     """
     config = model.generation_config
-    height, width, sigmas = config.height, config.width, model.sigmas(config.steps)
+    height, width, sigmas = config.height, config.width, model.sigmas(config.steps, (config.height, config.width))
     seeds = [derive_seed("own image", seed, index) for index in range(len(captions))]
 
     @torch.no_grad()

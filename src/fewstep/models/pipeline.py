@@ -135,12 +135,11 @@ class TextToImagePipeline:
 
     def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> list[float]:
         """The noise levels of ``steps`` steps, from 1 to the terminal 0: ``steps + 1`` numbers; those of the generation
-        config where it has as many. ``size`` is height and width in pixels, the generation config's by default."""
+        config where it has as many. ``size`` is height and width in pixels, the family's by default."""
         config = self.generation_config
         if config.sigmas is not None and len(config.sigmas) == steps + 1:
             return config.sigmas
-        shape = self.latent_shape(*(size or (config.height, config.width)))
-        return self.family.sigmas(self.components, steps, shape)
+        return self.family.sigmas(self.components, steps, None if size is None else self.latent_shape(*size))
 
     def encode(self, texts: Sequence[str], *, system: str | None = None, assistant_prefix: str = "") -> EncodedPrompts:
         """One batch of encoded prompts, in fp32; "" is the null prompt. Recent prompts are cached.

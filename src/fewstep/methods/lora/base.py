@@ -33,7 +33,9 @@ class LoraModels:
     def student_levels(self) -> list[float]:
         """The model's pre-shift noise levels, from 1 down, without the terminal 0."""
         model = self.model
-        return [flow.unshift_sigma(sigma, model.shift) for sigma in model.sigmas(model.generation_config.steps)[:-1]]
+        config = model.generation_config
+        sigmas = model.sigmas(config.steps, (config.height, config.width))
+        return [flow.unshift_sigma(sigma, model.shift) for sigma in sigmas[:-1]]
 
 
 @dataclass(frozen=True)
