@@ -132,7 +132,11 @@ SECTION = Section(
             "{recipe}: unknown key {key}; known keys: {keys}",
             "There is no such key in this section, and no similar one.",
             Case("distill mine.yaml -s optim.student.rho=1", "optim.student.lr, optim.student.betas", _recipe(DISTILL)),
-            Case("distill mine.yaml -s student.xyz=1", "student.steps, student.step_counts, student.timesteps", _recipe(DISTILL)),
+            Case(
+                "distill mine.yaml -s student.xyz=1",
+                "student.steps, student.step_counts, student.timesteps",
+                _recipe(DISTILL),
+            ),
         ),
         Message(
             "{recipe}: {section}: input should be a valid dictionary{...}",
