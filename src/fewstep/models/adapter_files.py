@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.models.adapters import active_adapters, adapter_layers
+from fewstep.models.adapters import active_adapters, adapter_layers, is_adapter_key
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
@@ -31,7 +31,7 @@ def write_merged(
         shard: largest size of a file.
     """
     own = (base or transformer).state_dict()
-    weights = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items() if ".lora_" not in key}
+    weights = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items() if not is_adapter_key(key)}
     layers = {f"{path}.weight": part for path, part in transformer.named_modules() if isinstance(part, LoraLayer)}
 
     def merged(key: str) -> Tensor:

@@ -68,24 +68,7 @@ def add_adapter(
     targets = [name.removesuffix(".base_layer") for name in linears]
     trained = {key for key, p in transformer.named_parameters() if p.requires_grad and is_adapter_key(key)}
     transformer.requires_grad_(False)
-    scale = rank if alpha is None else alpha
-    config: PeftConfig
-    if kind == "lokr":
-        config = LoKrConfig(
-            r=rank,
-            alpha=scale,  # type: ignore[arg-type]  # any number works
-            target_modules=targets,
-            init_weights="lycoris",
-            decompose_factor=-1 if factor is None else factor,
-        )
-    else:
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=scale,  # type: ignore[arg-type]  # any number works
-            target_modules=targets,
-            init_lora_weights=True,
-            use_dora=kind == "dora",
-        )
+    config = _peft_config(kind, rank, rank if alpha is None else alpha, factor, targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
         inject_adapter_in_model(config, transformer, name)
@@ -96,6 +79,25 @@ def add_adapter(
         if is_adapter_key(key):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(key in trained or key in own)  # others stay as they are
+
+
+def _peft_config(kind: AdapterKind, rank: int, alpha: float, factor: int | None, targets: list[str]) -> PeftConfig:
+    """Arguments as for :func:`add_adapter`; targets are whole names."""
+    if kind == "lokr":
+        return LoKrConfig(
+            r=rank,
+            alpha=alpha,  # type: ignore[arg-type]  # any number works
+            target_modules=targets,
+            init_weights="lycoris",
+            decompose_factor=-1 if factor is None else factor,
+        )
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number works
+        target_modules=targets,
+        init_lora_weights=True,
+        use_dora=kind == "dora",
+    )
 
 
 def is_adapter_key(key: str) -> bool:

@@ -9,9 +9,8 @@ from typing import Any
 
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
-from fewstep.atomic import atomic_folder
 from fewstep.core import flow
 from fewstep.models.consistency import Mismatch, chat_template_mismatches, vocabulary_mismatches
 from fewstep.models.family import MODEL_INDEX, Components, LoadingInfo, ModelFamily
@@ -22,7 +21,10 @@ from fewstep.models.flux2.prompts import LAYERS, TOKENS, Flux2PromptEncoder
 from fewstep.models.flux2.schedule import STEPS, dynamic_shift, fixed, is_dynamic, open_scheduler
 from fewstep.models.flux2.schedule import TOKENS as IMAGE_TOKENS
 from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.pretrained import build_module, load_pretrained, save_lora
 from fewstep.models.vae import vae_scale_factor
+
+CLASSES = {"transformer": Flux2Transformer2DModel, "text_encoder": Qwen3ForCausalLM, "vae": AutoencoderKLFlux2}
 
 #: The linear layers of a block of two streams, and of one.
 BLOCK_LINEARS = (
@@ -43,26 +45,19 @@ class Flux2Family(ModelFamily):
     key_layouts = KEY_LAYOUTS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
-        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-        if name == "text_encoder":
-            return Qwen3ForCausalLM.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **options)
-        cls = {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2}[name]
-        return cls.from_pretrained(path, torch_dtype=dtype, **options)
+        return load_pretrained(CLASSES[name], path, dtype)
 
     def load_other(self, name: str, path: Path) -> Any:
         return open_scheduler(path) if name == "scheduler" else Qwen2Tokenizer.from_pretrained(path)
 
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
-        if name == "text_encoder":
-            return Qwen3ForCausalLM(Qwen3Config(**config))
-        return {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2}[name].from_config(dict(config))
+        return build_module(CLASSES[name], config)
 
     def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
         Flux2KleinPipeline(**components, is_distilled=config.guidance_distilled).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        with atomic_folder(folder) as aside:
-            Flux2KleinPipeline.save_lora_weights(aside, transformer_lora_layers=dict(weights))
+        save_lora(Flux2KleinPipeline, folder, weights)
 
     def denoiser(self, transformer: Flux2Transformer2DModel) -> Flux2Denoiser:
         return Flux2Denoiser(transformer)

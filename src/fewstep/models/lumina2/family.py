@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, Lumina2Pipeline, Lumina2Transformer2DModel
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+from transformers import Gemma2Model, GemmaTokenizer
 
-from fewstep.atomic import atomic_folder
 from fewstep.models.consistency import Mismatch, text_mismatches, vae_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.lumina2.denoiser import Lumina2Denoiser
 from fewstep.models.lumina2.keys import KEY_LAYOUTS
 from fewstep.models.lumina2.prompts import Lumina2PromptEncoder
+from fewstep.models.pretrained import build_module, load_pretrained, save_lora
 from fewstep.models.scheduler import load_scheduler
 from fewstep.models.vae import vae_scale_factor
 
@@ -26,6 +26,8 @@ BLOCK_LINEARS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),
 )
+
+CLASSES = {"transformer": Lumina2Transformer2DModel, "text_encoder": Gemma2Model, "vae": AutoencoderKL}
 
 
 class Lumina2Family(ModelFamily):
@@ -40,32 +42,25 @@ class Lumina2Family(ModelFamily):
     key_layouts = KEY_LAYOUTS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
-        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-        if name == "text_encoder":
-            return Gemma2Model.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **options)
-        cls = {"transformer": Lumina2Transformer2DModel, "vae": AutoencoderKL}[name]
-        return cls.from_pretrained(path, torch_dtype=dtype, **options)
+        return load_pretrained(CLASSES[name], path, dtype)
 
     def load_other(self, name: str, path: Path) -> Any:
         return load_scheduler(path) if name == "scheduler" else GemmaTokenizer.from_pretrained(path)
 
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
-        if name == "text_encoder":
-            return Gemma2Model(Gemma2Config(**config))
-        if name == "vae":
-            return AutoencoderKL.from_config(dict(config))
-        transformer = Lumina2Transformer2DModel.from_config(dict(config))
-        rope = transformer.rope_embedder
-        with torch.device("cpu"):  # not weights: these must have values also where the weights are on the meta device
-            rope.freqs_cis = rope._precompute_freqs_cis(rope.axes_dim, rope.axes_lens, rope.theta)
-        return transformer
+        module: Any = build_module(CLASSES[name], config)
+        if name == "transformer":
+            rope = module.rope_embedder
+            with torch.device("cpu"):  # not weights: these must have values also where weights are on the meta device
+                rope.freqs_cis = rope._precompute_freqs_cis(rope.axes_dim, rope.axes_lens, rope.theta)
+        built: nn.Module = module
+        return built
 
     def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
         Lumina2Pipeline(**components).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        with atomic_folder(folder) as aside:
-            Lumina2Pipeline.save_lora_weights(aside, transformer_lora_layers=dict(weights))
+        save_lora(Lumina2Pipeline, folder, weights)
 
     def denoiser(self, transformer: Lumina2Transformer2DModel) -> Lumina2Denoiser:
         return Lumina2Denoiser(transformer)

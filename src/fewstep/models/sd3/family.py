@@ -9,20 +9,18 @@ from typing import Any
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
-from fewstep.atomic import atomic_folder
 from fewstep.core import flow
 from fewstep.errors import UserError
 from fewstep.models.consistency import Mismatch, vae_mismatches, vocabulary_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.pretrained import build_module, load_pretrained, save_lora
 from fewstep.models.scheduler import load_scheduler
 from fewstep.models.sd3.denoiser import TIMESTEPS, SD3Denoiser
 from fewstep.models.sd3.keys import KEY_LAYOUTS
@@ -31,6 +29,13 @@ from fewstep.models.vae import vae_scale_factor
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+CLASSES = {
+    "transformer": SD3Transformer2DModel,
+    **dict.fromkeys(TEXT_ENCODERS[:2], CLIPTextModelWithProjection),
+    TEXT_ENCODERS[2]: T5EncoderModel,
+    "vae": AutoencoderKL,
+}
 
 #: The linear layers of a block: attention's, of image and text, and the feed-forwards'.
 BLOCK_LINEARS = (
@@ -55,12 +60,7 @@ class SD3Family(ModelFamily):
     key_layouts = KEY_LAYOUTS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
-        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-        if name in TEXT_ENCODERS:
-            encoder = T5EncoderModel if name == TEXT_ENCODERS[-1] else CLIPTextModelWithProjection
-            return encoder.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **options)
-        cls = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}[name]
-        return cls.from_pretrained(path, torch_dtype=dtype, **options)
+        return load_pretrained(CLASSES[name], path, dtype)
 
     def load_other(self, name: str, path: Path) -> Any:
         if name == "scheduler":
@@ -68,18 +68,13 @@ class SD3Family(ModelFamily):
         return (T5Tokenizer if name == TOKENIZERS[-1] else CLIPTokenizer).from_pretrained(path)
 
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
-        if name == TEXT_ENCODERS[-1]:
-            return T5EncoderModel(T5Config(**config))
-        if name in TEXT_ENCODERS:
-            return CLIPTextModelWithProjection(CLIPTextConfig(**config))
-        return {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}[name].from_config(dict(config))
+        return build_module(CLASSES[name], config)
 
     def write_index(self, components: Components, folder: Path, config: GenerationConfig) -> None:
         StableDiffusion3Pipeline(**components).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        with atomic_folder(folder) as aside:
-            StableDiffusion3Pipeline.save_lora_weights(aside, transformer_lora_layers=dict(weights))
+        save_lora(StableDiffusion3Pipeline, folder, weights)
 
     def denoiser(self, transformer: SD3Transformer2DModel) -> SD3Denoiser:
         return SD3Denoiser(transformer)

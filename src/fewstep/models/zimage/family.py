@@ -10,13 +10,13 @@ from typing import Any
 
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import Qwen2Tokenizer, Qwen3Model
 
-from fewstep.atomic import atomic_folder
 from fewstep.errors import UserError
 from fewstep.models.consistency import Mismatch, chat_template_mismatches, text_mismatches, vae_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
+from fewstep.models.pretrained import build_module, load_pretrained, save_lora
 from fewstep.models.scheduler import load_scheduler
 from fewstep.models.text import PromptEncoder
 from fewstep.models.vae import vae_scale_factor
@@ -24,6 +24,8 @@ from fewstep.models.zimage.denoiser import PATCH_SIZE, ZImageDenoiser
 from fewstep.models.zimage.keys import KEY_LAYOUTS, PROGRAMS
 
 TURBO_SHIFT = 3  # Z-Image-Turbo's shift of the noise levels; Z-Image's is 6
+
+CLASSES = {"transformer": ZImageTransformer2DModel, "text_encoder": Qwen3Model, "vae": AutoencoderKL}
 
 #: The linear layers of a block: attention's four and the feed-forward's three.
 BLOCK_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
@@ -55,23 +57,17 @@ class ZImageFamily(ModelFamily):
     programs = PROGRAMS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
-        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-        if name == "text_encoder":
-            return Qwen3Model.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **options)
-        cls = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name]
         if name == "transformer":
-            check_transformer(cls.load_config(path, local_files_only=True), path / "config.json")
-        return cls.from_pretrained(path, torch_dtype=dtype, **options)
+            check_transformer(ZImageTransformer2DModel.load_config(path, local_files_only=True), path / "config.json")
+        return load_pretrained(CLASSES[name], path, dtype)
 
     def load_other(self, name: str, path: Path) -> Any:
         return load_scheduler(path) if name == "scheduler" else Qwen2Tokenizer.from_pretrained(path)
 
     def build(self, name: str, config: Mapping[str, Any]) -> nn.Module:
-        if name == "text_encoder":
-            return Qwen3Model(Qwen3Config(**config))
         if name == "transformer":
             check_transformer(config, Path(name) / "config.json")
-        return {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name].from_config(dict(config))
+        return build_module(CLASSES[name], config)
 
     def save_component(self, name: str, component: Any, path: Path) -> None:
         known_as = component.config.architectures if name == "text_encoder" else None
@@ -84,8 +80,7 @@ class ZImageFamily(ModelFamily):
         ZImagePipeline(**components).save_config(folder)
 
     def write_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        with atomic_folder(folder) as aside:
-            ZImagePipeline.save_lora_weights(aside, transformer_lora_layers=dict(weights))
+        save_lora(ZImagePipeline, folder, weights)
 
     def denoiser(self, transformer: ZImageTransformer2DModel) -> ZImageDenoiser:
         return ZImageDenoiser(transformer)
