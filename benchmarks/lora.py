@@ -4,9 +4,10 @@
         [--minutes 5] [--plan]
 
 "style" teaches Fluent 3D, which the teacher was not trained on, from 75 images; "thing" an object under a name that the
-teacher has never seen, from 20. Every arm trains for the same time, a LoRA of the base that it starts from included;
-the training adapter of arm b is made once, in ``--adapter-minutes``, which are printed and not counted. All are
-measured with the student's 4 steps on the same prompts and seeds. ``--plan`` prints the time, and stops.
+teacher has never seen, from 20. Every arm computes for the same time on one thread (set OMP_NUM_THREADS=1), a LoRA of
+the base that it starts from included; the training adapter of arm b is made once, in ``--adapter-minutes``, which are
+printed and not counted. All are measured with the student's 4 steps on the same prompts and seeds. ``--plan`` prints
+the time, and stops.
 
 Finished runs are kept: the same command resumes. ``<out>`` gets table.md, figures.json and plot.png.
 """
@@ -94,8 +95,8 @@ class Evaluator:
 
 def train(recipe: str, overrides: Sequence[str], folder: Path, minutes: float, seed: int) -> Path:
     """A LoRA of so many minutes of training; an interrupted run continues, a finished one is kept."""
-    common = [f"train.max_minutes={minutes}", f"train.steps={ENDLESS}", f"train.seed={seed}", "train.sample_every=0"]
-    resolved = load_recipe(recipe, [*common, "keep_files=1", *overrides])
+    common = [f"train.max_minutes={minutes}", "train.clock=thread", f"train.steps={ENDLESS}", f"train.seed={seed}"]
+    resolved = load_recipe(recipe, [*common, "train.sample_every=0", "keep_files=1", *overrides])
     assert isinstance(resolved, LoraRecipe)
     file = folder / "lora" / f"{resolved.name}.safetensors"
     if not file.exists():

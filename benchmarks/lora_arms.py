@@ -53,6 +53,7 @@ ARMS: dict[str, Arm] = {
         (f"method={{name: trajectory, teacher: {BASE}, lora: BASE_LORA, guidance_scale: 1.5}}",),
         base_share=0.5,
     ),
+    "f self-distillation": Arm("micro-lora", ("method={name: self_distillation}",)),
     "g Decoupled-DMD": Arm("micro-lora-dmd", ("method.student_start=30",)),
 }
 

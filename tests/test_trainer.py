@@ -170,6 +170,15 @@ def test_max_minutes_ends_a_training_as_its_last_step_does(tmp_path: Path) -> No
     assert again.step == trainer.step
 
 
+def test_thread_clock_does_not_count_waiting(tmp_path: Path) -> None:
+    reached = {}
+    for clock in ("wall", "thread"):
+        trainer = tiny_trainer(tmp_path / clock, steps=10, max_minutes=0.01, clock=clock)
+        trainer.method.pause = 0.1
+        reached[clock] = fit(trainer).step
+    assert reached["wall"] < reached["thread"] == 10
+
+
 def test_collected_batch_is_shared_within_a_step(tmp_path: Path) -> None:
     """Two accumulated batches a step are collected once each, for both trainables and both inner epochs."""
     method = CollectingMethod()

@@ -39,6 +39,11 @@ class TrainSettings(Settings):
     max_minutes: float | None = Field(
         default=None, gt=0, description="Ends the training earlier, after this many minutes of it."
     )
+    clock: Literal["wall", "thread"] = Field(
+        default="wall",
+        description="What max_minutes counts; thread: the time that the training's main thread computes, for "
+        "comparisons on one CPU thread beside other work.",
+    )
     batch_size: BatchSize = Field(description="Samples in a batch; every update of a trainable part takes a new batch.")
     gradient_accumulation_steps: Updates = Field(
         default=1, description="Batches whose gradients are averaged into one update."

@@ -47,7 +47,7 @@ RUN_FILES = (
 RESUMABLE_KEYS = (
     *("train.log_every", "train.sample_every", "train.save_every", "train.save_minutes"),
     *("train.max_checkpoints", "train.keep_best", "train.num_threads", "train.on_alert", "train.max_minutes"),
-    "train.trackers",
+    *("train.clock", "train.trackers"),
     *("train.fsdp_shard_size", "evaluate.", "preview.", "keep_files"),
 )
 

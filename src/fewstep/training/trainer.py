@@ -64,11 +64,11 @@ class Trainer:
         self.train_states = [TrainState(part, optim[part.name], train, self.dist) for part in method.trainables]
         self.step = self.position = 0  # finished steps, used batches
         self.seconds = 0.0  # of training, over all sessions
+        self.now = time.thread_time if train.clock == "thread" else time.monotonic
         self.best: Best | None = None  # by `train.keep_best`, so far
         self.first: dict[str, float] = {}  # the first logged value of each metric
         self._reported: set[str] = set()
-        self._means = RunningMeans()
-        self._saved = (0, time.monotonic())  # step and time of the last checkpoint
+        self._means, self._saved = RunningMeans(), (0, time.monotonic())  # step and time of the last checkpoint
 
     def fit(self, until: int | None = None) -> None:
         """Trains to the last step, or to step `until`, from which the next call continues. At the end the trainables
@@ -89,7 +89,7 @@ class Trainer:
         if self.done:
             return
         self._alerts = AlertMonitor(self.alert_rules, self.step, self.first)
-        stopping, start = 0.0, time.monotonic() - self.seconds
+        stopping, start = 0.0, self.now() - self.seconds
         with ExitStack() as stack:
             name, notes = self.run.recipe.name, {part.name: part.loss_meaning for part in self.method.trainables}
             display = training_display(name, self.step, self.train.steps, self.train.log_every, notes)
@@ -105,7 +105,7 @@ class Trainer:
                     self._save()
                     raise
                 # the same on all processes, which must stop at the same step
-                self.seconds, stopping = self.dist.all_reduce_max(time.monotonic() - start, float(stop.is_set()))
+                self.seconds, stopping = self.dist.all_reduce_max(self.now() - start, float(stop.is_set()))
                 if shown is not None:
                     shown.update(self.step, losses)
                 self._after_step()
