@@ -175,7 +175,7 @@ def test_every_check_names_its_files():
     codes = [int(code) for code in rng.integers(0, 2**63, 40, dtype=np.uint64)]
     records = [record(index, code=code) for index, code in enumerate(codes)]
     checks = {check.name: check for check in run_checks(records, {}, [], 1024, Thresholds())}
-    assert {name for name, check in checks.items() if check.level != "ok"} == {"count", "shots"}
+    assert {name for name, check in checks.items() if check.level != "ok"} == {"count", "people", "shots"}
     assert checks["count"].level == "note"
     bad = [
         record(50, width=700, height=600, size=(576, 576)),

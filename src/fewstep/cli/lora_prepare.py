@@ -39,12 +39,16 @@ def prepare(
         bool,
         typer.Option("--check-text", help="Look for text and watermarks with RapidOCR, which takes seconds an image."),
     ] = False,
+    check_people: Annotated[
+        bool, typer.Option("--check-people", help="Look for several people and missing close-ups by frontal faces.")
+    ] = False,
 ) -> None:
     """Check, crop and caption a folder of images for the training of a LoRA. The originals are only read."""
     import os
 
     from fewstep.data.training_set.captions import CaptionRule
     from fewstep.data.training_set.checks import Thresholds
+    from fewstep.data.training_set.faces import open_face_finder
     from fewstep.data.training_set.prepare import PrepareSettings
     from fewstep.data.training_set.prepare import prepare as make
     from fewstep.data.training_set.texts import open_text_finder
@@ -62,6 +66,7 @@ def prepare(
         limits,
         open_text_finder(limits.least_confidence) if check_text else None,
         _token_counter(model) if model is not None else None,
+        open_face_finder() if check_people else None,
     )
     checks, count = make(folder, out, settings)
     for check in checks:

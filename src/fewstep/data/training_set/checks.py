@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fewstep.data.training_set.captions import shot
+from fewstep.data.training_set.faces import shot_of
 from fewstep.data.training_set.measures import near_duplicates
 
 Level = Literal["ok", "note", "warning", "not checked"]
@@ -47,6 +48,7 @@ class ImageRecord:
         caption: the written one.
         texts: found in it; None if they were not looked for.
         tokens: of the caption; None without a tokenizer.
+        faces: widths of the faces over the image's height, largest first; None if they were not looked for.
     """
 
     source: str
@@ -61,6 +63,7 @@ class ImageRecord:
     code: int
     texts: list[str] | None = None
     tokens: int | None = None
+    faces: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def run_checks(
         ),
         _duplicates(records, limits),
         _texts(records, limits),
+        *_people(records),
         _named(
             "captions",
             "every image has one",
@@ -169,6 +173,18 @@ def _texts(records: Sequence[ImageRecord], limits: Thresholds) -> Check:
     return _named("text and watermarks", threshold, "with text", files)
 
 
+def _people(records: Sequence[ImageRecord]) -> list[Check]:
+    several = "one person; faces at least half as wide as the largest one count"
+    if any(one.faces is None for one in records):
+        return [Check("people", several, "not checked", "give --check-people")]
+    crowds = [f"{one.source} ({len(one.faces)} faces)" for one in records if one.faces and len(one.faces) > 1]
+    none = [one.source for one in records if not one.faces]
+    return [
+        _named("people", several, "with several people", crowds),
+        _named("faces", "a frontal face is found", "without one", none, "note"),
+    ]
+
+
 def _tokens(records: Sequence[ImageRecord], limits: Thresholds) -> Check:
     threshold = f"at most {limits.most_tokens} tokens"
     counts = [one.tokens for one in records if one.tokens is not None]
@@ -183,11 +199,15 @@ def _tokens(records: Sequence[ImageRecord], limits: Thresholds) -> Check:
 def _shots(records: Sequence[ImageRecord]) -> Check:
     advised = ", ".join(f"{name} {100 * low:.0f} to {100 * high:.0f}%" for name, (low, high) in ADVISED_SHOTS.items())
     threshold = f"advised for a character: {advised}"
-    kinds = Counter(kind for one in records if (kind := shot(one.own)) is not None)
-    named = sum(kinds.values())
-    if 2 * named < len(records):
-        return Check("shots", threshold, "not checked", f"{named} of {len(records)} captions name the kind of shot")
-    shares = {name: kinds[name] / named for name in ADVISED_SHOTS}
+    kinds = [kind for one in records if (kind := shot(one.own)) is not None]
+    if 2 * len(kinds) < len(records):
+        by_face = [shot_of(one.faces[0]) for one in records if one.faces]
+        if 2 * len(by_face) < len(records):
+            found = f"{len(kinds)} of {len(records)} captions name the kind of shot"
+            return Check("shots", threshold, "not checked", found)
+        kinds, threshold = by_face, f"{threshold}; by the size of the largest face"
+    counts = Counter(kinds)
+    shares = {name: counts[name] / len(kinds) for name in ADVISED_SHOTS}
     fits = all(low <= shares[name] <= high for name, (low, high) in ADVISED_SHOTS.items())
     found = ", ".join(f"{name} {100 * share:.0f}%" for name, share in shares.items())
     return Check("shots", threshold, "ok" if fits else "note", found)

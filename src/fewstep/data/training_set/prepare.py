@@ -25,6 +25,7 @@ from fewstep.atomic import atomic_folder, is_litter
 from fewstep.data.training_set.buckets import Fit, crop_to, target_size
 from fewstep.data.training_set.captions import CaptionRule, caption_beside, read_captions
 from fewstep.data.training_set.checks import Check, ImageRecord, Thresholds, run_checks
+from fewstep.data.training_set.faces import FindFaces
 from fewstep.data.training_set.measures import grain, perceptual_hash, sharpness
 from fewstep.data.training_set.opening import SUFFIXES, Unreadable, open_rgb
 from fewstep.data.training_set.sheet import TILE, ContactSheet
@@ -49,6 +50,7 @@ class PrepareSettings:
         limits: of the checks.
         find_text: finds text in an image; None: it is not looked for.
         count_tokens: of a caption; None: they are not counted.
+        find_faces: finds faces in an image; None: they are not looked for.
     """
 
     side: int = 1024
@@ -57,6 +59,7 @@ class PrepareSettings:
     limits: Thresholds = field(default_factory=Thresholds)
     find_text: FindText | None = None
     count_tokens: Callable[[str], int] | None = None
+    find_faces: FindFaces | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def _make(source: _Source, folder: Path, images: Path, settings: PrepareSettings
         code=perceptual_hash(image),
         texts=None if settings.find_text is None else settings.find_text(image),
         tokens=None if settings.count_tokens is None else settings.count_tokens(caption),
+        faces=None if settings.find_faces is None else settings.find_faces(image),
     )
     cropped.thumbnail((TILE, TILE))
     return record, cropped
