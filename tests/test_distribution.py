@@ -24,10 +24,15 @@ OPTIONS = [
 ]
 
 
-def command(folder, out, processes, *more):
-    launch = (
-        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    )
+def command(folder, out, processes, *more, restarts=0):
+    several = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}",
+    ]
+    launch = [] if processes == 1 else several
     settings = [word for option in (f"teacher={folder}", *OPTIONS, *more) for word in ("-s", option)]
     return [sys.executable, *launch, "-m", "fewstep", "distill", "micro-aligned", "--out", str(out), *settings]
 
@@ -206,6 +211,28 @@ def test_one_killed_process_ends_all_and_the_run_resumes(tiny_folder, tmp_path):
     reached = max(int(path.name[5:]) for path in (tmp_path / "run").glob("checkpoints/step_*"))
     again = distill(tiny_folder, tmp_path / "run", 2, f"train.steps={reached + 100_001}", "train.max_minutes=0.001")
     assert "resuming from step" in again.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_killed_process(tiny_folder, tmp_path):
+    """The restarted processes go on from the last checkpoint, to the weights of a run without a loss."""
+    words = command(tiny_folder, tmp_path / "run", 2, "train.steps=20", restarts=1)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run").glob("checkpoints/step_*")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()[-3000:]
+            time.sleep(0.05)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, output = process.communicate(timeout=180)
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+    assert "resuming from step" in output
+    distill(tiny_folder, tmp_path / "whole", 2, "train.steps=20")
+    assert_close(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_batches_are_divided_without_overlap(tiny):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.nn.functional import all_gather
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from fewstep.config.recipe import Recipe
@@ -168,7 +169,10 @@ def init_distributed(device: str | torch.device = AUTO) -> Iterator[DistContext]
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     chosen = resolve_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    store, rank, count = next(rendezvous("env://"))
+    # torchrun's store still has the addresses of processes that it restarted: each attempt takes keys of its own
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
     try:
         yield DistContext(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
