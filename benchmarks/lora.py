@@ -1,13 +1,16 @@
 """Ways to train a LoRA for a 4-step student, on the emoji dataset at equal wall time: what is learned, what is lost.
 
     python benchmarks/lora.py --out runs/lora-study [--subjects style thing] [--arms "a plain" ...] [--seeds 0 1 2]
-        [--minutes 5] [--plan]
+        [--minutes 5] [--plan] [--strengths 0.6 0.8 1 1.2 1.4]
 
 "style" teaches Fluent 3D, which the teacher was not trained on, from 75 images; "thing" an object under a name that the
 teacher has never seen, from 20. Every arm computes for the same time on one thread (set OMP_NUM_THREADS=1), a LoRA of
 the base that it starts from included; the training adapter of arm b is made once, in ``--adapter-minutes``, which are
 printed and not counted. All are measured with the student's 4 steps on the same prompts and seeds. ``--plan`` prints
 the time, and stops.
+
+``--strengths`` uses the LoRA of the base (arm c, the first seed's) on the student at each of these strengths instead,
+for strengths.md.
 
 Finished runs are kept: the same command resumes. ``<out>`` gets table.md, figures.json and plot.png.
 """
@@ -145,6 +148,23 @@ def run(name: str, subject: str, seed: int, evaluator: Evaluator, options: argpa
     return kept(options.out / subject / f"{folder_name(name)}-{seed}.json", find)
 
 
+def sweep(subject: str, evaluator: Evaluator, options: argparse.Namespace) -> None:
+    """Measure the base's LoRA on the student at every strength."""
+    folder, name = options.out / subject, "c on the base"
+    file, _ = train_arm(name, subject, options.seeds[0], options)
+    found = {
+        f"strength {strength:g}": [
+            kept(
+                folder / f"{folder_name(name)}-at-{strength:g}.json",
+                lambda strength=strength: evaluator.measure(load(STUDENT, CPU, loras={str(file): strength})),
+            )
+        ]
+        for strength in options.strengths
+    }
+    metrics = {key: value for key, value in METRICS.items() if key not in ("nfe", "steps")}
+    write_text(folder / "strengths.md", markdown(found, metrics, f"A LoRA of the base on the student: {subject}"))
+
+
 def rows(found: Mapping[str, Sequence[Figures]], reference: Mapping[str, Figures]) -> dict[str, Sequence[Figures]]:
     """The table's rows; of an arm on the base also one with the base's own many steps."""
     many = {
@@ -191,6 +211,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, for each arm")
     parser.add_argument("--adapter-minutes", type=float, default=5.0, help="of training the adapter of arm b, once")
     parser.add_argument("--prompts", type=int, default=200, help="of the subject, and others")
+    parser.add_argument("--strengths", type=float, nargs="+", help="measure arm c's LoRA at these, and nothing else")
     parser.add_argument("--plan", action="store_true", help="print the time, and stop")
     return parser.parse_args(words)
 
@@ -207,6 +228,9 @@ def main() -> None:
         if not (folder / "set").exists():
             SUBJECTS[subject].write(folder / "set")
         evaluator = Evaluator(SUBJECTS[subject], student, options.prompts)
+        if options.strengths:
+            sweep(subject, evaluator, options)
+            continue
         reference = kept(
             folder / "reference.json",
             lambda one=evaluator: {"student, no LoRA": one.measure(student), "base, no LoRA": one.measure(load(BASE))},
