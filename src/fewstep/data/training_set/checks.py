@@ -162,7 +162,8 @@ def _duplicates(records: Sequence[ImageRecord], limits: Thresholds) -> Check:
     groups = near_duplicates([one.code for one in records], limits.duplicate_bits)
     files = [" = ".join(records[index].source for index in group) for group in groups]
     threshold = f"more than {limits.duplicate_bits} of 64 bits of the perceptual hash differ"
-    return _named("near-duplicates", threshold, "groups of near-duplicates", files)
+    what = "group of near-duplicates" if len(files) == 1 else "groups of near-duplicates"
+    return _named("near-duplicates", threshold, what, files)
 
 
 def _texts(records: Sequence[ImageRecord], limits: Thresholds) -> Check:
