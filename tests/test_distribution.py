@@ -24,7 +24,7 @@ OPTIONS = [
 ]
 
 
-def command(folder, out, processes, *more, restarts=0):
+def launcher(processes, restarts=0):
     several = [
         "-m",
         "torch.distributed.run",
@@ -32,7 +32,11 @@ def command(folder, out, processes, *more, restarts=0):
         f"--nproc-per-node={processes}",
         f"--max-restarts={restarts}",
     ]
-    launch = [] if processes == 1 else several
+    return [] if processes == 1 else several
+
+
+def command(folder, out, processes, *more, restarts=0):
+    launch = launcher(processes, restarts)
     settings = [word for option in (f"teacher={folder}", *OPTIONS, *more) for word in ("-s", option)]
     return [sys.executable, *launch, "-m", "fewstep", "distill", "micro-aligned", "--out", str(out), *settings]
 
@@ -158,7 +162,7 @@ def test_four_processes_in_two_groups_resume_from_two(tiny_folder, tmp_path, alo
     ],
 )
 def test_terms_and_methods_equal_one_process(tiny_folder, tmp_path, more):
-    """With real samples and trajectory caches, which the main process makes for both, and with drawn levels."""
+    """With real samples and trajectory caches, and with drawn levels."""
     sizes = ("trajectory.num_trajectories=4", "trajectory.guidance_scale=null", "train.steps=2")
     for processes in (1, 2):
         distill(tiny_folder, tmp_path / str(processes), processes, *sizes, *more)
@@ -185,6 +189,21 @@ def test_full_copies_with_a_teacher_in_fp8_on_two_processes(tiny_folder, tmp_pat
     for processes in (1, 2):
         distill(tiny_folder, tmp_path / str(processes), processes, "models.frozen_dtype=fp8", "train.steps=2")
     assert distance(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache_of_trajectories(tiny_folder, tmp_path):
+    options = (f"teacher={tiny_folder}", "num_trajectories=6", "shard_size=2", "steps=2", "precision=fp32")
+    for processes in (1, 2):
+        words = [sys.executable, *launcher(processes), "-m", "fewstep", "cache-trajectories", "micro-cache"]
+        words += ["--out", str(tmp_path / str(processes)), *(word for option in options for word in ("-s", option))]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout == f"{tmp_path / str(processes)}\n"
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(files) == 4
+    for name in files:
+        assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from gaussian import SHAPE, Gaussian, prompts_of
 
 from fewstep.config.recipe import CacheRecipe
 from fewstep.core import flow
+from fewstep.core.method import Shard
 from fewstep.core.samplers import sample_euler
 from fewstep.data.batch import DistillBatch
 from fewstep.data.teacher_trajectories import cache_fingerprint, make_cache, subdivide, teacher_trajectory
@@ -112,6 +113,22 @@ def test_interrupted_cache_resumes(tiny_folder, tmp_path):
     make_cache(cache_recipe(tiny_folder), folder)
     assert shard_file(folder, 1).read_bytes() == before
     assert shard_file(folder, 0).stat().st_mtime_ns == kept
+
+
+def test_processes_share_the_work(tiny_folder, tmp_path):
+    """Two processes sample every other shard, and together those of one."""
+    recipe = cache_recipe(tiny_folder, shard_size=2)
+    whole = make_cache(recipe, tmp_path / "whole")
+    written = []
+    for rank in (0, 1):
+        make_cache(recipe, tmp_path / "shared", process=Shard(rank, 2))
+        written.append({path.name for path in (tmp_path / "shared").glob("shard-*")})
+    assert written == [
+        {"shard-00000.safetensors", "shard-00002.safetensors"},
+        {path.name for path in whole.glob("shard-*")},
+    ]
+    for path in whole.iterdir():
+        assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_other_caches_are_refused(tiny_folder, tmp_path):

@@ -16,6 +16,7 @@ from fewstep.core.registry import methods
 from fewstep.data.encodable_texts import EncodableTexts
 from fewstep.data.images import grid
 from fewstep.data.prompts import open_prompts
+from fewstep.data.teacher_trajectories import fill_trajectory_cache
 from fewstep.data.text_prompts import encodable
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
@@ -96,8 +97,11 @@ def make_trainer(
     dist = dist or DistContext()
     method_class: type[DistillMethod] = methods.get(recipe.method.name)
     torch.manual_seed(recipe.train.seed)
+    trajectories = cache or run.directory / "cache"
+    if dist.world_size > 1 and recipe.method.samples_teacher and recipe.trajectory.cache is None:
+        fill_trajectory_cache(recipe, inputs.teacher, trajectories, inputs.prompts, dist.shard, dist.barrier)
     with dist.main_process_first():
-        data = DataSetup(recipe, inputs.teacher, inputs.prompts, cache or run.directory / "cache")
+        data = DataSetup(recipe, inputs.teacher, inputs.prompts, trajectories)
         sources = method_class.batch_sources(data)
     models = build_models(recipe, inputs.teacher, recipe.method.extra_models(), dist, recipe.method.student_copies())
     setup = MethodSetup(recipe, models, inputs.teacher.encode([""]), sources, inputs.prompts, dist)

@@ -14,12 +14,18 @@ def cache(
     overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
-    """Sample a teacher's trajectories and keep them on disk. Running the same command again resumes."""
+    """Sample a teacher's trajectories and keep them on disk. The same command again resumes; under torchrun every
+    process samples its share."""
     from fewstep.config.load import load_recipe, wrong_kind
     from fewstep.config.recipe import CacheRecipe
     from fewstep.data.teacher_trajectories import make_cache
+    from fewstep.training.distributed import init_distributed
 
     resolved = load_recipe(recipe, overrides or [])
     if not isinstance(resolved, CacheRecipe):
         raise wrong_kind(resolved, recipe)
-    typer.echo(make_cache(resolved, out or Path("runs") / resolved.name, overwrite=overwrite, device=device))
+    folder = out or Path("runs") / resolved.name
+    with init_distributed(device) as dist:
+        make_cache(resolved, folder, overwrite=overwrite, device=dist.device, process=dist.shard, barrier=dist.barrier)
+    if dist.is_main_process:
+        typer.echo(folder)

@@ -3,7 +3,8 @@ distillation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -87,58 +88,81 @@ def make_cache(
     teacher: TextToImagePipeline | None = None,
     prompts: Sequence[str] | None = None,
     device: str | torch.device = AUTO,
+    process: Shard = Shard(),  # noqa: B008  # frozen
+    barrier: Callable[[], None] = lambda: None,
 ) -> Path:
     """Fill ``out`` with the teacher's trajectories; shards from an earlier call are kept.
+
+    Several processes, each of which calls this, sample every so many-th shard.
 
     Args:
         overwrite: delete a cache that is in ``out``.
         teacher, prompts: the recipe's teacher and training prompts, if they are loaded already.
         device: where the teacher is loaded otherwise.
+        process: this one among those that call. barrier: waits for all of them.
 
     Raises:
         UserError: another cache or other files in ``out``, another process that fills it, or a mistake in the recipe.
     """
     prompts = open_prompts(recipe.prompts).texts("train") if prompts is None else prompts
     if teacher is None:
-        with claimed_folder(out):
+        with _claimed(out, process):
             check_cache_folder(out, overwrite)
             teacher = load(recipe.teacher, device)
             teacher.set_resolution(recipe.resolution)
             if recipe.precision == "bf16":
                 warn_if_emulated("precision bf16", teacher.device, "precision: auto, or fp32")
-            return make_cache(recipe, out, overwrite=overwrite, teacher=teacher, prompts=prompts)
+            return make_cache(
+                *(recipe, out),
+                overwrite=overwrite,
+                teacher=teacher,
+                prompts=prompts,
+                process=process,
+                barrier=barrier,
+            )
     guidance = teacher.generation_config.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
     anchors = flow.uniform_timesteps(recipe.steps)
     made_by = cache_fingerprint(teacher, anchors, recipe.teacher_steps_per_student_step, guidance)
     index = Index(made_by, recipe.num_trajectories, recipe.shard_size, recipe.first_seed)
     if not overwrite and is_complete(out, index):
         return out  # without a lock: several processes read it at once
-    with claimed_folder(out):
-        if overwrite and (out / INDEX).exists():
-            delete_cache(out)
-        write_index(out, index)
-        _fill(recipe, out, index, teacher, anchors, guidance, encodable(teacher, prompts))
+    with _claimed(out, process):
+        if process.rank == 0:
+            if overwrite and (out / INDEX).exists():
+                delete_cache(out)
+            write_index(out, index)
+        barrier()
+        own = range(process.rank, index.shards, process.world_size)
+        missing = [shard for shard in own if not shard_file(out, shard).exists()]
+        shards = track(missing, "the teacher's trajectories") if process.rank == 0 else missing
+        _fill(recipe, out, index, shards, teacher, anchors, guidance, encodable(teacher, prompts))
+        barrier()
     return out
+
+
+def _claimed(out: Path, process: Shard) -> AbstractContextManager[None]:
+    """The first of several processes locks the folder for all."""
+    return claimed_folder(out) if process.rank == 0 else nullcontext()
 
 
 def _fill(
     recipe: CacheRecipe,
     out: Path,
     index: Index,
+    shards: Iterable[int],
     teacher: TextToImagePipeline,
     anchors: list[float],
     guidance: float,
     texts: EncodableTexts,
 ) -> None:
-    """Sample the shards that are missing."""
+    """Sample these shards."""
     device, substeps = teacher.device, recipe.teacher_steps_per_student_step
     denoiser: Denoiser = teacher.denoiser
     if guidance > 0:
         denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance)
     height, width = teacher.generation_config.height, teacher.generation_config.width
     together = recipe.batch_size or max_batch_size(height, width)
-    missing = [n for n in range(index.shards) if not shard_file(out, n).exists()]
-    for shard in track(missing, "the teacher's trajectories"):
+    for shard in shards:
         samples = index.sample_range(shard)
         seeds = index.seeds(samples)
         chosen = [_draw_prompt(seed, len(texts)) for seed in seeds]
@@ -171,19 +195,32 @@ def open_trajectory_cache(
         found, source = TrajectoryCache(settings.cache, made_by), open_prompts(recipe.prompts)
         check_held_out({settings.cache: found.texts()}, source.texts("validation"), source.texts("test"))
         return found
+    return TrajectoryCache(fill_trajectory_cache(recipe, teacher, folder, prompts), made_by)
+
+
+def fill_trajectory_cache(
+    recipe: DistillRecipe,
+    teacher: TextToImagePipeline,
+    folder: Path,
+    prompts: Sequence[str],
+    process: Shard = Shard(),  # noqa: B008  # frozen
+    barrier: Callable[[], None] = lambda: None,
+) -> Path:
+    """Sample the teacher's trajectories for a distillation in ``folder``, as :func:`make_cache` does."""
+    settings = recipe.trajectory
     cache = CacheRecipe(
         kind="cache_trajectories",
         name=recipe.name,
         teacher=recipe.teacher,
         prompts=recipe.prompts,
-        steps=steps,
-        teacher_steps_per_student_step=substeps,
-        guidance_scale=guidance,
+        steps=recipe.student.steps,
+        teacher_steps_per_student_step=settings.teacher_steps_per_student_step,
+        guidance_scale=settings.guidance_scale,
         num_trajectories=settings.num_trajectories,
         shard_size=64,  # an interruption loses few of them
         precision=recipe.train.precision,
     )
-    return TrajectoryCache(make_cache(cache, folder, teacher=teacher, prompts=prompts), made_by)
+    return make_cache(cache, folder, teacher=teacher, prompts=prompts, process=process, barrier=barrier)
 
 
 def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> BatchSource:
