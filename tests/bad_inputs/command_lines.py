@@ -162,6 +162,7 @@ SECTION = Section(
             Case("evaluate tiny --num-prompts 1", "'--num-prompts'"),
             Case("evaluate tiny --max-minutes 0", "'--max-minutes'"),
             Case("plan micro-turbo --gpus 0", "'--gpus'"),
+            Case("distill micro-turbo --ray 0", "'--ray'"),
             Case("tune micro-decoupled --space space.yaml --minutes 0", "'--minutes'"),
             Case("tune micro-decoupled --space space.yaml --minutes 5 --trial-minutes 0", "'--trial-minutes'"),
             Case("tune micro-decoupled --space space.yaml --minutes 5 --trial-steps 0", "'--trial-steps'"),

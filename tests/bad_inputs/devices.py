@@ -16,6 +16,7 @@ SECTION = Section(
             Case("generate tiny 'a fox' --device gpu", "device gpu"),
             Case("evaluate tiny --prompts prompts.txt --device 0x", "device 0x", {"prompts.txt": PROMPTS}),
             Case("distill mine.yaml --device gpu", "device gpu", _RECIPE),
+            Case("distill mine.yaml --device gpu --ray 2", "device gpu", _RECIPE),
             Case(
                 "tune mine.yaml --space space.yaml --minutes 5 --device gpu",
                 "device gpu",

@@ -146,7 +146,7 @@ def open_run(dist: DistContext, directory: str | Path, recipe: Recipe, **options
 
 @contextmanager
 def init_distributed(device: str | torch.device = AUTO) -> Iterator[DistContext]:
-    """Joins the process group if torchrun started this process; otherwise it is the only one.
+    """Joins the process group if torchrun or Ray Train started this process; otherwise it is the only one.
 
     Args:
         device: of several processes on GPUs, each takes the one of its local rank: cuda, without a number.
@@ -169,6 +169,9 @@ def init_distributed(device: str | torch.device = AUTO) -> Iterator[DistContext]
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     chosen = resolve_device(chosen)
+    if dist.is_initialized():  # by Ray Train
+        yield DistContext(dist.get_rank(), dist.get_world_size(), chosen)
+        return
     store, rank, count = next(rendezvous("env://"))
     # torchrun's store still has the addresses of processes that it restarted: each attempt takes keys of its own
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
