@@ -62,14 +62,21 @@ SECTION = Section(
         ),
         Message(
             "{file}: {pipeline} edits images by instruction alone: fewstep generate with --edit FILE",
-            "Such a model is not trained, exported or served here.",
+            "Such a model is not trained or exported here.",
             Case("generate omni 'a fox'", "omni/model_index.json: ZImageOmniPipeline", _OMNI),
-            Case("serve omni", "omni/model_index.json: ZImageOmniPipeline", _OMNI),
+            Case("convert omni --to original --out a.safetensors", "omni/model_index.json: ZImageOmniPipeline", _OMNI),
         ),
         Message(
             "{option}: has no effect with --edit; leave it out",
             "diffusers' pipeline for such models has no place for it.",
             Case("generate omni 'make it snow' --edit a.png --strength 0.5", "--strength", _OMNI),
+        ),
+        Message(
+            "{option}: has no effect with a model that edits by instruction; leave it out",
+            "A server of such a model has no LoRA files, no other VAE and no revised prompts.",
+            Case("serve omni --lora-dir .", "--lora-dir", _OMNI),
+            Case("serve omni --vae tiny", "--vae", _OMNI),
+            Case("serve omni --enhancer own --replicas 1", "--enhancer", _OMNI),
         ),
         Message(
             "{count} images to edit: give 1 to {count}",

@@ -131,8 +131,7 @@ def edit_batches(
 
 def with_size(params: SamplingParams, image: Image.Image, editor: ImageEditor) -> SamplingParams:
     """Parameters whose size is that of the image where it is open."""
-    multiple = editor.family.latent_multiple(editor.components)
-    width, height = editor.family.default_size(image, multiple)
+    width, height = editor.family.default_size(image, editor.latent_multiple)
     return params.model_copy(update={"width": params.width or width, "height": params.height or height})
 
 

@@ -1,6 +1,6 @@
 """A model that edits images by instruction: its family, and its components in diffusers' own pipeline.
 
-Such a model cannot be trained, exported or served here: its transformer takes more than ``core.denoiser`` passes.
+Such a model cannot be trained or exported here: its transformer takes more than ``core.denoiser`` passes.
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ class ImageEditor:
     def device(self) -> torch.device:
         return next(self.components["transformer"].parameters()).device
 
+    @property
+    def latent_multiple(self) -> int:
+        """Pixels that the sides of an image must be a multiple of."""
+        return self.family.latent_multiple(self.components)
+
     def sigmas(self, steps: int) -> list[float]:
         """The noise levels of ``steps`` steps, from 1 to the terminal 0; those of the generation config where it has
         as many."""
@@ -82,7 +87,7 @@ class ImageEditor:
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of the latent of one image of these pixels. Raises: UserError for a size that the model cannot take."""
-        multiple, longest = self.family.latent_multiple(self.components), self.family.max_side(self.components)
+        multiple, longest = self.latent_multiple, self.family.max_side(self.components)
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % multiple:
                 raise UserError(f"{name} {side} is not a multiple of {multiple}")
@@ -91,13 +96,18 @@ class ImageEditor:
         return self.family.latent_shape(self.components, height, width)
 
 
+def edits_by_instruction(folder: Path) -> bool:
+    """Whether a folder's model does. Raises: UserError if its ``model_index.json`` cannot be read."""
+    load_plugins()
+    return read_pipeline_class(folder) in editing_families
+
+
 def resolve_editing_family(folder: Path) -> EditingFamily:
     """The family of a folder's model. Raises: UserError if it does not edit images by instruction."""
-    name = read_pipeline_class(folder)
-    load_plugins()
-    family = resolve_any_family(folder) if name in editing_families else None
+    family = resolve_any_family(folder) if edits_by_instruction(folder) else None
     if not isinstance(family, EditingFamily):
         known = ", ".join(editing_families.names())
+        name = read_pipeline_class(folder)
         raise UserError(f"{folder}: {name} does not edit images by instruction; give a model of {known}")
     return family
 
