@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import lora_files as made
 import numpy as np
 import pytest
 import torch
@@ -102,12 +103,12 @@ def test_a_student_is_sampled_at_its_own_levels_without_guidance(student, photo,
 def test_steps_are_reported_with_predictions(student):
     editor, seen = load_editor(student, "cpu"), []
     images = [noise_image(0, 64, 64)]
-    made = edit_images(editor, ["make the sky pink"], images, callback=seen.append)
+    result = edit_images(editor, ["make the sky pink"], images, callback=seen.append)
     assert [(step.step, step.steps, step.finished) for step in seen] == [(1, 3, 0), (2, 3, 0), (3, 3, 1)]
     assert [step.sampler_step.sigma for step in seen] == SIGMAS[:-1]
     last = seen[-1].sampler_step
     torch.testing.assert_close(last.x0, last.x_next)
-    assert made.images.shape == (1, 64, 64, 3)
+    assert result.images.shape == (1, 64, 64, 3)
     with pytest.raises(GenerationCancelled):
         edit_images(editor, ["make the sky pink"], images, callback=lambda step: False)
 
@@ -115,8 +116,13 @@ def test_steps_are_reported_with_predictions(student):
 def test_an_edit_is_made_again_while_its_images_are_there(student, photo, tmp_path):
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     edit(student, "make the sky pink", "--edit", photo, "--seed", 7, "-o", one)
-    made = read_metadata(one)
-    assert (made.prompt, made.params.seed, made.params.width, made.params.height) == ("make the sky pink", 7, 96, 64)
+    found = read_metadata(one)
+    assert (found.prompt, found.params.seed, found.params.width, found.params.height) == (
+        "make the sky pink",
+        7,
+        96,
+        64,
+    )
     edit("--from", one, "-o", two)
     assert one.read_bytes() == two.read_bytes()
     edit("--from", one, student, "make it snow", "-o", two)
@@ -126,6 +132,27 @@ def test_an_edit_is_made_again_while_its_images_are_there(student, photo, tmp_pa
     assert_one_error(run("generate", "--from", one, "-o", two), "not there or has changed; give --edit FILE for each")
     edit("--from", one, "--edit", moved, "-o", two)
     assert np.array_equal(pixels(one), pixels(two))
+
+
+def test_lora_files_change_the_transformer_as_in_diffusers(student, photo, tmp_path):
+    theirs = diffusers_pipeline(student)
+    theirs.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    adapter = made.adapter_for(theirs.transformer, (*made.LAYERS, "siglip_refiner.0.attention.to_q"))
+    made.save(tmp_path / "ann.safetensors", made.diffusers(adapter))
+    words = (student, "make the sky pink", "--edit", photo)
+    edit(*words, "-o", tmp_path / "without.png")
+    assert "bound to 8 of" in edit(*words, "--lora", f"{tmp_path}/ann.safetensors", "-o", tmp_path / "with.png").stderr
+    theirs.load_lora_weights(tmp_path / "ann.safetensors")
+    options = {"guidance_scale": 0.0, "generator": torch.Generator().manual_seed(0)}
+    expected = theirs(image=[Image.open(photo)], prompt="make the sky pink", sigmas=SIGMAS[:-1], **options).images[0]
+
+    def difference(name):
+        return np.abs(pixels(tmp_path / name).astype(float) - np.array(expected)).mean()
+
+    # the sums differ by rounding in fp32, which single pixels of the VAE in bf16 show
+    assert difference("with.png") < 1 < 5 < difference("without.png")
+    edit("--from", tmp_path / "with.png", "-o", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "with.png").read_bytes()
 
 
 def test_each_image_and_their_order_count(student, photo, tmp_path):

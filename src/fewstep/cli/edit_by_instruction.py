@@ -8,6 +8,7 @@ import torch
 import typer
 from PIL import Image
 
+from fewstep.cli.input_files import InputFiles
 from fewstep.cli.options import was_given
 from fewstep.errors import UserError
 from fewstep.inference.instruction import check_supported, read_images
@@ -19,7 +20,7 @@ from fewstep.models.editor import ImageEditor, load_editor, resolve_editing_fami
 #: Options of `fewstep generate` that such a model has no use for.
 _REFUSED = (
     *("image", "strength", "mask", "enhance", "system_prompt", "assistant_prefix", "batch_size", "cache"),
-    *("lora", "ignore", "vae", "offload", "compile", "aot"),
+    *("vae", "offload", "compile", "aot"),
 )
 
 
@@ -47,10 +48,15 @@ def open_images(
 
 
 def open_editor(
-    model: str, device: str, dtype: torch.dtype | None, attention_backend: str | None, vae_tiling: bool
+    model: str,
+    files: InputFiles,
+    device: str,
+    dtype: torch.dtype | None,
+    attention_backend: str | None,
+    vae_tiling: bool,
 ) -> ImageEditor:
-    """Arguments and errors as for ``load_editor``, and the options for speed and memory."""
-    editor = load_editor(model, device, dtype)
+    """The model with its LoRA files, and the options for speed and memory. Errors as for ``load_editor``."""
+    editor = load_editor(model, device, dtype, files.loras, files.ignored)
     transformer = editor.components["transformer"]
     if attention_backend is not None:
         use_attention_backend(transformer, attention_backend, editor.device, transformer.dtype)

@@ -200,7 +200,7 @@ def generate(
     def batches(missing: Sequence[str], params: SamplingParams, callback: Callback) -> Iterator[GeneratedBatch]:
         torch_dtype = dtype.torch_dtype if dtype else None
         if references:
-            editor = open_editor(name, device, torch_dtype, attention_backend, vae_tiling)
+            editor = open_editor(name, files, device, torch_dtype, attention_backend, vae_tiling)
             return edit_batches(editor, missing, references, params, callback)
         pipeline = load(name, device, torch_dtype, offload.value, files.loras, files.ignored, files.vae, aot)
         _speed_options(pipeline, attention_backend, vae_tiling, compile)

@@ -6,6 +6,7 @@ Such a model cannot be trained or exported here: its transformer takes more than
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fewstep.models.consistency import check_components
 from fewstep.models.family import Components, ModelFamily, read_pipeline_class, resolve_any_family
 from fewstep.models.generation_config import GenerationConfig, load_generation_config
 from fewstep.models.library_logs import silence_loggers
+from fewstep.models.lora.merge import merge_, open_loras
 from fewstep.models.quantize import FP8
 
 
@@ -120,7 +122,11 @@ def size_multiple(folder: Path) -> int:
 
 
 def load_editor(
-    path_or_name: str | Path, device: str | torch.device = AUTO, dtype: torch.dtype | None = None
+    path_or_name: str | Path,
+    device: str | torch.device = AUTO,
+    dtype: torch.dtype | None = None,
+    loras: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
 ) -> ImageEditor:
     """Load a model that edits images by instruction: all its weights frozen, in eval mode.
 
@@ -129,6 +135,8 @@ def load_editor(
         device: "auto" is the GPU where there is one, else the CPU.
         dtype: of the weights, fp32 or bf16; unset, each component's stored one. A family may keep single components in
             the one that its pipeline computes in.
+        loras: LoRA files with their strengths, merged into the transformer's weights (``models.lora``).
+        ignore: keys in these files to leave out; any other key that binds no layer is an error.
 
     Raises:
         UserError: no such device or model, one that does not edit by instruction, a file that is missing or corrupt, or
@@ -138,8 +146,10 @@ def load_editor(
     family = resolve_editing_family(folder)
     if dtype == FP8:
         raise UserError("fp8: weights of a model that edits by instruction are in fp32 or bf16")
+    adapters = open_loras(folder, loras or {}, ignore)
     components = {name: load_component(folder, name, dtype, family) for name in family.component_names}
     check_components(folder, family, components)
+    merge_(components["transformer"], adapters)
     warn_if_weights_are_emulated(components["transformer"], chosen)
     with silence_loggers():
         pipeline = family.open_pipeline(components)
