@@ -9,9 +9,12 @@ import chromium
 import lora_files as made
 import pytest
 from chromium import Chromium
+from omni_setup import save_omni
 from serve_setup import make_service, running
 
 from fewstep.inference.enhancer import Revision
+from fewstep.models.editor import load_editor
+from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.lora.targets import targets_of
 from fewstep.models.pipeline import load
 from fewstep.models.zimage.family import ZIMAGE
@@ -110,6 +113,25 @@ def test_an_edit_with_a_painted_mask(server, page):
     page.value("document.getElementById('close-image').click()")
     assert generate(page, 3)["strength"] == ""
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_an_edit_by_instruction(tmp_path):
+    folder = save_omni(tmp_path / "omni")
+    (folder / "fewstep.json").write_text(GenerationConfig(steps=2, height=64, width=96).dump(folder))
+    with (
+        running(make_service(load_editor(folder, "cpu"))) as server,
+        Chromium(tmp_path / "profile") as browser,
+    ):
+        browser.open(server.url)
+        browser.wait("document.getElementById('model')?.textContent === 'tiny'")
+        browser.value(CHOOSE.replace("48", "64"))
+        hidden = "['edit-fields', 'mask-fields', 'clear-mask', 'paint'].map(id => document.getElementById(id).hidden)"
+        assert browser.value(f"{hidden}.join()") == "false,true,true,true"
+        entry = generate(browser, 1, prompt="make it snow")
+        assert (entry["size"], entry["strength"], entry["prompt"]) == ("96x64", "", "make it snow")
+        browser.value("document.getElementById('close-image').click()")
+        browser.value("document.getElementById('form').requestSubmit()")
+        browser.wait("document.body.textContent.includes('send them to /v1/images/edits')")
 
 
 def test_fields_without_a_use_are_hidden(tiny, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,8 @@ from fewstep.cli.lora_options import Ignore
 from fewstep.cli.options import Column, Device, Dtype, Overwrite, argument_text, was_given
 
 if TYPE_CHECKING:
-    from fewstep.inference.generate import Callback, GenerationStep
+    from fewstep.inference.generate import Callback, GeneratedBatch, GenerationStep
+    from fewstep.inference.params import SamplingParams
     from fewstep.models.pipeline import TextToImagePipeline
 
 
@@ -52,6 +53,10 @@ def generate(
         typer.Option(
             metavar="FILE", help="With --image: draw only its transparent pixels, or, without transparency, light ones."
         ),
+    ] = None,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Change this image as the prompts say, with Z-Image-Omni; may be repeated."),
     ] = None,
     enhance: Annotated[
         bool, typer.Option("--enhance", help="Let a language model revise the prompts; they are shown and recorded.")
@@ -131,6 +136,7 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Generate images from prompts. The same command again continues an interrupted one."""
+    from fewstep.cli.edit_by_instruction import open_editor, open_images
     from fewstep.cli.enhance_prompts import enhance_prompts
     from fewstep.cli.image_target import Target
     from fewstep.cli.input_files import InputFiles
@@ -140,6 +146,7 @@ def generate(
     from fewstep.inference.editing import STRENGTH, encode_edits
     from fewstep.inference.generate import generate_batches
     from fewstep.inference.image_metadata import read_metadata
+    from fewstep.inference.instruction import edit_batches
     from fewstep.inference.params import parse_params
     from fewstep.models.attention_backends import check_attention_backend
     from fewstep.models.components import resolve_model
@@ -168,7 +175,7 @@ def generate(
         "cache": cache,
     }
     originals = texts
-    files = InputFiles(parse_loras(lora or []), ignore or [], vae, image, mask)
+    files = InputFiles(parse_loras(lora or []), ignore or [], vae, image, mask, edit or [])
     if source is not None:
         made = read_metadata(source)
         given = {name: value for name, value in options.items() if was_given(context, name)}
@@ -183,17 +190,22 @@ def generate(
     if not texts:
         raise UserError("no prompts: give some, or --prompts-file")
     params, name = parse_params(options), model
+    references, params = open_images(context, name, files.references, params) if files.references else ([], params)
     edited = files.edit_input(params.strength, (params.width, params.height))
     if edited is not None:
         height, width = edited.image.shape[1:]
         update = {"width": width, "height": height, "strength": params.strength or STRENGTH}
         params = params.model_copy(update=update)
 
-    def opened() -> TextToImagePipeline:
+    def batches(missing: Sequence[str], params: SamplingParams, callback: Callback) -> Iterator[GeneratedBatch]:
         torch_dtype = dtype.torch_dtype if dtype else None
+        if references:
+            editor = open_editor(name, files, device, torch_dtype, attention_backend, vae_tiling)
+            return edit_batches(editor, missing, references, params, callback)
         pipeline = load(name, device, torch_dtype, offload.value, files.loras, files.ignored, files.vae, aot)
         _speed_options(pipeline, attention_backend, vae_tiling, compile)
-        return pipeline
+        begin = None if edited is None else encode_edits(pipeline, [edited]).repeat(len(missing))
+        return generate_batches(pipeline, missing, params, callback, begin)
 
     target_options = (params, name, dtype, columns, overwrite, files.extras())
     if enhance:
@@ -202,9 +214,7 @@ def generate(
     with Target(out, texts, *target_options, originals).claimed() as target:
         if target.missing:
             with _step_bar(len(target.missing)) as callback:
-                pipeline = opened()
-                begin = None if edited is None else encode_edits(pipeline, [edited]).repeat(len(target.missing))
-                target.fill(generate_batches(pipeline, *target.remaining(), callback, begin))
+                target.fill(batches(*target.remaining(), callback))
         typer.echo(target.finish())
 
 

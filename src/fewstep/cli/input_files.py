@@ -19,6 +19,7 @@ class InputFiles:
     ignored: keys of these files that are left out.
     vae: folder in place of the model's own.
     image, mask: of an edit.
+    references: images that a model edits by instruction.
     """
 
     loras: Mapping[str, float]
@@ -26,6 +27,7 @@ class InputFiles:
     vae: str | None = None
     image: str | None = None
     mask: str | None = None
+    references: Sequence[str] = ()
 
     def or_recorded(self, metadata: ImageMetadata, source: str) -> InputFiles:
         """What is not given is as it was for an image.
@@ -51,6 +53,7 @@ class InputFiles:
             self.vae or _recorded(made.vae, source, "--vae FOLDER"),
             image,
             mask,
+            self.references or [used.checked(source, "--edit FILE for each image") for used in made.references],
         )
 
     def extras(self) -> Extras:
@@ -61,6 +64,7 @@ class InputFiles:
             vae=None if self.vae is None else UsedFile.of(str(vae_folder(self.vae))),
             image=None if self.image is None else UsedFile.of(self.image),
             mask=None if self.mask is None else UsedFile.of(self.mask),
+            references=tuple(UsedFile.of(file) for file in self.references),
         )
 
     def edit_input(self, strength: float | None, size: tuple[int | None, int | None]) -> EditInput | None:

@@ -48,13 +48,13 @@ def read_edit_input(
     Raises:
         UserError: one is no image, or too large, or the mask has another size than the image.
     """
-    opened = _open(names[0], image, max_pixels)
+    opened = open_image(names[0], image, max_pixels)
     size = size[0] or opened.width, size[1] or opened.height
     pixels = np.array(opened.convert("RGB").resize(size, Image.Resampling.LANCZOS))
     found = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     if mask is None:
         return EditInput(found, None)
-    covering = _open(names[1], mask, max_pixels)
+    covering = open_image(names[1], mask, max_pixels)
     if covering.size != opened.size:
         sides = f"{covering.width}x{covering.height}, but the image is {opened.width}x{opened.height}"
         raise UserError(f"{names[1]}: {sides}")
@@ -76,7 +76,8 @@ def read_edit_files(image: str, mask: str | None, size: tuple[int | None, int | 
     return read_edit_input(contents[0], contents[1] if mask else None, size, names=(image, mask or ""))
 
 
-def _open(name: str, content: bytes, max_pixels: int) -> Image.Image:
+def open_image(name: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A decoded image, turned as its EXIF data says. Raises: UserError, with the name, if it is none, or too large."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
             if opened.width * opened.height > max_pixels:

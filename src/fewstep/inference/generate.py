@@ -156,11 +156,13 @@ def generate_batches(
                 for step in steps:
                     x = step.x_next
                     if callback is not None:
-                        _report(callback, part, step, resolved.steps - first)
-            _warn_if_not_finite(x, part)
+                        report_step(callback, part, step, resolved.steps - first)
+            warn_if_not_finite(x, part)
             images = _decode(pipeline, x, resolved)
             seconds = time.perf_counter() - start
-            yield GeneratedBatch(range(part.start, part.stop), images, _nfe(resolved, sigmas[first:]), seconds)
+            yield GeneratedBatch(
+                range(part.start, part.stop), images, count_evaluations(resolved, sigmas[first:]), seconds
+            )
 
 
 def _guided(pipeline: TextToImagePipeline, params: ResolvedParams) -> Denoiser:
@@ -185,20 +187,28 @@ def _decode(pipeline: TextToImagePipeline, latents: Tensor, params: ResolvedPara
     return torch.cat([to_uint8(pipeline.decode(latents[some])).cpu() for some in batched(len(latents), size)])
 
 
-def _nfe(params: ResolvedParams, sigmas: Sequence[float]) -> int:
-    """Evaluations of the transformer for one image."""
+def count_evaluations(params: ResolvedParams, sigmas: Sequence[float]) -> int:
+    """Evaluations of the transformer for one image.
+
+    Args:
+        sigmas: of its steps, with the terminal 0.
+    """
     guided = [sigma for sigma in sigmas[:-1] if 1 - sigma <= params.cfg_truncation]
     return len(sigmas) - 1 + (len(guided) if params.guidance_scale > 0 else 0)
 
 
-def _report(callback: Callback, part: slice, step: SamplerStep, steps: int) -> None:
-    """Raises: GenerationCancelled."""
+def report_step(callback: Callback, part: slice, step: SamplerStep, steps: int) -> None:
+    """Call back after a step of some images. Raises: GenerationCancelled.
+
+    Args:
+        steps: of each image.
+    """
     images = range(part.start, part.stop)
     if callback(GenerationStep(images, step.index + 1, steps, step)) is False:
         raise GenerationCancelled(f"cancelled after step {step.index + 1} of {steps}")
 
 
-def _warn_if_not_finite(latents: Tensor, part: slice) -> None:
+def warn_if_not_finite(latents: Tensor, part: slice) -> None:
     """An overflow would become a black image without a word."""
     bad = [part.start + row for row, fine in enumerate(latents.isfinite().flatten(1).all(dim=1).tolist()) if not fine]
     if bad:

@@ -50,6 +50,7 @@ class Extras(PlainValues):
     ignored_keys: of the LoRA files, left out.
     vae: in place of the model's own.
     image, mask: of an edit.
+    references: images that a model edited by instruction, in their order.
     """
 
     original_prompt: str | None = None
@@ -58,6 +59,7 @@ class Extras(PlainValues):
     vae: UsedFile | None = None
     image: UsedFile | None = None
     mask: UsedFile | None = None
+    references: tuple[UsedFile, ...] = ()
 
     def known_by(self) -> dict[str, Any]:
         """What images depend on, wherever the files are: contents and strengths; without what there is not."""
@@ -67,6 +69,8 @@ class Extras(PlainValues):
             found["loras"] = sorted([used.strength, used.fingerprint] for used in self.loras)
         if self.ignored_keys:
             found["ignored keys"] = sorted(self.ignored_keys)
+        if self.references:
+            found["references"] = [used.fingerprint for used in self.references]
         return found
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fewstep.core import flow
-from fewstep.core.registry import load_plugins, model_families
+from fewstep.core.registry import editing_families, load_plugins, model_families
 from fewstep.errors import UserError
 from fewstep.models import vae as vae_tools
 from fewstep.models.consistency import Mismatch
@@ -169,17 +169,37 @@ def resolve_family(folder: Path) -> ModelFamily:
     Raises:
         UserError: the file cannot be read, or no family has this name.
     """
+    return get_family(read_pipeline_class(folder), where=str(folder / MODEL_INDEX))
+
+
+def resolve_any_family(folder: Path) -> ModelFamily:
+    """The family of a model's folder, that of a model that edits images by instruction included
+    (``models.editor``). Errors as for :func:`resolve_family`."""
+    name = read_pipeline_class(folder)
+    load_plugins()
+    if name not in editing_families:
+        return get_family(name, where=str(folder / MODEL_INDEX))
+    with silence_loggers():
+        family: ModelFamily = editing_families.get(name)
+    return family
+
+
+def read_pipeline_class(folder: Path) -> str:
+    """``_class_name`` in a folder's ``model_index.json``. Raises: UserError if it cannot be read."""
     file = folder / MODEL_INDEX
     try:
-        name = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
+        return str(json.loads(file.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: no _class_name can be read ({error})") from None
-    return get_family(name, where=str(file))
 
 
 def get_family(pipeline_class: str, where: str = "model family") -> ModelFamily:
     """A family by the name of its pipeline. Raises: UserError that lists the known names."""
     load_plugins()
+    if pipeline_class in editing_families:
+        raise UserError(
+            f"{where}: {pipeline_class} edits images by instruction alone: fewstep generate with --edit FILE"
+        )
     if pipeline_class not in model_families:
         known = ", ".join(model_families.names())
         raise UserError(f"{where}: {pipeline_class!r} is not a supported pipeline; supported: {known}")

@@ -11,7 +11,7 @@ from fewstep.atomic import is_litter
 from fewstep.config.recipe import Recipe, flat_recipe
 from fewstep.errors import UserError
 from fewstep.models.components import component_folder
-from fewstep.models.family import MODEL_INDEX, resolve_family
+from fewstep.models.family import MODEL_INDEX, resolve_any_family
 from fewstep.models.weight_files import weight_files
 
 BLOCK, BLOCKS = 4096, 64  # bytes of a sample, samples of a large file
@@ -33,7 +33,7 @@ def model_fingerprint(folder: Path) -> str:
     Raises:
         UserError: the folder is no model.
     """
-    family = resolve_family(folder)
+    family = resolve_any_family(folder)
     total = hashlib.blake2b(digest_size=16)
     for name in family.component_names:
         part = folder / name

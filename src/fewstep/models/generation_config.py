@@ -15,7 +15,7 @@ from fewstep.config.explain import explain
 from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.components import load_component
-from fewstep.models.family import resolve_family
+from fewstep.models.family import resolve_any_family
 from fewstep.models.file_kinds import describe_file
 from fewstep.models.fingerprint import path_fingerprint
 from fewstep.models.moved import find_moved, stored_path
@@ -93,7 +93,7 @@ def load_generation_config(folder: Path) -> GenerationConfig:
 
 
 def _infer_generation_config(folder: Path) -> GenerationConfig:
-    family = resolve_family(folder)
+    family = resolve_any_family(folder)
     components = {"scheduler": load_component(folder, "scheduler", family=family)}
     config, model = family.infer_generation_config(components, folder)
     warnings.warn(

@@ -145,14 +145,7 @@ class PromptEncoder:
 
     def _tokens(self, texts: Sequence[str], system: str | None, assistant_prefix: str) -> list[Tensor]:
         chats = [self.template(text, system=system, assistant_prefix=assistant_prefix) for text in texts]
-        for chat in chats:
-            _check_unicode(chat)
-        tokens = [torch.tensor(ids) for ids in self.tokenizer(chats).input_ids] if chats else []
-        for text, ids in zip(texts, tokens, strict=True):
-            if len(ids) > self.max_tokens:
-                shown = text if len(text) <= 60 else f"{text[:57]}..."
-                raise UserError(f"prompt has {len(ids)} tokens, at most {self.max_tokens} fit: {shown!r}")
-        return tokens
+        return tokenize(self.tokenizer, texts, chats, self.max_tokens)
 
     def template(self, text: str, *, system: str | None = None, assistant_prefix: str = "") -> str:
         """The text that is tokenized for a prompt. Arguments as for a call."""
@@ -174,6 +167,27 @@ class PromptEncoder:
             ).hidden_states[self.hidden_state]
         # clones: a view would keep the whole padded batch in memory
         return [feature[: len(ids)].clone() for feature, ids in zip(features, tokens, strict=True)]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], chats: Sequence[str], max_tokens: int) -> list[Tensor]:
+    """The tokens [L] of each prompt.
+
+    Args:
+        texts: the prompts, for messages.
+        chats: the prompts in their template.
+        max_tokens: of one of ``chats``.
+
+    Raises:
+        UserError: one has more tokens, or is not valid Unicode.
+    """
+    for chat in chats:
+        _check_unicode(chat)
+    tokens = [torch.tensor(ids) for ids in tokenizer(list(chats)).input_ids] if chats else []
+    for text, ids in zip(texts, tokens, strict=True):
+        if len(ids) > max_tokens:
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise UserError(f"prompt has {len(ids)} tokens, at most {max_tokens} fit: {shown!r}")
+    return tokens
 
 
 def _check_unicode(chat: str) -> None:

@@ -17,12 +17,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from fewstep.errors import UserError
-from fewstep.serve.engine import OutOfMemory
+from fewstep.serve.drawing import OutOfMemory
 from fewstep.serve.error_answers import error_answer
 from fewstep.serve.failures import Disconnected, Unauthorized, failure
-from fewstep.serve.forms import edit_schema, read_edit
+from fewstep.serve.forms import edit_schema, read_edit, read_instruction_edit
 from fewstep.serve.guards import Guards
 from fewstep.serve.images import encode_image, to_base64
+from fewstep.serve.jobs import Upload
 from fewstep.serve.scheduler import QueueFull
 from fewstep.serve.schema import ErrorAnswer, GenerationRequest, ImageAnswer, ImagesAnswer, seeded
 from fewstep.serve.service import Service, Ticket, UnknownModel
@@ -94,8 +95,13 @@ def make_app(service: Service, keys: ApiKeys) -> FastAPI:
 
     @app.post("/v1/images/edits", response_model=ImagesAnswer, responses=_ERRORS, openapi_extra=edit_schema())
     async def edits(http: Request, client: Client, key: Key = None) -> Any:
-        """Images from an image and a prompt; where there is a mask, only its transparent pixels are drawn anew."""
-        body, upload = await read_edit(http, service.params)
+        """Images from an image and a prompt; where there is a mask, only its transparent pixels are drawn anew. A model
+        that edits by instruction takes several images as ``image[]``, and no mask."""
+        upload: Upload
+        if service.editor is None:
+            body, upload = await read_edit(http, service.params)
+        else:
+            body, upload = await read_instruction_edit(http, service.editor.family)
         body = seeded(body, key)
         ticket = service.submit(body, client, await service.revise(body), upload)
         return await _answer(service, ticket, body, http, "image_edit")

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from fewstep.errors import UserError
-from fewstep.serve.engine import OutOfMemory
+from fewstep.serve.drawing import OutOfMemory
 from fewstep.serve.error_answers import error_answer, queue_full, timed_out
 from fewstep.serve.scheduler import QueueFull
 from fewstep.serve.schema import describe_errors

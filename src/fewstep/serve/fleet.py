@@ -21,7 +21,7 @@ from fewstep.models.components import BUNDLED_MODELS
 from fewstep.progress import log_line
 from fewstep.serve.prepare import prepare
 from fewstep.serve.run import addresses, bind, keys_for
-from fewstep.serve.settings import Count, ServedModel, ServeSettings, read_settings
+from fewstep.serve.settings import Count, Seconds, ServedModel, ServeSettings, read_settings
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -39,6 +39,7 @@ class FleetSettings(ServeSettings, ServedModel):
         max_queue: requests that wait for a replica; more are refused.
         replicas: processes with one model each.
         max_replicas: while requests wait, replicas are added up to this number; None keeps their number.
+        upscale_delay, downscale_delay: seconds for which more or fewer must be wanted before their number changes.
         per_replica: requests that a replica has at once, to draw them in batches; further ones wait.
         cpus: of each replica.
         gpus: of each replica; 0.5 shares one GPU between two.
@@ -46,6 +47,8 @@ class FleetSettings(ServeSettings, ServedModel):
 
     replicas: Count = 1
     max_replicas: Count | None = None
+    upscale_delay: Seconds = 30.0
+    downscale_delay: Seconds = 600.0
     per_replica: Count = 16
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
@@ -88,7 +91,8 @@ def application(fleet: FleetSettings) -> Application:
         # what waits counts, so a queue adds replicas; at half of what a replica takes its batches are still full
         target = max(1, fleet.per_replica // 2)
         limits = {"min_replicas": fleet.replicas, "max_replicas": fleet.most, "target_ongoing_requests": target}
-        scale = {"autoscaling_config": limits}
+        delays = {"upscale_delay_s": fleet.upscale_delay, "downscale_delay_s": fleet.downscale_delay}
+        scale = {"autoscaling_config": limits | delays}
     replicas = serve.deployment(
         max_ongoing_requests=fleet.per_replica,
         max_queued_requests=fleet.max_queue,

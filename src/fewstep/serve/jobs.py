@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
+from PIL import Image
 from torch import Tensor
 
 from fewstep.inference.edit_input import EditInput
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.serve.loras import Chosen
+
+#: An image to begin from, or images to edit by instruction.
+Upload = EditInput | tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Request:
         params: of all images, but for their seeds.
         resolved: the same with the model's defaults.
         previews: intermediate predictions wanted of each image.
-        upload: the image to begin from.
+        upload: the images of an edit.
         loras: the adapters to draw with.
         emit: receives events, in the drawing thread; must not block.
         cancelled: nobody waits for the images any more.
@@ -67,7 +71,7 @@ class Request:
     seeds: tuple[int, ...]
     previews: int
     emit: Callable[[Event], None]
-    upload: EditInput | None = None
+    upload: Upload | None = None
     loras: Chosen = ()
     cancelled: bool = False
     number: int = field(default_factory=lambda: next(_numbers))
@@ -78,7 +82,7 @@ class Request:
     @property
     def shape(self) -> Hashable:
         """Images of one shape can be drawn together: they differ in prompt and seed alone."""
-        kind = None if self.upload is None else self.upload.mask is None
+        kind = self.upload.mask is None if isinstance(self.upload, EditInput) else None
         return self.resolved.model_dump_json(exclude={"seed", "seeds", "batch_size"}), kind, self.loras
 
     @property

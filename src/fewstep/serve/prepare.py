@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from fewstep.errors import UserError
 from fewstep.inference.enhancer import OWN, enhancer_for, open_answers
 from fewstep.inference.image_extras import Extras, UsedFile
 from fewstep.models.components import BUNDLED_MODELS, resolve_model
+from fewstep.models.editor import edits_by_instruction, load_editor
 from fewstep.models.fingerprint import model_fingerprint
 from fewstep.models.language_model import check_language_head, text_encoder_with_head
 from fewstep.models.lora.targets import model_targets
@@ -40,6 +42,8 @@ def prepare(served: ServedModel, settings: ServeSettings) -> Callable[[], Servic
     if served.lora_dir is not None and served.dtype == "fp8":
         raise UserError("--lora-dir: LoRA files cannot be changed in weights in fp8; give --dtype bf16")
     folder = resolve_model(served.model)
+    if edits_by_instruction(folder):
+        return _prepare_editor(folder, served, settings)
     loras = None if served.lora_dir is None else LoraFolder(served.lora_dir, model_targets(folder))
     extras = Extras(vae=None if served.vae is None else _named_vae(served.vae))
     safety_filter = None if served.safety_filter is None else SafetyFilter(served.safety_filter)
@@ -54,11 +58,36 @@ def prepare(served: ServedModel, settings: ServeSettings) -> Callable[[], Servic
         own = served.enhancer == OWN
         language = text_encoder_with_head(folder, pipeline.text_encoder, pipeline.tokenizer) if own else answers
         revises = None if language is None else enhancer_for(folder, language)
-        name = served.model if served.model in BUNDLED_MODELS else folder.resolve().name
         fingerprint = model_fingerprint(folder)
-        return Service(pipeline, name, fingerprint, settings, served.dtype, loras, revises, safety_filter, extras)
+        return Service(
+            pipeline, _name(folder, served), fingerprint, settings, served.dtype, loras, revises, safety_filter, extras
+        )
 
     return load_service
+
+
+def _prepare_editor(folder: Path, served: ServedModel, settings: ServeSettings) -> Callable[[], Service]:
+    """:func:`prepare` for a model that edits images by instruction."""
+    from fewstep.serve.safety import SafetyFilter
+    from fewstep.serve.service import Service
+
+    refused = {"--lora-dir": served.lora_dir, "--vae": served.vae, "--enhancer": served.enhancer}
+    for option, value in refused.items():
+        if value is not None:
+            raise UserError(f"{option}: has no effect with a model that edits by instruction; leave it out")
+    safety_filter = None if served.safety_filter is None else SafetyFilter(served.safety_filter)
+
+    def load_service() -> Service:
+        editor, fingerprint = load_editor(folder, served.device, _torch_dtype(served.dtype)), model_fingerprint(folder)
+        name = _name(folder, served)
+        return Service(editor, name, fingerprint, settings, served.dtype, safety_filter=safety_filter)
+
+    return load_service
+
+
+def _name(folder: Path, served: ServedModel) -> str:
+    """The model's name in the API."""
+    return served.model if served.model in BUNDLED_MODELS else folder.resolve().name
 
 
 def _named_vae(vae: str) -> UsedFile:

@@ -20,7 +20,7 @@ class QueueFull(Exception):
 
 
 class Draws(Protocol):
-    """What computes batches: :class:`fewstep.serve.engine.Engine`."""
+    """What computes batches: :class:`fewstep.serve.drawing.DrawingEngine`."""
 
     def batch_limit(self, job: Job) -> int: ...
 

@@ -20,11 +20,14 @@ from fewstep.inference.enhancer import Enhancer
 from fewstep.inference.image_extras import Extras, UsedLora
 from fewstep.inference.image_metadata import ImageMetadata
 from fewstep.inference.params import SamplingParams
+from fewstep.models.editor import ImageEditor
 from fewstep.models.lora.targets import LoraTargets
 from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.serve.drawing import DrawingEngine
+from fewstep.serve.edit_engine import EditEngine
 from fewstep.serve.engine import Engine
 from fewstep.serve.images import ImageStore
-from fewstep.serve.jobs import Drawn, Event, Failed, Request
+from fewstep.serve.jobs import Drawn, Event, Failed, Request, Upload
 from fewstep.serve.loras import LoraFolder
 from fewstep.serve.metrics import Metrics
 from fewstep.serve.safety import SafetyFilter
@@ -127,7 +130,7 @@ class Service:
 
     def __init__(
         self,
-        pipeline: TextToImagePipeline,
+        pipeline: TextToImagePipeline | ImageEditor,
         name: str,
         fingerprint: str,
         settings: ServeSettings,
@@ -143,7 +146,11 @@ class Service:
         self.name, self.fingerprint, self.dtype, self.settings = name, fingerprint, dtype, settings
         self.created, self.ready = int(time.time()), False
         self.metrics = Metrics(lambda: self.scheduler.queued)
-        self.engine = Engine(pipeline, self.loras, settings.max_batch, self.metrics.batch)
+        self.editor = pipeline if isinstance(pipeline, ImageEditor) else None
+        if isinstance(pipeline, ImageEditor):
+            self.engine: DrawingEngine = EditEngine(pipeline, self.metrics.batch)
+        else:
+            self.engine = Engine(pipeline, self.loras, settings.max_batch, self.metrics.batch)
         self.scheduler = Scheduler(self.engine, settings.max_queue)
         self.store: ImageStore | None = ImageStore()  # of images with a URL; None refuses those
         self.config = pipeline.generation_config
@@ -159,7 +166,8 @@ class Service:
             self.ready = isinstance(event, Drawn) or self.ready
 
         params = SamplingParams()
-        warm_up = Request("", "", params, params.resolved(self.config), (0,), 0, emit)
+        upload = self.engine.warm_up_upload()
+        warm_up = Request("", "", params, params.resolved(self.config), (0,), 0, emit, upload)
         self.scheduler.submit(warm_up)
         self.scheduler.start()
 
@@ -194,21 +202,20 @@ class Service:
         """The safety filter's decision about an image, uint8 [H, W, 3]; None without one."""
         return None if self.safety_filter is None else await asyncio.to_thread(self.safety_filter, image)
 
-    def submit(self, body: GenerationRequest, client: str, prompt: str, upload: EditInput | None = None) -> Ticket:
+    def submit(self, body: GenerationRequest, client: str, prompt: str, upload: Upload | None = None) -> Ticket:
         """Queue a request.
 
         Args:
             prompt: the body's, or a revised one.
-            upload: of an edit, at the size that it is drawn in.
+            upload: of an edit; an image to begin from has the size that it is drawn in.
 
         Raises:
             UserError: it is beyond a limit, or the model cannot draw it.
             UnknownModel: it names another model.
             QueueFull: too many images wait.
         """
-        sides = None if upload is None else (upload.image.shape[2], upload.image.shape[1])
-        params, loras = self.params(body, sides), self.loras.check(body.lora)
-        if isinstance(body, EditRequest):
+        params, loras = self.params(body, self._sides(body, upload)), self.loras.check(body.lora)
+        if isinstance(body, EditRequest) and isinstance(upload, EditInput):
             params = params.model_copy(update={"strength": body.strength})
         ticket = Ticket(self, client, prompt, params, self.seeds(body))
         ticket.original_prompt = None if prompt == body.prompt else body.prompt
@@ -216,6 +223,16 @@ class Service:
         ticket.request.loras = loras
         self.scheduler.submit(ticket.request)
         return ticket
+
+    def _sides(self, body: GenerationRequest, upload: Upload | None) -> tuple[int, int] | None:
+        """Width and height of an edit; None is the model's default. Raises: UserError where the model needs images."""
+        if isinstance(upload, EditInput):
+            return upload.image.shape[2], upload.image.shape[1]
+        if self.editor is None:
+            return None
+        if upload is None:
+            raise UserError("image: this model edits images by instruction; send them to /v1/images/edits")
+        return body.sides or self.editor.family.default_size(upload[-1], self.multiple)
 
     def params(self, body: GenerationRequest, sides: tuple[int, int] | None = None) -> SamplingParams:
         """The sampling parameters of a body, of an image of these sides (width, height) if given. Errors as for
@@ -255,6 +272,7 @@ class Service:
             "owned_by": "fewstep",
             "loras": self.loras.names,
             "enhancer": self.enhancer is not None,
+            "edits": "from an image" if self.editor is None else "by instruction",
             "defaults": {"steps": config.steps, "width": config.width, "height": config.height},
             "limits": {
                 "max_pixels": self.max_pixels,

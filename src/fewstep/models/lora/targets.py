@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fewstep.models.components import read_config
-from fewstep.models.family import ModelFamily, resolve_family
+from fewstep.models.family import ModelFamily, resolve_any_family
 from fewstep.models.key_layout import KeyLayout
 from fewstep.models.lora.parts import PREFIXES, flatten
 
@@ -81,7 +81,7 @@ def targets_of(transformer: nn.Module, family: ModelFamily) -> LoraTargets:
 
 def model_targets(folder: Path) -> LoraTargets:
     """The linear layers of a model's transformer, from its configuration alone. Raises: UserError."""
-    family = resolve_family(folder)
+    family = resolve_any_family(folder)
     with torch.device("meta"):
         return targets_of(family.build("transformer", read_config(folder, "transformer")), family)
 

@@ -35,13 +35,15 @@ export function imageSize({ multiple, max_pixels }) {
 
 const png = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 
-// The form of /v1/images/edits, or null if there is no image.
-export async function editForm(body) {
+// The form of /v1/images/edits, or null if there is no image. A model that edits by instruction takes no strength and no
+// mask.
+export async function editForm(body, byInstruction) {
   if (!opened) return null;
   const form = new FormData();
   for (const [name, value] of Object.entries(body)) form.set(name, name === "lora" ? JSON.stringify(value) : value);
-  form.set("strength", $("strength").value);
   form.set("image", await png($("source")), "image.png");
+  if (byInstruction) return form;
+  form.set("strength", $("strength").value);
   if (painted) {
     const mask = document.createElement("canvas");
     [mask.width, mask.height] = [$("paint").width, $("paint").height];

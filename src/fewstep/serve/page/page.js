@@ -63,6 +63,8 @@ function sizes({ width, height }, { multiple, max_pixels }) {
 
 let model = null;
 
+const byInstruction = () => model.edits === "by instruction";
+
 async function loadModel() {
   const { data } = await (await call("v1/models")).json();
   [model] = data;
@@ -73,6 +75,8 @@ async function loadModel() {
   $("prompt").maxLength = limits.max_prompt;
   $("negative-field").hidden = !limits.negative_prompt;
   $("enhance-field").hidden = !model.enhancer;
+  for (const id of ["mask-fields", "clear-mask", "paint"]) $(id).hidden = byInstruction();
+  if (byInstruction()) $("edit-summary").textContent = "Image to edit";
   showLoras(model.loras, saved.lora);
   $("steps").value ||= saved.steps ?? defaults.steps;
   $("size").replaceChildren(...sizes(defaults, limits).map((size) => new Option(size.replace("x", " × "), size)));
@@ -202,7 +206,7 @@ async function keep(card, event, body) {
     prompt: event.revised_prompt ?? body.prompt,
     original: event.revised_prompt ? body.prompt : "",
     lora: body.lora ?? {},
-    strength: event.type.startsWith("image_edit") ? $("strength").value : "",
+    strength: event.type.startsWith("image_edit") && !byInstruction() ? $("strength").value : "",
     negative: body.negative_prompt ?? "",
     seed: event.seed,
     steps: body.steps,
@@ -218,7 +222,7 @@ async function draw(body, signal) {
   const steps = new Array(body.n).fill(0);
   let done = 0;
   try {
-    const form = await editForm(body);
+    const form = await editForm(body, byInstruction());
     const path = form ? "v1/images/edits" : "v1/images/generations";
     const answer = await call(path, { method: "POST", body: form ?? JSON.stringify(body), signal });
     for await (const event of events(answer)) {
