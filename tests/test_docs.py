@@ -19,9 +19,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAX_PROSE = 140
 COMMANDS = {
     *("distill", "tune", "generate", "evaluate", "plan", "encode-prompts", "cache-trajectories", "convert", "export"),
-    *("emoji", "lora", "prefs", "serve"),
+    *("emoji", "lora", "prefs", "serve", "steps"),
 }
 GROUPS = {
+    "steps": {"train"},
     "emoji": {"build", "gallery", "sheet", "train", "publish", "publish-student"},
     "lora": {
         "adapter",

@@ -25,6 +25,7 @@ from bad_inputs import (
     runs,
     serving,
     single_files,
+    steps,
     tuning,
 )
 from bad_inputs.table import Case, Message, Section
@@ -51,6 +52,7 @@ SECTIONS: tuple[Section, ...] = (
     rewards.SECTION,
     runs.SECTION,
     evaluation.SECTION,
+    steps.SECTION,
     tuning.SECTION,
     preferences.SECTION,
 )

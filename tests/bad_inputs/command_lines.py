@@ -119,8 +119,6 @@ SECTION = Section(
         Message(
             "Invalid value for '{option}': Input should be a valid integer, unable to parse string as an integer",
             "Give a whole number.",
-            Case("generate tiny 'a fox' --steps four", "'--steps'"),
-            Case("generate tiny 'a fox' --steps 1.5", "'--steps'"),
             Case("generate tiny 'a fox' --seed x", "'--seed'"),
             Case("generate tiny 'a fox' --width 1e3", "'--width'"),
             Case("serve tiny --port http", "'--port'"),
@@ -129,6 +127,12 @@ SECTION = Section(
             Case("evaluate tiny --seed x", "'--seed'"),
             Case("plan micro-turbo --gpus 3.5", "'--gpus'"),
             Case("tune micro-decoupled --space space.yaml --minutes 5 --trials few", "'--trials'"),
+        ),
+        Message(
+            "Invalid value for '--steps': Input should be a valid integer, or auto",
+            "Give a whole number, or `auto` where the model has a step chooser.",
+            Case("generate tiny 'a fox' --steps four", "'--steps'"),
+            Case("generate tiny 'a fox' --steps 1.5", "'--steps'"),
         ),
         Message(
             "Invalid value for '{option}': Input should be a valid number, unable to parse string as a number",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewstep.cli.lora_options import Ignore
-from fewstep.cli.options import Column, Device, Dtype, Overwrite, argument_text, was_given
+from fewstep.cli.options import Column, Device, Dtype, Overwrite, argument_text, parse_steps, was_given
 
 if TYPE_CHECKING:
     from fewstep.inference.generate import Callback, GeneratedBatch, GenerationStep
@@ -72,7 +72,12 @@ def generate(
         str, typer.Option("-o", "--out", help="Image file for a grid of all, or folder for one file each, such as out/")
     ] = "out.png",
     seed: Annotated[int, typer.Option(help="Image i starts from seed + i.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. [default: the model's]")] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto", help="Sampling steps; auto: as many as each prompt needs. [default: the model's]"
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="g in cond + g (cond - null); 0 is none. [default: the model's]")
     ] = None,
@@ -159,7 +164,7 @@ def generate(
     texts = [*typed, *(read_prompts(prompts_file, column) if prompts_file else [])]
     options: dict[str, Any] = {
         "seed": seed,
-        "steps": steps,
+        "steps": parse_steps(steps),
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
         "system_prompt": system_prompt,
@@ -241,11 +246,13 @@ def _step_bar(count: int) -> Iterator[Callback]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, TextColumn("left"), console=console, disable=not console.is_terminal) as progress:
         task, start = progress.add_task(f"image 1 of {count}", total=None, rate=""), monotonic()
+        finished = 0
 
         def show(step: GenerationStep) -> None:
-            images = step.images
-            done = images.start + len(images) * step.step / step.steps
-            first, last = images.start + 1, images.stop
+            nonlocal finished
+            done = finished + len(step.images) * step.step / step.steps
+            first, last = finished + 1, finished + len(step.images)
+            finished += step.finished
             which = f"image {first}" if first == last else f"images {first}-{last}"
             progress.update(
                 task,

@@ -22,7 +22,7 @@ from fewstep.inference.params import SamplingParams
 from fewstep.models.components import resolve_model
 from fewstep.models.fingerprint import path_fingerprint
 from fewstep.models.generation_config import load_generation_config
-from fewstep.outputs import check_image, claimed_folder, names_folder, write_image
+from fewstep.outputs import check_image, claimed_folder, names_folder, read_image_text, write_image
 
 
 class Target:
@@ -75,7 +75,7 @@ class Target:
             check_image(self.path, *grid_size(len(prompts), self.columns, height, width))
         self.extras, self.originals = extras or Extras(), originals
         self.made_by = generation_manifest(source, prompts, params, self.dtype, self.extras)
-        self.nfe, self.seconds = 0, 0.0
+        self.evaluations, self.seconds = 0, 0.0
 
     @property
     def folder(self) -> Path:
@@ -123,30 +123,32 @@ class Target:
         """Write the images of each batch when it is made. Raises: UserError if a file cannot be written."""
         for batch in batches:
             for index, image in zip(batch.indices, batch.images, strict=True):
-                self.images.write(self.missing[index], image, self.text(self.missing[index]))
-            self.nfe, self.seconds = batch.nfe, self.seconds + batch.seconds
+                self.images.write(self.missing[index], image, self.text(self.missing[index], batch.steps))
+            self.evaluations += batch.nfe * len(batch.images)
+            self.seconds += batch.seconds
 
-    def text(self, index: int) -> str:
-        """What an image was made with, for its file."""
+    def text(self, index: int, steps: int) -> str:
+        """What an image was made with in so many steps, for its file."""
         seed = self.params.image_seeds(len(self.prompts))[index]
         extras = self.extras
         if self.originals is not None and self.originals[index] != self.prompts[index]:
             extras = extras.model_copy(update={"original_prompt": self.originals[index]})
+        params = self.resolved.model_copy(update={"steps": steps})
         return ImageMetadata.of(
-            self.model, self.fingerprint, self.prompts[index], self.resolved, seed, self.dtype, extras
+            self.model, self.fingerprint, self.prompts[index], params, seed, self.dtype, extras
         ).dump()
 
     def finish(self) -> str:
         """Write the grid, if there is one; returns a line about the images."""
         replaced = self.is_grid and self.path.exists()
         if self.is_grid:
-            alone = len(self.prompts) == 1
-            write_image(grid(self.images.read(), self.columns), self.path, self.text(0) if alone else None)
+            text = read_image_text(self.images.file(0)) if len(self.prompts) == 1 else None
+            write_image(grid(self.images.read(), self.columns), self.path, text)
             shutil.rmtree(self.folder, ignore_errors=True)
         made, count = len(self.missing), len(self.prompts)
         line = f"{self.path}: {count} images"
         if made:
-            line += f", NFE {self.nfe}, {self.seconds / made:.3f} s per image"
+            line += f", NFE {self.evaluations / made:g}, {self.seconds / made:.3f} s per image"
         if made < count:
             line += f"; {count - made} of them were made earlier"
         return line + ("; an earlier file was replaced" if replaced else "")

@@ -21,6 +21,7 @@ from fewstep.cli.lora import app as lora
 from fewstep.cli.plan import plan
 from fewstep.cli.prefs import app as prefs
 from fewstep.cli.serve import serve
+from fewstep.cli.steps import app as steps
 from fewstep.cli.tune import tune
 from fewstep.core.registry import commands, load_plugins
 from fewstep.errors import UserError
@@ -99,6 +100,7 @@ app.command()(convert)
 app.command()(export)
 app.add_typer(lora, name="lora")
 app.add_typer(prefs, name="prefs")
+app.add_typer(steps, name="steps")
 try:
     load_plugins()
 except UserError as error:

@@ -50,6 +50,19 @@ def argument_text(word: str) -> str:
         return word
 
 
+def parse_steps(text: str | None) -> int | str | None:
+    """A number of sampling steps, "auto", or None. Raises: typer.BadParameter."""
+    if text is None or text == "auto":
+        return text
+    try:
+        steps = int(text)
+    except ValueError:
+        raise typer.BadParameter("Input should be a valid integer, or auto", param_hint="'--steps'") from None
+    if steps < 1:
+        raise typer.BadParameter("Input should be greater than or equal to 1", param_hint="'--steps'")
+    return steps
+
+
 def was_given(context: typer.Context, name: str) -> bool:
     """Whether an option is on the command line; else its value is the default."""
     source = context.get_parameter_source(name)

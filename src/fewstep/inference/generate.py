@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from fewstep.errors import UserError
 from fewstep.inference.editing import SourceImages, edit, first_step
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.inference.prompt_parts import PromptParts
+from fewstep.inference.step_chooser import chosen_steps
 from fewstep.models.adapters import active_adapters
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline
@@ -35,12 +36,12 @@ class GenerationResult:
 
     Attributes:
         images: uint8 [N, H, W, 3].
-        nfe: evaluations of the transformer for each image; a guided step takes two.
+        nfe: evaluations of the transformer for each image; a guided step takes two. The mean where they differ.
         seconds: wall time of sampling and decoding all images, without the encoding of prompts.
     """
 
     images: Tensor
-    nfe: int
+    nfe: float
     seconds: float
 
 
@@ -53,12 +54,14 @@ class GeneratedBatch:
         images: uint8 [B, H, W, 3].
         nfe: evaluations of the transformer for each image.
         seconds: wall time of sampling and decoding these images.
+        steps: of each image.
     """
 
-    indices: range
+    indices: Sequence[int]
     images: Tensor
     nfe: int
     seconds: float
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class GenerationStep:
         sampler_step: the step itself, with its latents.
     """
 
-    images: range
+    images: Sequence[int]
     step: int
     steps: int
     sampler_step: SamplerStep
@@ -117,10 +120,14 @@ def generate(
     """
     batches = list(generate_batches(pipeline, prompts, params, callback, source))
     images = torch.cat([batch.images for batch in batches])
-    return GenerationResult(images, batches[0].nfe, sum(batch.seconds for batch in batches))
+    order = torch.tensor([index for batch in batches for index in batch.indices])
+    nfe = sum(batch.nfe * len(batch.images) for batch in batches) / len(images)
+    same = len({batch.nfe for batch in batches}) == 1
+    return GenerationResult(
+        images[order.argsort()], batches[0].nfe if same else nfe, sum(batch.seconds for batch in batches)
+    )
 
 
-@torch.no_grad()
 def generate_batches(
     pipeline: TextToImagePipeline,
     prompts: Sequence[str],
@@ -128,10 +135,42 @@ def generate_batches(
     callback: Callback | None = None,
     source: SourceImages | None = None,
 ) -> Iterator[GeneratedBatch]:
-    """The images of :func:`generate`, batch by batch as they are made; with the same arguments and errors."""
+    """The images of :func:`generate`, batch by batch as they are made; with the same arguments and errors. Where the
+    number of steps is chosen for each prompt, those of the fewest steps come first."""
     if not prompts:
         raise UserError("no prompts: give at least one")
-    resolved = (params or SamplingParams()).resolved(pipeline.generation_config)
+    params, config = params or SamplingParams(), pipeline.generation_config
+    resolved = params.resolved(config)
+    if not params.auto_steps:
+        yield from _sampled_batches(pipeline, prompts, resolved, callback, source)
+        return
+    if source is not None:
+        raise UserError("steps auto: an image to begin from needs a number of steps")
+    seeds = params.image_seeds(len(prompts))
+    template = (resolved.system_prompt, resolved.assistant_prefix)
+    chosen = chosen_steps(pipeline.folder, pipeline.encoder, prompts, *template)
+    for count in sorted(set(chosen)):
+        indices = [index for index, steps in enumerate(chosen) if steps == count]
+        own = resolved.model_copy(update={"steps": count, "seeds": tuple(seeds[index] for index in indices)})
+        moved = None if callback is None else partial(_report_moved, callback, indices)
+        for batch in _sampled_batches(pipeline, [prompts[index] for index in indices], own, moved, None):
+            yield replace(batch, indices=[indices[row] for row in batch.indices])
+
+
+def _report_moved(callback: Callback, indices: Sequence[int], step: GenerationStep) -> object:
+    """Report a step of some of the prompts, which have these numbers among all."""
+    return callback(replace(step, images=[indices[row] for row in step.images]))
+
+
+@torch.no_grad()
+def _sampled_batches(
+    pipeline: TextToImagePipeline,
+    prompts: Sequence[str],
+    resolved: ResolvedParams,
+    callback: Callback | None,
+    source: SourceImages | None,
+) -> Iterator[GeneratedBatch]:
+    """The images of prompts with the same number of steps. Arguments as for :func:`generate_batches`."""
     seeds = resolved.image_seeds(len(prompts))
     pipeline.latent_shape(resolved.height, resolved.width)  # an impossible size is an error before any work
     sigmas = pipeline.sigmas(resolved.steps, (resolved.height, resolved.width))
@@ -160,9 +199,8 @@ def generate_batches(
             warn_if_not_finite(x, part)
             images = _decode(pipeline, x, resolved)
             seconds = time.perf_counter() - start
-            yield GeneratedBatch(
-                range(part.start, part.stop), images, count_evaluations(resolved, sigmas[first:]), seconds
-            )
+            nfe = count_evaluations(resolved, sigmas[first:])
+            yield GeneratedBatch(range(part.start, part.stop), images, nfe, seconds, resolved.steps)
 
 
 def _guided(pipeline: TextToImagePipeline, params: ResolvedParams) -> Denoiser:

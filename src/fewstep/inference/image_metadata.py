@@ -59,7 +59,7 @@ class ImageMetadata(PlainValues):
 
     def dump(self) -> str:
         """JSON in ASCII, which all image formats hold."""
-        whole = self.model_dump(mode="json", exclude={"params": {"seeds", "batch_size"}})
+        whole = self.model_dump(mode="json", exclude={"params": {"seeds", "batch_size", "auto_steps"}})
         whole["extras"] = {key: value for key, value in whole["extras"].items() if value}
         return json.dumps({key: value for key, value in whole.items() if key != "extras" or value})
 

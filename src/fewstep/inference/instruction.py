@@ -28,7 +28,7 @@ from fewstep.machine import reading
 from fewstep.models.editor import EditingFamily, ImageEditor
 
 #: Sampling parameters that diffusers' pipeline has no place for.
-_WITHOUT_EFFECT = ("system_prompt", "assistant_prefix", "strength", "adapters", "cache")
+_WITHOUT_EFFECT = ("auto_steps", "system_prompt", "assistant_prefix", "strength", "adapters", "cache")
 
 
 def read_images(files: Sequence[str], family: EditingFamily) -> list[Image.Image]:
@@ -126,7 +126,9 @@ def edit_batches(
         ).images[0]
         warn_if_not_finite(steps.x, slice(index, index + 1))
         seconds, nfe = time.perf_counter() - start, count_evaluations(resolved, steps.sigmas)
-        yield GeneratedBatch(range(index, index + 1), torch.from_numpy(np.array(made))[None], nfe, seconds)
+        yield GeneratedBatch(
+            range(index, index + 1), torch.from_numpy(np.array(made))[None], nfe, seconds, resolved.steps
+        )
 
 
 def with_size(params: SamplingParams, image: Image.Image, editor: ImageEditor) -> SamplingParams:

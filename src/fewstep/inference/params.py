@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fewstep.config.base import BatchSize, GuidanceScale, Pixels, PlainValues, SamplingSteps, Seed
 from fewstep.config.explain import explain
@@ -24,6 +24,9 @@ class SamplingParams(PlainValues):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: SamplingSteps | None = Field(None, description="Sampling steps.")
+    auto_steps: bool = Field(
+        False, description="As many steps as the model's step chooser predicts for each prompt, in place of steps."
+    )
     guidance_scale: GuidanceScale | None = Field(
         None, description="Guidance as in diffusers' Z-Image pipeline, cond + g (cond - null); 0 is none."
     )
@@ -59,13 +62,19 @@ class SamplingParams(PlainValues):
             CacheSettings.parse(cache)
         return cache
 
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.auto_steps and self.steps is not None:
+            raise ValueError("steps: a number or auto, not both")
+        return self
+
     @property
     def layer_reuse(self) -> CacheSettings | None:
         """``cache``, parsed."""
         return None if self.cache is None else CacheSettings.parse(self.cache)
 
     def resolved(self, config: GenerationConfig) -> ResolvedParams:
-        """The parameters with no value open.
+        """The parameters with no value open. Automatic steps become the model's number.
 
         Raises:
             UserError: guidance for a guidance-distilled model.
@@ -81,7 +90,7 @@ class SamplingParams(PlainValues):
             "width": width,
             "batch_size": max_batch_size(height, width),
         }
-        given = self.model_dump(exclude_none=True)
+        given = self.model_dump(exclude_none=True, exclude={"auto_steps"})
         found = ResolvedParams.model_validate(defaults | given)
         if config.guidance_distilled and found.guidance_scale > 0:
             raise UserError(
@@ -127,11 +136,13 @@ class ResolvedParams(SamplingParams):
 
 
 def parse_params(options: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters from options by name.
+    """Sampling parameters from options by name; ``steps`` may be "auto".
 
     Raises:
         UserError: an unknown option, with the nearest known one, or a value out of range.
     """
+    if options.get("steps") == "auto":
+        options = {**options, "steps": None, "auto_steps": True}
     try:
         return SamplingParams.model_validate(dict(options))
     except ValidationError as error:

@@ -38,7 +38,10 @@ class TextToImagePipeline:
             attributes too.
         denoiser: the transformer as a denoiser.
         encoder: the prompt encoder.
+        folder: that it was loaded from; None if it was not.
     """
+
+    folder: Path | None = None
 
     def __init__(self, family: ModelFamily, components: Components, generation_config: GenerationConfig) -> None:
         self.family, self.components, self.generation_config = family, dict(components), generation_config
@@ -248,6 +251,7 @@ def load(
         warn_without_fp8_matmul(chosen)
     warn_if_weights_are_emulated(components["transformer"], chosen)
     model = TextToImagePipeline(family, components, load_generation_config(folder))
+    model.folder = folder
     if device == AUTO:
         log_device(chosen)
     if offload == "none":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.core.device import is_out_of_memory
 from fewstep.data.images import to_uint8
+from fewstep.errors import UserError
 from fewstep.inference.generate import GenerationCancelled, GenerationStep
 from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.serve.jobs import Drawn, Job, Progress, Upload, preview_steps
@@ -21,7 +22,7 @@ class OutOfMemory(Exception):
 
 
 class DrawingEngine(ABC):
-    """One model. All but ``resolve`` is called in one thread.
+    """One model. All but ``resolve`` and ``choose_steps`` is called in one thread.
 
     Args:
         observe: told the number of images of each batch and its seconds.
@@ -34,6 +35,10 @@ class DrawingEngine(ABC):
     @abstractmethod
     def resolve(self, prompt: str, params: SamplingParams) -> ResolvedParams:
         """The parameters with the model's defaults. Raises: UserError for what the model cannot draw."""
+
+    def choose_steps(self, prompt: str) -> int:
+        """The number of steps that a prompt needs. Raises: UserError if the model has no step chooser."""
+        raise UserError("steps: auto; this model needs a number of steps")
 
     @abstractmethod
     def warm_up_upload(self) -> Upload | None:

@@ -12,6 +12,7 @@ from fewstep.inference.edit_input import EditInput
 from fewstep.inference.editing import SourceImages, encode_edits, first_step
 from fewstep.inference.generate import generate
 from fewstep.inference.params import ResolvedParams, SamplingParams
+from fewstep.inference.step_chooser import chosen_steps
 from fewstep.models.lora.swap import LoraSwap
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.serve.drawing import DrawingEngine
@@ -51,6 +52,10 @@ class Engine(DrawingEngine):
             first_step(resolved.steps, resolved.strength)
         self._encoder.check([prompt, resolved.negative_prompt], system=resolved.system_prompt)
         return resolved
+
+    def choose_steps(self, prompt: str) -> int:
+        (steps,) = chosen_steps(self.pipeline.folder, self._encoder, [prompt])
+        return steps
 
     def warm_up_upload(self) -> None:
         return None

@@ -38,7 +38,9 @@ class GenerationRequest(PlainValues):
     partial_images: int = Field(0, ge=0, le=3, description="Intermediate predictions of each image, in a stream.")
     user: str | None = Field(None, max_length=256, description="Kept for OpenAI's clients; not used.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Extension. Random by default; the answer has it.")
-    steps: SamplingSteps | None = Field(None, description="Extension. Sampling steps; by default the model's.")
+    steps: SamplingSteps | Literal["auto"] | None = Field(
+        None, description="Extension. Sampling steps; auto: as many as the prompt needs; by default the model's."
+    )
     negative_prompt: str = Field("", description="Extension, for models with guidance.")
     lora: dict[str, LoraStrength] = Field(
         default_factory=dict,

@@ -206,8 +206,7 @@ class Service:
         """Queue a request.
 
         Args:
-            prompt: the body's, or a revised one.
-            upload: of an edit; an image to begin from has the size that it is drawn in.
+            prompt: the body's, or a revised one. upload: of an edit; an image to begin from has its result's size.
 
         Raises:
             UserError: it is beyond a limit, or the model cannot draw it.
@@ -215,6 +214,11 @@ class Service:
             QueueFull: too many images wait.
         """
         params, loras = self.params(body, self._sides(body, upload)), self.loras.check(body.lora)
+        if body.steps == "auto":
+            if upload is not None:
+                raise UserError("steps: auto; an edit needs a number of steps")
+            steps = min(self.engine.choose_steps(prompt), self.settings.max_steps)
+            params = params.model_copy(update={"steps": steps})
         if isinstance(body, EditRequest) and isinstance(upload, EditInput):
             params = params.model_copy(update={"strength": body.strength})
         ticket = Ticket(self, client, prompt, params, self.seeds(body))
@@ -245,8 +249,9 @@ class Service:
             raise UserError(f"n: {body.n} images; at most {settings.max_images} are allowed")
         if body.response_format == "url" and self.store is None:
             raise UserError("response_format: url: the replicas of this server keep no images; take b64_json")
-        if body.steps is not None and body.steps > settings.max_steps:
-            raise UserError(f"steps: {body.steps}; at most {settings.max_steps} are allowed")
+        steps = None if body.steps == "auto" else body.steps
+        if steps is not None and steps > settings.max_steps:
+            raise UserError(f"steps: {steps}; at most {settings.max_steps} are allowed")
         if body.negative_prompt and not self.negative_prompts:
             raise UserError("negative_prompt: this model has no guidance, which a negative prompt needs; leave it out")
         width, height = sides or body.sides or (self.config.width, self.config.height)
@@ -254,7 +259,7 @@ class Service:
             raise UserError(f"size: {width}x{height} has more than {self.max_pixels} pixels, which is the limit")
         if width % self.multiple or height % self.multiple:
             raise UserError(f"size: {width}x{height}: both sides must be multiples of {self.multiple}")
-        return SamplingParams(steps=body.steps, width=width, height=height, negative_prompt=body.negative_prompt)
+        return SamplingParams(steps=steps, width=width, height=height, negative_prompt=body.negative_prompt)
 
     def seeds(self, body: GenerationRequest) -> tuple[int, ...]:
         """The seed of each image."""
