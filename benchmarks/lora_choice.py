@@ -2,12 +2,13 @@
 checkpoint the classifier knows.
 
     python benchmarks/lora_choice.py --out runs/lora-choice [--recipe micro-lora] [--steps 400] [--every 50]
-        [--prompts 200]
+        [--prompts 200] [--choice-prompts 32]
 
-The recipe trains a style that the student does not know. ``fewstep lora choose`` sees its images of 8 + 8 prompts, and
-judges adherence to prompts by the nearest real emoji. Every saved checkpoint is then judged by the classifier, which is
-in none of that, on other prompts: the mean of three accuracies, style and names in prompts of the style, and names in
-other prompts. ``<out>`` gets table.md with both scores. The same command resumes.
+The recipe trains a style that the student does not know. ``fewstep lora choose`` sees images of ``--choice-prompts``
+prompts of the set and as many unseen ones, and judges adherence to prompts by the nearest real emoji. Every saved
+checkpoint is then judged by the classifier, which is in none of that, on other prompts: the mean of three accuracies,
+style and names in prompts of the style, and names in other prompts. ``<out>`` gets table.md with both scores. The same
+command resumes.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="micro-lora")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--choice-prompts", type=int, default=32, help="of the set, and unseen ones, for the choice")
     parser.add_argument("--prompts", type=int, default=200, help="of the style, and others")
     return parser.parse_args(words)
 
@@ -78,9 +80,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     run = train(options)
-    settings = ChoiceSettings(scorers=["nearest_real"])
+    settings = ChoiceSettings(scorers=["nearest_real"], count=options.choice_prompts)
     chosen = kept(
-        options.out / "choice.json", lambda: as_json(choose_checkpoint(run, options.out / "page", settings, CPU))
+        options.out / f"choice-{options.choice_prompts}.json",
+        lambda: as_json(choose_checkpoint(run, options.out / "page", settings, CPU)),
     )
     evaluator = Evaluator(SUBJECTS["style"], load(STUDENT, CPU), options.prompts)
     rows: dict[str, list[Figures]] = {}
