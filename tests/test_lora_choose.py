@@ -44,6 +44,8 @@ def test_the_limits_are_named():
         "memorization 0.49, below 0.5",
         "overbake 1.20, above 1.15",
     ]
+    assert REFERENCE.exceeded(replace(GOOD, hf_energy=0.0064)) == []
+    assert REFERENCE.exceeded(replace(GOOD, hf_energy=0.006)) == ["sharpness 0.75, below 0.8"]
 
 
 def test_the_best_within_the_limits_is_chosen_and_ties_go_to_the_first():

@@ -14,7 +14,14 @@ from torch import Tensor
 from fewstep.atomic import write_text
 from fewstep.evaluation import plots
 from fewstep.evaluation.images import as_float, as_uint8
-from fewstep.evaluation.lora_choice.rule import MAX_OVERBAKE, MIN_FLEXIBILITY, MIN_MEMORIZATION, Figures, Reference
+from fewstep.evaluation.lora_choice.rule import (
+    MAX_OVERBAKE,
+    MIN_FLEXIBILITY,
+    MIN_MEMORIZATION,
+    MIN_SHARPNESS,
+    Figures,
+    Reference,
+)
 from fewstep.evaluation.report import data_uri
 from fewstep.pages.render import render_page
 
@@ -40,7 +47,7 @@ def render(result: Comparison) -> str:
         name=result.run.recipe.name,
         file=result.file,
         strength=f"{result.strength:g}",
-        limits=(MIN_FLEXIBILITY, MIN_MEMORIZATION, MAX_OVERBAKE),
+        limits=(MIN_FLEXIBILITY, MIN_MEMORIZATION, MAX_OVERBAKE, MIN_SHARPNESS),
         parts=[
             _part("Checkpoints", "step", result.checkpoints, result, shown),
             _part(f"Strengths of {result.checkpoints.choice.best}", "strength", result.strengths, result, shown),

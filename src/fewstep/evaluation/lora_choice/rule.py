@@ -8,6 +8,7 @@ from dataclasses import dataclass
 MIN_FLEXIBILITY = 0.9
 MIN_MEMORIZATION = 0.5
 MAX_OVERBAKE = 1.15
+MIN_SHARPNESS = 0.8
 TIE = 0.01  # scores this close count as equal
 
 
@@ -55,6 +56,10 @@ class Reference:
         ]
         return max(value / max(limit, 1e-9) for value, limit in pairs)
 
+    def sharpness(self, figures: Figures) -> float:
+        """High-frequency energy over the smaller of its two references: a few-step model that loses its steps blurs."""
+        return figures.hf_energy / max(min(self.without.hf_energy, self.real.hf_energy), 1e-9)
+
     def score(self, figures: Figures) -> float:
         """The harmonic mean of likeness, from 0 to 1, and flexibility."""
         learned, kept = self.learned(figures), max(0.0, figures.flexibility)
@@ -69,6 +74,8 @@ class Reference:
             found.append(f"memorization {figures.memorization:.2f}, below {MIN_MEMORIZATION:g}")
         if (overbake := self.overbake(figures)) > MAX_OVERBAKE:
             found.append(f"overbake {overbake:.2f}, above {MAX_OVERBAKE:g}")
+        if (sharpness := self.sharpness(figures)) < MIN_SHARPNESS:
+            found.append(f"sharpness {sharpness:.2f}, below {MIN_SHARPNESS:g}")
         return found
 
 

@@ -199,6 +199,7 @@ def as_json(result: Comparison) -> dict[str, Any]:
             | {
                 "score": result.reference.score(figures),
                 "overbake": result.reference.overbake(figures),
+                "sharpness": result.reference.sharpness(figures),
                 "exceeded": result.reference.exceeded(figures),
                 "scores": one.drawn[name].scores,
             }
