@@ -86,6 +86,7 @@ def bomb():
         ({"mask": ("mask.png", png((32, 32)))}, "mask: 32x32, but the image is 64x64"),
         ({"extra_body": {"strength": 0}}, "strength: Input should be greater than 0"),
         ({"extra_body": {"steps": "few"}}, "steps: Input should be a valid integer"),
+        ({"extra_body": {"steps": "auto"}}, "steps: auto; an edit needs a number of steps"),
         ({"extra_body": {"path": "/etc/passwd"}}, "path: there is no such field"),
     ],
 )

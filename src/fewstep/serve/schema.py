@@ -135,10 +135,14 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
+_BRANCH = re.compile(r"constrained-int|literal\[.*\]")  # pydantic's names of the kinds that a value may have
+
+
 def describe_errors(errors: Sequence[Any]) -> tuple[str, str | None]:
     """One line for pydantic's errors, and the field that it is about."""
     first = min(errors, key=lambda one: one["type"] != "extra_forbidden")
-    where = " ".join(".".join(str(part) for part in first["loc"] if part != "body").split())[:200]
+    parts = [str(part) for part in first["loc"] if part != "body" and not _BRANCH.fullmatch(str(part))]
+    where = " ".join(".".join(parts).split())[:200]
     problem = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         problem = f"there is no such field; there are {', '.join(GenerationRequest.model_fields)}"
