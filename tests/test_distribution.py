@@ -9,55 +9,12 @@ import time
 
 import pytest
 import torch
+from process_runs import assert_close, command, distill, launcher, wait_for_checkpoint, weights
 from safetensors.torch import load_file
 
 from fewstep.data.prompt_batches import prompt_batches
 from fewstep.errors import UserError
 from fewstep.training.distributed import DistContext
-
-OPTIONS = [
-    *("train.batch_size=4", "train.log_every=1", "train.save_every=2", "train.sample_every=0"),
-    *("train.precision=fp32", "method.fake_score_updates=2", "method.fake_score_start=0", "student.steps=2"),
-    *("evaluate.enabled=false", "evaluate.validate_every=0"),
-    "method.terms={cfg_augmentation: {}, distribution_matching: {}}",
-    *("optim.student.lr_schedule=constant", "optim.student.min_lr_ratio=0", "optim.student.lr=2.0e-4"),
-]
-
-
-def launcher(processes, restarts=0):
-    several = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        f"--max-restarts={restarts}",
-    ]
-    return [] if processes == 1 else several
-
-
-def command(folder, out, processes, *more, restarts=0):
-    launch = launcher(processes, restarts)
-    settings = [word for option in (f"teacher={folder}", *OPTIONS, *more) for word in ("-s", option)]
-    return [sys.executable, *launch, "-m", "fewstep", "distill", "micro-aligned", "--out", str(out), *settings]
-
-
-def distill(folder, out, processes, *more):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(folder, out, processes, *more), env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def weights(out):
-    return load_file(out / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def assert_close(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def distance(one, other):
@@ -212,11 +169,7 @@ def test_one_killed_process_ends_all_and_the_run_resumes(tiny_folder, tmp_path):
     words = command(tiny_folder, tmp_path / "run", 2, "train.steps=100000")
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "run").glob("checkpoints/step_*")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.stderr.read()[-3000:]
-            time.sleep(0.2)
+        wait_for_checkpoint(process, tmp_path / "run")
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         assert len(children) == 2
         os.kill(int(children[1]), signal.SIGKILL)
@@ -238,11 +191,7 @@ def test_torchrun_restarts_after_a_killed_process(tiny_folder, tmp_path):
     words = command(tiny_folder, tmp_path / "run", 2, "train.steps=20", restarts=1)
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "run").glob("checkpoints/step_*")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.stderr.read()[-3000:]
-            time.sleep(0.05)
+        wait_for_checkpoint(process, tmp_path / "run")
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(children[1]), signal.SIGKILL)
         _, output = process.communicate(timeout=180)

@@ -4,10 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from test_distribution import OPTIONS, assert_close, distill, weights
+from process_runs import OPTIONS, assert_close, distill, wait_for_checkpoint, weights
 
 from fewstep.errors import UserError
 from fewstep.ray_train import _reason, _uses_gpus
@@ -38,11 +37,7 @@ def test_two_processes_go_on_after_a_killed_one(tiny_folder, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        deadline = time.monotonic() + 180
-        while not list((tmp_path / "ray").glob("checkpoints/step_*")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.stdout.read()[-3000:]
-            time.sleep(0.05)
+        wait_for_checkpoint(process, tmp_path / "ray")
         workers = workers_of(process.pid)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)

@@ -21,11 +21,11 @@ from fewstep.core.batching import batched
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.data.trajectories import template_hash
 from fewstep.errors import UserError
+from fewstep.inference.prompt_parts import PART
 from fewstep.models.text import PromptEncoder
 
 STEP_CHOOSER = "steps.safetensors"
 FORMAT = 1
-PART = 128  # prompts encoded at a time
 _NAMES = ("mean", "scale", "weights", "offsets")
 
 
