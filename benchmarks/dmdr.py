@@ -42,7 +42,11 @@ from fewstep.rewards.scorers import RewardScorer
 Figures = dict[str, float | None]
 
 ENDLESS = 100_000  # steps; the minutes end a run
-COMMON = ("train.sample_every=0", "evaluate.enabled=false", "evaluate.validate_every=0", "train.keep_best=null")
+COMMON = (
+    *("train.sample_every=0", "evaluate.enabled=false", "evaluate.validate_every=0", "train.keep_best=null"),
+    # minutes of a thread's own time, so that arms can be compared when two runs share a machine
+    *("train.clock=thread", "models.compile=auto"),
+)
 SELECTED_BY = ("val/object_acc", "val/nearest_real_acc")
 
 

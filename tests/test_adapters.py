@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from fewstep.data.trajectories import weights_hash
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
@@ -236,3 +237,23 @@ def test_an_unknown_adapter_is_an_error(tiny, two_adapters):
     denoiser = AdapterDenoiser(ZImageDenoiser(two_adapters), {"faster": 1.0})
     with pytest.raises(ValueError, match="no LoRA adapter named faster"):
         denoiser(*inputs(tiny))
+
+
+def test_a_scale_that_changes_at_each_step_is_compiled_once(tiny, transformer):
+    """DynaDG's scale is a tensor: a number would be a constant of the compiled code."""
+    add_adapter(transformer, "fake", 2, target_modules=TARGETS)
+    for parameter in adapter_parameters(transformer, "fake").values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    layer, x = adapter_layers(transformer)[0], torch.randn(2, 48)
+    compiled = {}
+    for kind in (float, torch.tensor):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        forward = torch.compile(layer, backend=counter, dynamic=False)
+        for scale in (0.5, 0.3, 0.1):
+            with active_adapters(transformer, {"fake": kind(scale)}):
+                found = forward(x)
+            with active_adapters(transformer, {"fake": scale}):
+                torch.testing.assert_close(found, layer(x))
+        compiled[kind] = counter.frame_count
+    assert compiled == {float: 3, torch.tensor: 1}

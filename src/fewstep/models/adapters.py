@@ -31,8 +31,11 @@ AdapterKind = Literal["lora", "dora", "lokr"]
 #: A layer with adapters, which are all of one of these kinds.
 AdapterLayer = LoraLayer | LoKrLayer
 
+#: A factor of an adapter. Compiled code is made anew for each number, and once for all tensors without dimensions.
+Scale = float | Tensor
+
 #: A layer's active adapters, whether it is its base alone, and the factor of each adapter.
-LayerState = tuple[list[str], bool, dict[str, float]]
+LayerState = tuple[list[str], bool, dict[str, Scale]]
 
 #: An adapter's parameter in a transformer: its layer, its part, and the adapter's name.
 _PARAMETER = re.compile(r"(?P<layer>.+)\.(?P<part>lora_\w+|lokr_\w+)\.(?P<name>[^.]+)(\.weight)?")
@@ -142,7 +145,7 @@ def adapter_scale(layer: AdapterLayer, name: str) -> float:
 
 
 @contextmanager
-def active_adapters(transformer: nn.Module, adapters: Mapping[str, float]) -> Iterator[None]:
+def active_adapters(transformer: nn.Module, adapters: Mapping[str, Scale]) -> Iterator[None]:
     """Inside, the weights are ``W + sum of scale * alpha / rank * B A`` over ``adapters``, {name: scale}; with none,
     the base's.
 
@@ -184,7 +187,7 @@ def _state(layer: AdapterLayer) -> LayerState:
     return list(layer.active_adapters), layer._disable_adapters, dict(layer.scaling)
 
 
-def _scaled_state(layer: AdapterLayer, adapters: Mapping[str, float]) -> LayerState:
+def _scaled_state(layer: AdapterLayer, adapters: Mapping[str, Scale]) -> LayerState:
     """The state with these adapters active. Nested contexts do not multiply: scales refer to ``alpha / rank``."""
     names = [name for name in adapters if name in layer.scaling]
     scaling = {name: adapters[name] * adapter_scale(layer, name) for name in names}
@@ -199,7 +202,7 @@ def _set_state(layer: AdapterLayer, state: LayerState) -> None:
 class AdapterDenoiser(nn.Module):
     """A denoiser that is the shared base with adapters {name: scale}. Its parameters are those of the adapters."""
 
-    def __init__(self, base: TransformerDenoiser, adapters: Mapping[str, float]) -> None:
+    def __init__(self, base: TransformerDenoiser, adapters: Mapping[str, Scale]) -> None:
         super().__init__()
         self._base = [base]  # in a list, because a submodule's parameters would count as this module's
         self.adapters = dict(adapters)

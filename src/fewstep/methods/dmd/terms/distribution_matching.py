@@ -160,7 +160,8 @@ class DistributionMatching(DirectionTerm):
         self.real_score, self.teacher_prompts = self.teacher, ("cond",)
         if scale > 0:
             assert isinstance(self.fake_score, AdapterDenoiser)
-            adapters = {name: scale * own for name, own in self.fake_score.adapters.items()}
+            # a tensor: compiled blocks are not compiled anew at each step
+            adapters = {name: torch.tensor(scale * own) for name, own in self.fake_score.adapters.items()}
             self.real_score, self.teacher_prompts = AdapterDenoiser(self.fake_score.base, adapters), ()
 
     def direction(
