@@ -19,7 +19,8 @@ from fewstep.emoji.train_vae import build_vae
 from fewstep.errors import UserError
 from fewstep.methods.models_setup import build_models
 from fewstep.models.meta_pipeline import meta_pipeline
-from fewstep.models.pipeline import TextToImagePipeline, load, load_prompt_encoder, with_components_from
+from fewstep.models.partial_models import load_prompt_encoder, with_components_from
+from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.plan.estimate import plan
 
 

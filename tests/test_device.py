@@ -18,7 +18,8 @@ from fewstep.errors import UserError
 from fewstep.evaluation.runner import evaluate
 from fewstep.evaluation.settings import Setting
 from fewstep.models.components import resolve_model
-from fewstep.models.pipeline import TextToImagePipeline, load, load_prompt_encoder
+from fewstep.models.partial_models import load_prompt_encoder
+from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.training.distributed import init_distributed
 
 

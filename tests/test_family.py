@@ -23,7 +23,8 @@ from fewstep.models.family import get_family, resolve_family
 from fewstep.models.meta_pipeline import meta_pipeline
 from fewstep.models.noise import initial_noise
 from fewstep.models.offload import offload_blocks
-from fewstep.models.pipeline import load, load_prompt_encoder, with_components_from
+from fewstep.models.partial_models import load_prompt_encoder, with_components_from
+from fewstep.models.pipeline import load
 from fewstep.models.quantize import FP8, Fp8Linear
 from fewstep.models.single_file import read_transformer
 from fewstep.plan.communication import ParamCounts

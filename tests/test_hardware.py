@@ -18,7 +18,8 @@ from fewstep.core.compiler import check_compiler
 from fewstep.core.precision import bf16_cost, fp8_cost, has_native_bf16, uses_bf16, warn_if_emulated
 from fewstep.errors import UserError
 from fewstep.methods.models_setup import check_models
-from fewstep.models.pipeline import load, load_prompt_encoder
+from fewstep.models.partial_models import load_prompt_encoder
+from fewstep.models.pipeline import load
 from fewstep.training.optim import make_optimizer
 from fewstep.training.precision import resolve_precision
 from fewstep.training.run_dir import RunDir

@@ -22,7 +22,9 @@ from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models, check_models
+from fewstep.models.components import resolve_model
 from fewstep.models.pipeline import TextToImagePipeline, load
+from fewstep.models.step_adapters import check_one_transformer
 from fewstep.training.alerts import Rule
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
@@ -72,6 +74,7 @@ def open_inputs(recipe: DistillRecipe, dist: DistContext, encoded: Path | None) 
     torch.manual_seed(recipe.train.seed)
     source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
     dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
+    check_one_transformer(resolve_model(recipe.teacher), "teacher")
     teacher = load(recipe.teacher, dist.device, dtype, offload="model")
     teacher.set_resolution(recipe.resolution)
     check_models(recipe, teacher)

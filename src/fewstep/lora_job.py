@@ -33,6 +33,7 @@ from fewstep.models.lora.trained import adapter_updates
 from fewstep.models.lora.write import write_lora
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.same_latents import check_same_latents
+from fewstep.models.step_adapters import check_one_transformer
 from fewstep.models.vision_language import vision_language_folder
 from fewstep.training.distributed import DistContext
 from fewstep.training.run_dir import RunDir
@@ -113,6 +114,7 @@ def train_lora(recipe: LoraRecipe, run: RunDir, device: torch.device) -> Path:
     Raises:
         UserError: see :func:`open_lora_inputs`; or the model or its parts do not fit the recipe.
     """
+    check_one_transformer(resolve_model(recipe.model), "model")
     cache = run.directory / "cache" if recipe.data.cache is None else Path(recipe.data.cache).expanduser()
     inputs = open_lora_inputs(recipe, cache)
     model = load(recipe.model, "cpu", frozen_dtype(recipe.models))
@@ -182,6 +184,7 @@ def _open_teacher(recipe: LoraRecipe, model: TextToImagePipeline) -> TextToImage
     name = recipe.method.teacher_model
     assert name is not None
     folder = resolve_model(name)
+    check_one_transformer(folder, "method.teacher")
     check_same_latents(model, folder, f"method.teacher: {name}")
     transformer = load_component(folder, "transformer", frozen_dtype(recipe.models))
     teacher = model.with_transformer(transformer, load_generation_config(folder))

@@ -4,11 +4,13 @@ import json
 import zipfile
 from pathlib import Path
 
-from bad_inputs.files import TRANSFORMER
+from bad_inputs.files import DISTILL, PROMPTS, TRANSFORMER, folder, json_with
 from bad_inputs.table import Case, Message, Section
 from bad_inputs.weights import not_finite
 
 _LUMINA = {"other/model_index.json": '{"_class_name": "Lumina2Pipeline"}'}
+_PROMPTS = {"prompts.txt": PROMPTS}
+_STEPS = {"tiny/step_loras": folder, "tiny/fewstep.json": json_with(steps=1, sigmas=[1, 0], step_loras=True)}
 _HALF_NOISE = {"tiny/fewstep.json": '{"sampler": "sde", "eta": 0.5}'}
 
 
@@ -33,6 +35,18 @@ SECTION = Section(
             "{folder}: the names of {pipeline} in other programs are not known; use Z-Image",
             "Only Z-Image can be exported.",
             Case("export other --to gguf --out fox", "Lumina2Pipeline", _LUMINA),
+        ),
+        Message(
+            "{command}: {folder} is a student with a LoRA for each step, which one transformer cannot hold; it can be "
+            "sampled, served and evaluated, and init can start a recipe with models.lora_per_step from it",
+            "Train with `models.lora_per_step: false` for one transformer.",
+            Case("export tiny --to comfyui --out fox", "comfyui: tiny is a student with a LoRA for each", _STEPS),
+            Case("export tiny --aot --out fox.pt2", "--aot: tiny is a student", _STEPS),
+            Case("convert tiny --to original --out fox.safetensors", "--to original: tiny is a student", _STEPS),
+            Case("lora merge tiny x.safetensors --out fox", "merge: tiny is a student", _STEPS),
+            Case("lora extract tiny tiny --out x.safetensors", "extract: tiny is a student", _STEPS),
+            Case("distill mine.yaml", "teacher: tiny is a student", _STEPS | {"mine.yaml": DISTILL, **_PROMPTS}),
+            Case("lora train micro-lora -s model=tiny", "model: tiny is a student", _STEPS),
         ),
         Message(
             "{folder}: its sampler is sde with eta {eta}, which {program} does not have",

@@ -233,6 +233,11 @@ SECTION = Section(
             _generate("[1.0, 5.0, 0.0]", {"tiny/fewstep.json": json_with(steps=2, sigmas=[1, 5, 0])}),
         ),
         Message(
+            "{file}: step_loras: sigmas is missing; they say which step has which LoRA",
+            "Write the levels of its steps.",
+            _generate("step_loras: sigmas is missing", {"tiny/fewstep.json": json_with(step_loras=True, sigmas=None)}),
+        ),
+        Message(
             "{file}: sigmas: {count} levels with steps {steps}; expected one more than steps",
             "Correct the model's `fewstep.json`.",
             _generate("2 levels with steps 6", {"tiny/fewstep.json": json_with(sigmas=[1, 0])}),

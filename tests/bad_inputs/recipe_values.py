@@ -10,9 +10,15 @@ def _set(override: str, expected: str) -> Case:
     return Case(f"distill mine.yaml -s '{override}'", expected, _FILES)
 
 
+def _set_all(expected: str, *overrides: str) -> Case:
+    return Case("distill mine.yaml " + " ".join(f"-s '{each}'" for each in overrides), expected, _FILES)
+
+
 def _cache(override: str, expected: str) -> Case:
     return Case(f"cache-trajectories cache.yaml -s '{override}'", expected, _FILES)
 
+
+_STEP_LORAS = ("models.train=lora", "models.lora_per_step=true")
 
 SECTION = Section(
     "Values in recipes",
@@ -152,6 +158,19 @@ SECTION = Section(
             _set("models.frozen_dtype=fp16", "'fp32', 'bf16' or 'fp8'"),
             _set("method.name=guess", "method.name: input should be 'dmd', 'trajectory' (got 'guess')"),
             _set("method.terms.cfg_augmentation.weight={kind: sine}", "cfg_augmentation.weight.kind: input"),
+        ),
+        Message(
+            "{recipe}: models.lora_per_step: the student's steps must be fixed; leave out student.step_counts and "
+            "student.timestep_sampling",
+            "Each step has a LoRA of its own, for its own noise level.",
+            _set_all("models.lora_per_step: the student's steps", *_STEP_LORAS, "student.step_counts=[2, 4]"),
+            _set_all("steps must be fixed", *_STEP_LORAS, "student.timestep_sampling=continuous"),
+        ),
+        Message(
+            "{recipe}: method.fake_score_ema_to_student needs one adapter of the student: leave out "
+            "models.lora_per_step",
+            "The fake score has one adapter, and the student one for each step.",
+            _set_all("needs one adapter", *_STEP_LORAS, "method.fake_score_ema_to_student=0.1"),
         ),
         Message(
             "{recipe}: {key}: list should have at least 1 item after validation, not 0",

@@ -72,10 +72,14 @@ def _convert(
     from fewstep.models.components import load_component, read_config, resolve_model
     from fewstep.models.family import resolve_family
     from fewstep.models.file_kinds import refuse_other_files
-    from fewstep.models.pipeline import load, with_components_from
+    from fewstep.models.partial_models import with_components_from
+    from fewstep.models.pipeline import load
     from fewstep.models.single_file import read_transformer, stored_dtype
+    from fewstep.models.step_adapters import check_one_transformer
 
     single_file = Path(model).is_file() or model.lower().endswith((".safetensors", ".gguf"))
+    if not single_file:
+        check_one_transformer(resolve_model(model), f"--to {to.value}")
     if components_from is not None and not single_file:
         raise UserError(f"--components-from: no effect on {model}, which is not a single file; leave it out")
     if single_file:

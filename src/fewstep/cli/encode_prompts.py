@@ -28,7 +28,7 @@ def prompts(
     Running the same command again resumes an interrupted one. Use the prompts with -s prompts.source=FOLDER.
     """
     from fewstep.data.prepare_prompts import CleaningStats, check_before_loading, prepare_prompts
-    from fewstep.models.pipeline import load_prompt_encoder
+    from fewstep.models.partial_models import load_prompt_encoder
     from fewstep.outputs import claimed_folder
     from fewstep.progress import progress_bar
 

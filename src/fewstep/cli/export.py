@@ -90,12 +90,15 @@ def _compile(model: str, out: Path, size: int | None, batch: int, dtype: Dtype |
 
     from fewstep.errors import UserError
     from fewstep.export.aot import export_package
+    from fewstep.models.components import resolve_model
     from fewstep.models.pipeline import load
+    from fewstep.models.step_adapters import check_one_transformer
     from fewstep.outputs import check_file
 
     if dtype is Dtype.fp8:
         raise UserError("--dtype fp8: cannot be compiled ahead of time; use bf16")
     check_file(out, ".pt2")
+    check_one_transformer(resolve_model(model), "--aot")
     pipeline = load(model, device, dtype.torch_dtype if dtype is not None else None)
     with Console(stderr=True).status("compiling the transformer ..."):
         export_package(pipeline, out, size or pipeline.generation_config.height, batch)

@@ -91,11 +91,14 @@ def merge(
 ) -> None:
     """Write a model with LoRA files merged into its weights, which keep their dtype."""
     from fewstep.locks import exclusive
+    from fewstep.models.components import resolve_model
     from fewstep.models.lora.merge import parse_loras
     from fewstep.models.pipeline import load
     from fewstep.models.replaceable import check_replaceable
+    from fewstep.models.step_adapters import check_one_transformer
 
     check_replaceable(out)
+    check_one_transformer(resolve_model(model), "merge")
     loras = parse_loras(files)
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out):

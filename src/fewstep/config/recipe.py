@@ -83,6 +83,12 @@ class Stage(Settings):
                 f"{', '.join(parts)})"
             )
         check_optimizers({f"optim.{part}": settings for part, settings in self.optim.items()})
+        student = self.student
+        if self.models.lora_per_step and (student.step_counts is not None or student.timestep_sampling != "fixed"):
+            raise ValueError(
+                "models.lora_per_step: the student's steps must be fixed; leave out student.step_counts and "
+                "student.timestep_sampling"
+            )
         self.method.check(self)
         if self.train.keep_best is not None:
             for metric in (self.train.keep_best.metric, *self.train.keep_best.at_least):

@@ -170,6 +170,9 @@ class ModelsSettings(Settings):
     target_modules: list[str] | None = Field(
         None, min_length=1, description="Name endings of the linear layers with adapters; null is the family's default."
     )
+    lora_per_step: bool = Field(
+        default=False, description="The student has an adapter for each of its steps, which are saved beside the base."
+    )
     compile: bool | Literal["auto"] = Field(
         default=False,
         description="Compile the transformers' blocks; needs a C++ compiler on a CPU. auto: where there is one.",
@@ -180,7 +183,7 @@ class ModelsSettings(Settings):
 
     @model_validator(mode="after")
     def _check_adapter_keys(self) -> ModelsSettings:
-        for key in ("rank", "fake_score_rank", "lora_alpha", "target_modules"):
+        for key in ("rank", "fake_score_rank", "lora_alpha", "target_modules", "lora_per_step"):
             if self.train == "full" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: no effect on full copies; set models.train: lora, or leave it out")
         return self

@@ -15,6 +15,7 @@ from fewstep.errors import UserError
 from fewstep.models.components import format_tensor_names, resolve_model
 from fewstep.models.lora.targets import LoraTargets
 from fewstep.models.lora.weights import Change, LowRank, Update
+from fewstep.models.step_adapters import check_one_transformer
 from fewstep.models.weight_files import weight_files
 
 _WHOLE = (
@@ -106,7 +107,10 @@ def differences(
     Raises:
         UserError: the transformers have different tensors.
     """
-    ones, others = (_Weights(resolve_model(model) / "transformer") for model in (base, tuned))
+    folders = [resolve_model(model) for model in (base, tuned)]
+    for folder in folders:
+        check_one_transformer(folder, "extract")
+    ones, others = (_Weights(folder / "transformer") for folder in folders)
     if missing := sorted(ones.files.keys() ^ others.files.keys()):
         raise UserError(f"{tuned}: another architecture than {base}: {format_tensor_names('different', missing)}")
     with ones, others:

@@ -23,6 +23,7 @@ from fewstep.models.generation_config import GenerationConfig, load_generation_c
 from fewstep.models.key_layout import KeyLayout, ProgramNames
 from fewstep.models.linear_layers import matching_linears
 from fewstep.models.single_file import import_gguf
+from fewstep.models.step_adapters import check_one_transformer
 from fewstep.models.weight_files import check_finite
 from fewstep.progress import progress_bar
 
@@ -89,6 +90,7 @@ def export_model(model: str | Path, program: Program, out: Path, quantize: Quant
     """
     check_export(model, program, quantize)
     folder = resolve_model(model)
+    check_one_transformer(folder, program)
     family, config = resolve_family(folder), load_generation_config(folder)
     names = _program_names(folder, family)
     if config.system_prompt:

@@ -6,11 +6,10 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -20,9 +19,9 @@ from fewstep.core.compiler import check_compiler, compiles
 from fewstep.core.dtensor import full_state_dict
 from fewstep.core.method import Shard
 from fewstep.core.precision import uses_bf16
-from fewstep.errors import UserError
+from fewstep.methods.student_init import LORA, load_adapters, load_init
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
-from fewstep.models.adapters import AdapterDenoiser, adapter_parameters, add_adapter, copy_adapter, is_adapter_key
+from fewstep.models.adapters import AdapterDenoiser, add_adapter, copy_adapter, is_adapter_key
 from fewstep.models.components import load_component, resolve_model
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.generation_config import GenerationConfig
@@ -30,11 +29,11 @@ from fewstep.models.linear_layers import matching_linears
 from fewstep.models.parallel import shard_denoiser
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.models.quantize import is_fp8, quantize_fp8_
-from fewstep.models.same_latents import check_same_latents
+from fewstep.models.step_adapters import STEP_LORAS, StepAdapterDenoiser, step_adapters
 from fewstep.training.distributed import DistContext
 from fewstep.training.optim import check_optimizer
 
-LORA = "lora"  # where a run keeps its student's adapter, beside the student
+STUDENT = "student"
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,26 @@ class Models:
 
     def save(self, folder: Path, dist: DistContext) -> Path:
         """The student as an ordinary diffusers folder; a LoRA student is merged, with its adapter beside it as
-        ``lora/pytorch_lora_weights.safetensors``. The main process writes."""
+        ``lora/pytorch_lora_weights.safetensors``, or has a LoRA for each step in it. The main process writes."""
         transformer = self.student.transformer if dist.world_size == 1 else self.gather_full_model()
         write = None
         if dist.is_main_process and self.shares_base:
-            lora = adapter_state_dict(transformer, "student")
-            self.teacher.family.write_lora(folder.parent / LORA, lora)
-            base = self._unquantized_base()
-            write = lambda inner: write_merged(inner, transformer, {"student": 1.0}, base)  # noqa: E731
+            write = partial(self._write_adapters, folder, transformer)
         if dist.is_main_process:
             self.student.with_transformer(transformer, self.student.generation_config).save(folder, write)
         dist.barrier()
         return folder
+
+    def _write_adapters(self, folder: Path, transformer: nn.Module, inner: Path) -> None:
+        """Write the student's transformer to ``inner``, in its ``folder`` as that is being made."""
+        family, base = self.teacher.family, self._unquantized_base()
+        if isinstance(self.student.denoiser, StepAdapterDenoiser):
+            write_merged(inner, transformer, {}, base)
+            for step, name in enumerate(self.student.denoiser.names, start=1):
+                family.write_lora(inner.parent / STEP_LORAS / str(step), adapter_state_dict(transformer, name))
+            return
+        family.write_lora(folder.parent / LORA, adapter_state_dict(transformer, STUDENT))
+        write_merged(inner, transformer, {STUDENT: 1.0}, base)
 
     def _unquantized_base(self) -> nn.Module | None:
         """The weights that the student's adapter is merged into where the base is in fp8: the teacher's on disk."""
@@ -199,16 +206,18 @@ def _adapters(
     targets = settings.target_modules or list(teacher.family.lora_target_modules)
     student_spec = AdapterSpec(settings.rank, alpha, targets)
     extra_rank = settings.fake_score_rank or settings.rank
-    specs = {"student": student_spec} | {
+    steps = recipe.student.steps
+    stacks = {name: step_adapters(name, steps) if settings.lora_per_step else [name] for name in (STUDENT, *copies)}
+    specs = {each: student_spec for stack in stacks.values() for each in stack} | {
         name: AdapterSpec(extra_rank, student_spec.scale * extra_rank, targets) for name in extra
     }
-    specs |= dict.fromkeys(copies, student_spec)
     for name, spec in specs.items():
         add_adapter(transformer, name, spec.rank, spec.alpha, target_modules=spec.target_modules)
     if recipe.init is not None:
-        load_adapter(transformer, student_spec.scale, recipe.init)
+        load_adapters(transformer, stacks[STUDENT], student_spec.scale, recipe.init)
     for name in copies:
-        copy_adapter(transformer, "student", name)
+        for source, target in zip(stacks[STUDENT], stacks[name], strict=True):
+            copy_adapter(transformer, source, target)
     if settings.frozen_dtype == "fp8":
         quantize_fp8_(transformer, teacher.family.quantizable_modules)
     if compiles(settings.compile, teacher.device):
@@ -218,9 +227,16 @@ def _adapters(
     if mesh is not None:
         shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, teacher.device))
     student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher), student=True)
-    student.denoiser = AdapterDenoiser(teacher.denoiser, {"student": 1.0})  # type: ignore[assignment]
+    sigmas = flow.sigmas_from_timesteps(recipe.student.levels, teacher.shift)
+
+    def of(stack: Sequence[str]) -> AdapterDenoiser:
+        if settings.lora_per_step:
+            return StepAdapterDenoiser(teacher.denoiser, stack, sigmas)
+        return AdapterDenoiser(teacher.denoiser, dict.fromkeys(stack, 1.0))
+
+    student.denoiser = of(stacks[STUDENT])  # type: ignore[assignment]
     trained: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in extra}
-    kept: dict[str, nn.Module] = {name: AdapterDenoiser(teacher.denoiser, {name: 1.0}) for name in copies}
+    kept: dict[str, nn.Module] = {name: of(stacks[name]) for name in copies}
     return Models(teacher, student, trained, True, recipe.teacher, specs, kept)
 
 
@@ -246,47 +262,9 @@ def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipelin
         sigmas=flow.sigmas_from_timesteps(student.levels, teacher.shift),
         sampler=student.sampler,
         eta=student.eta,
+        step_loras=recipe.models.lora_per_step,
         system_prompt=config.system_prompt,
         teacher=recipe.teacher,
         height=config.height,
         width=config.width,
     )
-
-
-def load_init(student: TextToImagePipeline, path_or_name: str) -> None:
-    """Give the student the transformer of another model of the same architecture; no other component is loaded.
-
-    Raises:
-        UserError: there is no such model, its transformer has other shapes, or its latents another scale.
-    """
-    folder = resolve_model(path_or_name)
-    check_same_latents(student, folder, f"init: {path_or_name}")
-    try:
-        student.transformer.load_state_dict(load_component(folder, "transformer").state_dict())
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip().rstrip(".")  # the first line names the class alone
-        raise UserError(f"init: {path_or_name} does not have the teacher's architecture ({reason})") from None
-
-
-def load_adapter(transformer: nn.Module, scale: float, student: str) -> None:
-    """Give the student's adapter the weights of the one that an earlier run saved beside its student.
-
-    Raises:
-        UserError: there is none, or it has another rank or other layers.
-    """
-    file = Path(student).expanduser().resolve().parent / LORA / "pytorch_lora_weights.safetensors"
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"init: {file} cannot be read ({error}); with models.train: lora a student starts from the adapter of an "
-            "earlier LoRA run, because all models share the teacher's weights"
-        ) from None
-    expected = {key.replace(".student.", "."): p for key, p in adapter_parameters(transformer, "student").items()}
-    given = {key.removeprefix("transformer."): tensor for key, tensor in found.items()}
-    shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (expected, given)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"init: {file} has another rank than the recipe's adapter, or other layers")
-    with torch.no_grad():
-        for key, parameter in expected.items():
-            parameter.copy_(given[key] / scale if "lora_B" in key else given[key])  # the file has the scale in B

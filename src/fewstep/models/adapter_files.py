@@ -11,12 +11,15 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.models.adapters import active_adapters, adapter_layers, is_adapter_key
+from fewstep.errors import UserError
+from fewstep.models.adapters import active_adapters, adapter_layers, adapter_parameters, is_adapter_key
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # in a folder of diffusers' save_lora_weights
 
 
 @torch.no_grad()
@@ -60,3 +63,31 @@ def adapter_state_dict(transformer: nn.Module, name: str) -> dict[str, Tensor]:
     (scaling,) = {layer.scaling[name] for layer in adapter_layers(transformer) if name in layer.scaling}
     weights = get_peft_model_state_dict(transformer, adapter_name=name)
     return {key: tensor * scaling if "lora_B" in key else tensor for key, tensor in weights.items()}
+
+
+def read_adapter(file: Path) -> dict[str, Tensor]:
+    """The weights in a file that ``ModelFamily.write_lora`` wrote, by their names in the transformer.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error})") from None
+    return {key.removeprefix("transformer."): tensor for key, tensor in found.items()}
+
+
+@torch.no_grad()
+def set_adapter(transformer: nn.Module, name: str, weights: Mapping[str, Tensor], scale: float = 1.0) -> bool:
+    """Give an adapter the weights of :func:`read_adapter`, and say whether they fit; nothing changes if they do not.
+
+    Args:
+        scale: ``alpha / rank`` of the adapter: the weights have theirs in B.
+    """
+    own = {key.replace(f".{name}.", "."): p for key, p in adapter_parameters(transformer, name).items()}
+    if {key: p.shape for key, p in own.items()} != {key: tensor.shape for key, tensor in weights.items()}:
+        return False
+    for key, parameter in own.items():
+        parameter.copy_(weights[key] / scale if "lora_B" in key else weights[key])
+    return True

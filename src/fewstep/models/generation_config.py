@@ -36,6 +36,7 @@ class GenerationConfig(PlainValues):
     sigmas: list[float] | None = Field(None, description="Its sigmas, from 1 down to the terminal 0.")
     sampler: Sampler = Field("euler", description='"euler", or "sde": fresh noise in each step.')
     eta: Fraction = Field(1.0, description="Share of fresh noise in each step of the sde sampler.")
+    step_loras: bool = Field(False, description="Each step has a LoRA of its own, in step_loras/.")
     system_prompt: str = Field("", description="System prompt; empty is none.")
     teacher: str | None = Field(None, description="The model it was distilled from: a folder, hub id or bundled name.")
     teacher_fingerprint: str | None = Field(None, description="Of a teacher in a folder: recognizes it after a move.")
@@ -54,6 +55,8 @@ class GenerationConfig(PlainValues):
     def _check_sigmas(self) -> Self:
         sigmas = self.sigmas
         if sigmas is None:
+            if self.step_loras:
+                raise ValueError("step_loras: sigmas is missing; they say which step has which LoRA")
             return self
         if sigmas[0] != 1 or any(high <= low for high, low in pairwise(sigmas)):
             raise ValueError(f"sigmas {sigmas}: expected noise levels that descend from 1 to 0")

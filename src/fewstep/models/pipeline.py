@@ -26,7 +26,7 @@ from fewstep.models.offload import has_offloaded_blocks, offload_blocks
 from fewstep.models.other_vae import load_other_vae
 from fewstep.models.quantize import FP8, is_fp8, quantize_fp8_, supports_fp8_matmul, warn_without_fp8_matmul
 from fewstep.models.replaceable import check_replaceable
-from fewstep.models.text import PromptEncoder
+from fewstep.models.step_adapters import StepAdapterDenoiser, add_step_loras, check_one_transformer
 from fewstep.models.vae import to_channels_last
 
 
@@ -243,14 +243,16 @@ def load(
     read_dtype = torch.bfloat16 if fp8 else dtype
     other_vae = {} if vae is None else {"vae": load_other_vae(vae, folder, family, read_dtype)}
     own = [name for name in family.component_names if name not in other_vae]
-    components = _load_components(folder, family, own, read_dtype) | other_vae
+    components = load_components(folder, family, own, read_dtype) | other_vae
     check_components(folder, family, components)
     merge_(components["transformer"], adapters)
+    config = load_generation_config(folder)
+    stack = add_step_loras(components["transformer"], folder, config.steps) if config.step_loras else []
     if fp8:
         quantize_fp8_(components["transformer"], family.quantizable_modules, supports_fp8_matmul(chosen))
         warn_without_fp8_matmul(chosen)
     warn_if_weights_are_emulated(components["transformer"], chosen)
-    model = TextToImagePipeline(family, components, load_generation_config(folder))
+    model = TextToImagePipeline(family, components, config)
     model.folder = folder
     if device == AUTO:
         log_device(chosen)
@@ -260,39 +262,16 @@ def load(
         offload_blocks(model.denoiser, chosen) if offload == "group" else model.transformer.to(chosen)
         model.enable_model_cpu_offload()
     if aot is not None:
+        check_one_transformer(folder, "aot")
         model.denoiser.ahead_of_time = load_package(aot, model.denoiser)
+    if stack:
+        model.denoiser = StepAdapterDenoiser(model.denoiser, stack, config.sigmas or [])  # type: ignore[assignment]
     return model
 
 
-def with_components_from(transformer: nn.Module, path_or_name: str | Path) -> TextToImagePipeline:
-    """This transformer with all other components of another model, on the CPU. Errors as for :func:`load`."""
-    folder = resolve_model(path_or_name)
-    family = resolve_family(folder)
-    names = [name for name in family.component_names if name != "transformer"]
-    components = {"transformer": transformer, **_load_components(folder, family, names)}
-    check_components(folder, family, components)
-    return TextToImagePipeline(family, components, load_generation_config(folder))
-
-
-def load_prompt_encoder(
-    path_or_name: str | Path, device: str | torch.device = AUTO, dtype: torch.dtype | None = None
-) -> PromptEncoder:
-    """The prompt encoder of a model without its other components. Arguments and errors as for :func:`load`."""
-    chosen = resolve_device(device)
-    folder = resolve_model(path_or_name)
-    family = resolve_family(folder)
-    components = _load_components(folder, family, family.prompt_components, dtype)
-    check_components(folder, family, components)
-    if device == AUTO:
-        log_device(chosen)
-    has_config = (folder / GENERATION_CONFIG).exists()
-    encoder = family.prompt_encoder(components, load_generation_config(folder).system_prompt if has_config else "")
-    warn_if_weights_are_emulated(encoder.text_encoder.to(chosen), chosen)
-    return encoder
-
-
-def _load_components(
+def load_components(
     folder: Path, family: ModelFamily, names: Sequence[str], dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    components: Mapping[str, Any] = {name: load_component(folder, name, dtype, family) for name in names}
-    return {name: to_channels_last(part) if name == "vae" else part for name, part in components.items()}
+    """Components of the model in a folder, by name. Errors as for :func:`load`."""
+    found = {name: load_component(folder, name, dtype, family) for name in names}
+    return found | {"vae": to_channels_last(found["vae"])} if "vae" in found else found

@@ -85,6 +85,10 @@ class DMDConfig(MethodConfig):
     group_size: BatchSize = Field(
         default=1, description="Samples of one prompt, in a row, in the batches of the student; for terms with groups."
     )
+    gradient_steps: Literal["last", "all"] = Field(
+        default="last",
+        description="Steps of the student's rollout that gradients reach; all: each is computed once more for it.",
+    )
     fake_score_updates: Updates = Field(default=5, description="Updates of the fake score for each of the student.")
     fake_score_start: Step = Field(
         default=0, description="Step at which the fake score (and a discriminator) start training: before DM does."
@@ -187,6 +191,10 @@ class DMDConfig(MethodConfig):
         for settings, _ in active.values():
             settings.check(stage, self)
         rank = stage.models.fake_score_rank
+        if self.fake_score_ema_to_student and stage.models.lora_per_step:
+            raise ValueError(
+                "method.fake_score_ema_to_student needs one adapter of the student: leave out models.lora_per_step"
+            )
         if self.fake_score_ema_to_student and stage.models.train == "lora" and rank not in (None, stage.models.rank):
             raise ValueError(
                 "method.fake_score_ema_to_student needs adapters of one rank: leave models.fake_score_rank out"

@@ -118,6 +118,7 @@ class DMD(DistillMethod):
             *(models.student.denoiser, student.levels, teacher.shift),
             *(student.timestep_sampling, student.sampler, student.eta),
             trained_levels=student.trained_levels,
+            gradient_steps=config.gradient_steps,
         )
         null = setup.null
         term_setup = TermSetup(

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import Denoiser
@@ -17,6 +18,7 @@ from fewstep.core.global_rng import shared_draws
 from fewstep.core.samplers import Sampler, iterate, last_state
 
 AnchorSchedule = Literal["fixed", "continuous"]
+GradientSteps = Literal["last", "all"]
 
 MIN_TIMESTEP = 0.01  # of random levels: a prediction from below it is nearly the identity
 
@@ -56,3 +58,21 @@ def backward_simulation(
         [B, C, ..., H, W] at ``sigmas[-1]``.
     """
     return last_state(noise, iterate(student, noise, sigmas, prompts, sampler=sampler, eta=eta))
+
+
+def differentiable_simulation(
+    student: Denoiser,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    prompts: EncodedPrompts,
+    sampler: Sampler = "euler",
+    eta: float = 1.0,
+) -> Tensor:
+    """:func:`backward_simulation` with gradient through every step. Each step's activations are recomputed in the
+    backward pass, so that the memory is that of one step."""
+
+    def checkpointed(x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        velocity: Tensor = checkpoint(student, x, sigma, prompts, use_reentrant=False, preserve_rng_state=False)
+        return velocity
+
+    return last_state(noise, iterate(checkpointed, noise, sigmas, prompts, sampler=sampler, eta=eta))

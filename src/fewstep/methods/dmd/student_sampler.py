@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from fewstep.core import flow
 from fewstep.core.denoiser import predict_x0
 from fewstep.data.batch import DistillBatch
-from fewstep.methods.dmd.rollout import AnchorSchedule, Sampler, backward_simulation, sample_rollout_timesteps
+from fewstep.methods.dmd.rollout import (
+    AnchorSchedule,
+    GradientSteps,
+    Sampler,
+    backward_simulation,
+    differentiable_simulation,
+    sample_rollout_timesteps,
+)
 from fewstep.methods.dmd.terms.base import StudentSample
 
 
@@ -21,6 +28,7 @@ class StudentSampler:
         levels: the student's pre-shift noise levels, from 1 down, without the 0.
         timestep_sampling: "fixed", or "continuous": levels drawn anew each time (CDM, arXiv 2605.06376).
         sampler, eta: how the student is run at inference.
+        gradient_steps: "last": gradients reach the last step of a rollout alone; "all": every step.
         trained_levels: likewise for each number of steps that it is trained for, one of which is drawn for each batch;
             None is ``levels`` alone.
     """
@@ -34,9 +42,11 @@ class StudentSampler:
         sampler: Sampler = "euler",
         eta: float = 1.0,
         trained_levels: Sequence[Sequence[float]] | None = None,
+        gradient_steps: GradientSteps = "last",
     ) -> None:
         self.student, self.levels, self.shift = student, list(levels), shift
         self.timestep_sampling, self.sampler, self.eta = timestep_sampling, sampler, eta
+        self._simulate = backward_simulation if gradient_steps == "last" else differentiable_simulation
         self.trained_levels = [self.levels] if trained_levels is None else [list(each) for each in trained_levels]
 
     @property
@@ -45,22 +55,22 @@ class StudentSampler:
         return flow.sigmas_from_timesteps(self.levels, self.shift)
 
     def __call__(self, batch: DistillBatch) -> StudentSample:
-        """Samples with gradient through the last prediction alone."""
+        """Samples with gradient through the last prediction, or all of them."""
         levels = self.trained_levels[0]
         if len(self.trained_levels) > 1:
             levels = self.trained_levels[int(torch.randint(len(self.trained_levels), ()))]
         anchors = sample_rollout_timesteps(levels, self.timestep_sampling)
         sigmas = [flow.shift_sigma(u, self.shift) for u in anchors]
-        z = backward_simulation(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
+        z = self._simulate(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
         sigma = torch.full((len(z),), sigmas[-1], device=z.device)
         x0 = predict_x0(self.student, z, sigma, batch.prompts)
-        return StudentSample(x0, z, sigma, torch.full_like(sigma, anchors[-1]), batch.prompts)
+        return StudentSample(x0, z.detach(), sigma, torch.full_like(sigma, anchors[-1]), batch.prompts)
 
     def endpoint(self, batch: DistillBatch) -> Tensor:
-        """Samples x0 [B, C, ..., H, W] at the end of the whole rollout at inference's levels, with gradient through the
-        last step alone."""
+        """Samples x0 [B, C, ..., H, W] at the end of the whole rollout at inference's levels, with gradient as
+        in a call."""
         sigmas = self.sigmas[:-1]
-        z = backward_simulation(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
+        z = self._simulate(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
         return predict_x0(self.student, z, torch.full((len(z),), sigmas[-1], device=z.device), batch.prompts)
 
     @torch.no_grad()
