@@ -90,6 +90,7 @@ def test_weights_and_states_equal_those_of_real_models(tiny_folder, more):
 GAN = ("method.terms.gan.weight=1", "optim.discriminator.lr=1e-4")
 MMD = ("method.terms.mmd.weight=1",)
 TRAJECTORY = ("method.terms.trajectory_mse.weight=1",)
+EACH_STEP = (*LORA, "models.lora_per_step=true", "method.gradient_steps=all")
 CHECKPOINTED = "models.gradient_checkpointing=true"
 
 
@@ -97,11 +98,11 @@ CHECKPOINTED = "models.gradient_checkpointing=true"
     "more",
     [
         *((), (CHECKPOINTED,), LORA, (*LORA, CHECKPOINTED), (*LORA, "models.frozen_dtype=fp8", CHECKPOINTED)),
-        *(GAN, MMD, TRAJECTORY, (*GAN, *MMD, *TRAJECTORY), (*TRAJECTORY, *MMD, *LORA)),
+        *(GAN, MMD, TRAJECTORY, (*GAN, *MMD, *TRAJECTORY), (*TRAJECTORY, *MMD, *LORA), EACH_STEP),
     ],
     ids=[
         *("full", "full, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"),
-        *("gan", "mmd", "trajectory", "all three", "lora, trajectory and mmd"),
+        *("gan", "mmd", "trajectory", "all three", "lora, trajectory and mmd", "each step"),
     ],
 )
 def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
@@ -263,12 +264,12 @@ def test_what_several_gpus_cannot_train_is_not_planned(tiny_folder, override, me
 
 @pytest.mark.slow
 def test_savings_that_several_gpus_cannot_train_are_not_suggested(tiny_folder):
-    words = ["plan", "micro-decoupled", "-s", f"teacher={tiny_folder}", "-s", "train.batch_size=2"]
-    done = CliRunner().invoke(app, [*words, "--gpus", "2", "--gpu", "0.0001GB"])
-    assert done.exit_code == 0, done.output
-    assert "with -s" in done.stdout
-    assert "adamw8bit" not in done.stdout
-    assert "still too large" in done.stdout
+    words = ["-s", f"teacher={tiny_folder}", "-s", "train.batch_size=2", "--gpus", "2", "--gpu", "0.0001GB"]
+    code, output = planned(*words)
+    assert code == 0, output
+    assert "with -s" in output
+    assert "adamw8bit" not in output
+    assert "still too large" in output
 
 
 def test_gpu_by_name_or_size():

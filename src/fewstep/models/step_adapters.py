@@ -56,7 +56,8 @@ class StepAdapterDenoiser(AdapterDenoiser):
         """What ``compute`` returns, [B, ...], each sample's with the adapter of its step."""
         levels = torch.tensor(self.levels, device=sigma.device)
         steps = (sigma.float()[:, None] - levels).abs().argmin(1)
-        chosen = sorted(set(steps.tolist()))
+        # a plan's tensors have no values; every step costs the same
+        chosen = [0] if steps.is_meta else sorted(set(steps.tolist()))
         if len(chosen) == 1:
             with active_adapters(self.base.transformer, {self.names[chosen[0]]: 1.0}):
                 return compute(x, sigma, prompts)
