@@ -79,6 +79,18 @@ def test_option_without_effect_is_a_warning(options, message):
         parse_params(options | {"guidance_scale": 1, "sampler": "sde"}).resolved(GenerationConfig())
 
 
+@pytest.mark.parametrize(
+    ("counts", "steps", "trained"), [(None, 2, "4"), ([1, 4, 2], 3, "1, 2, 4"), ([1, 4, 2], 2, None)]
+)
+def test_another_number_of_steps_than_trained_is_a_warning(counts, steps, trained):
+    config = GenerationConfig(steps=4, step_counts=counts, guidance_distilled=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SamplingParams(steps=steps).resolved(config)
+    told = f"this model was trained for {trained} steps, not {steps}: expect worse images"
+    assert [str(each.message) for each in caught] == ([] if trained is None else [told])
+
+
 def test_system_prompt_of_the_generation_config_is_the_default(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     config = json.loads((folder / "fewstep.json").read_text())

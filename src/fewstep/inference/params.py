@@ -109,9 +109,11 @@ class SamplingParams(PlainValues):
 
     def _warn(self, config: GenerationConfig, found: ResolvedParams) -> None:
         """Warnings about parameters without effect, or with a bad one."""
-        if config.guidance_distilled and found.steps != config.steps:
+        counts = config.step_counts or [config.steps]
+        if config.guidance_distilled and found.steps not in counts:
+            trained = ", ".join(map(str, sorted(counts)))
             warnings.warn(
-                f"this model was trained for {config.steps} steps, not {found.steps}: expect worse images", stacklevel=4
+                f"this model was trained for {trained} steps, not {found.steps}: expect worse images", stacklevel=4
             )
         unused = ["negative_prompt"] if self.negative_prompt else []
         unused += ["cfg_normalization"] if self.cfg_normalization else []

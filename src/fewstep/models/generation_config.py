@@ -31,6 +31,9 @@ class GenerationConfig(PlainValues):
     steps: SamplingSteps = Field(
         50, description="Number of steps that it was trained for, or gives the best images with."
     )
+    step_counts: list[SamplingSteps] | None = Field(
+        None, description="All numbers of steps that it was trained for, if there are several."
+    )
     guidance_scale: GuidanceScale = Field(0.0, description="Guidance g in cond + g (cond - null); 0 is none.")
     guidance_distilled: bool = Field(False, description="Guidance is distilled into the weights: g must be 0.")
     sigmas: list[float] | None = Field(None, description="Its sigmas, from 1 down to the terminal 0.")
