@@ -7,6 +7,7 @@ from gaussian import SHAPE, prompts_of
 from fewstep.core import flow
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.adversarial.auc import auc, auc_lower_bound
+from fewstep.methods.adversarial.conditions import CONDITIONS, condition_of
 from fewstep.methods.adversarial.gate import Gate
 from fewstep.methods.adversarial.heads import DiscriminatorHeads
 from fewstep.methods.adversarial.losses import discriminator_loss, gradient_penalty
@@ -96,6 +97,25 @@ def test_it_sees_what_can_be_seen_and_nothing_else(shift, opens):
         assert all(0.4 < area < 0.6 for area in areas)
         assert adversary.open == [False, False, False]
     assert "auc_low_3" in metrics
+
+
+def test_conditions_of_prompts():
+    prompts = ["a red apple", "一个红苹果", "りんご", 'a sign that reads "OPEN"', "写着“开门”的牌子"]
+    assert [CONDITIONS[condition_of(each)] for each in prompts] == ["latin", "cjk", "cjk", "lettering", "lettering"]
+
+
+def test_it_says_for_which_prompts_it_sees():
+    """Scores that tell real from generated for Latin prompts alone, at two steps of different scale."""
+    gate = Gate(2)
+    draws = torch.Generator().manual_seed(0)
+    for step, scale in ((0, 1.0), (1, 100.0)):
+        condition = torch.tensor([0, 1] * 30 + [2] * 4)
+        real, fake = torch.randn(2, 64, generator=draws)
+        gate.add(torch.full((64,), step), scale * (real + 3 * (condition == 0)), scale * fake, condition)
+    found = {name: value.item() for name, value in gate.metrics().items()}
+    assert found.keys() == {"auc_latin", "auc_cjk"}  # the gate has not been updated: no areas by step
+    assert found["auc_latin"] > 0.95
+    assert 0.4 < found["auc_cjk"] < 0.6
 
 
 def test_it_is_closed_during_pretraining():

@@ -34,7 +34,8 @@ _MIN_SMOOTHED = 3 * _WINDOW  # a running mean of fewer points hides their trend
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """One panel for each metric of a run's metrics.jsonl, validation and losses first; None if there is none to plot.
+    """One panel for each metric of a run's metrics.jsonl, validation, losses and a discriminator's AUC first; None if
+    there is none to plot.
 
     A long series is drawn faint, with its running mean on top; one too short for a mean, as validation often is, with
     its points.
@@ -48,7 +49,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str | None:
     }
     shown = sorted(
         (name for name in series if len(series[name]) > 1),
-        key=lambda name: (not name.startswith("val/"), not name.endswith("/loss")),
+        key=lambda name: (not name.startswith("val/"), not name.endswith("/loss"), "/auc" not in name),
     )
     shown = shown[:_PANELS]
     if not shown:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.methods.adversarial.auc import auc, auc_lower_bound
+from fewstep.methods.adversarial.conditions import auc_by_condition
 
 
 class Gate:
@@ -37,15 +38,20 @@ class Gate:
     ) -> None:
         self.threshold, self.confidence, self.window = threshold, confidence, window
         self.least, self.patience = least, patience
-        self.pairs = [torch.zeros(0, 2, dtype=torch.float64) for _ in range(steps)]
+        self.pairs = [torch.zeros(0, 3, dtype=torch.float64) for _ in range(steps)]
         self.areas: list[float | None] = [None] * steps
         self.bounds: list[float | None] = [None] * steps
         self.opened_at: int | None = None
         self.closed_for = 0
 
-    def add(self, step: Tensor, real: Tensor, fake: Tensor) -> None:
-        """Takes scores of held-out pairs, [N] each; ``step`` counts the student's steps from 0."""
-        pairs = torch.stack([real, fake], dim=1).double().cpu()
+    def add(self, step: Tensor, real: Tensor, fake: Tensor, condition: Tensor | None = None) -> None:
+        """Takes scores of held-out pairs, [N] each; ``step`` counts the student's steps from 0.
+
+        Args:
+            condition: of their prompts, indices in ``conditions.CONDITIONS``; None is the first.
+        """
+        condition = torch.zeros_like(real) if condition is None else condition.to(real)
+        pairs = torch.stack([real, fake, condition], dim=1).double().cpu()
         for index in range(len(self.pairs)):
             self.pairs[index] = torch.cat([self.pairs[index], pairs[step.cpu() == index]])[-self.window :]
 
@@ -80,12 +86,14 @@ class Gate:
         return [sees and not self.stopped for sees in self.sees]
 
     def metrics(self) -> dict[str, Tensor]:
-        """By step from 1 ``auc_1`` and its bound ``auc_low_1``, once there are enough pairs; the least as ``auc``."""
+        """By step from 1 ``auc_1`` and its bound ``auc_low_1``, once there are enough pairs; the least as ``auc``; by
+        condition ``auc_latin`` and so on, the mean over steps."""
         named = {"auc": self.areas, "auc_low": self.bounds}
         found: dict[str, float] = {}
         for name, values in named.items():
             known = {f"{name}_{index + 1}": value for index, value in enumerate(values) if value is not None}
             found |= known | ({name: min(known.values())} if known else {})
+        found |= {f"auc_{name}": area for name, area in auc_by_condition(self.pairs).items()}
         return {name: torch.tensor(value) for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:

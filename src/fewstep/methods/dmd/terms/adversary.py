@@ -22,6 +22,7 @@ from fewstep.core.denoiser import FeatureExtractor
 from fewstep.core.method import Trainable
 from fewstep.core.samplers import SamplerStep
 from fewstep.data.batch import DistillBatch
+from fewstep.methods.adversarial.conditions import condition_of
 from fewstep.methods.adversarial.gate import Gate
 from fewstep.methods.adversarial.heads import DiscriminatorHeads, score_of
 from fewstep.methods.adversarial.losses import Loss, discriminator_loss, gradient_penalty
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 LEAST_DEVIATION = 0.01  # of logits at a step, that scores are divided by: smaller ones are no judgment
 MOMENTS_WINDOW = 1024  # generated samples at a step, for their mean and deviation
 
-#: What is logged of every discriminator, besides ``auc_<step>`` and ``auc_low_<step>``.
+#: What is logged of every discriminator, besides ``auc_<step>``, ``auc_low_<step>`` and ``auc_<condition>``.
 ADVERSARY_METRICS = {f"discriminator/{name}" for name in ("accuracy", "r1", "auc", "auc_low")}
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -149,7 +150,8 @@ class Adversary:
         d_fake, d_real, d_perturbed = (
             self._logits(x, sigma, pairs.prompts) for x in (pairs.fake.to(real.dtype), real, perturbed)
         )
-        self._measure(pairs.step, d_real, d_fake, held_out)
+        condition = torch.tensor([condition_of(text) for text in batch.texts], device=held_out.device)
+        self._measure(pairs.step, d_real, d_fake, held_out, condition)
         trained = (~held_out).float()
         penalty = gradient_penalty(d_real, d_perturbed)
         each = discriminator_loss(d_real, d_fake, self.settings.loss) + self.settings.r1_weight * penalty
@@ -177,15 +179,16 @@ class Adversary:
             self.replay.add(kept)
         return mixed, held_out
 
-    def _measure(self, step: Tensor, real: Tensor, fake: Tensor, held_out: Tensor) -> None:
+    def _measure(self, step: Tensor, real: Tensor, fake: Tensor, held_out: Tensor, condition: Tensor) -> None:
         """Keeps the scores of held-out pairs, and the moments of generated samples' scores."""
         if real.is_meta:
             return
-        rows = torch.stack([step.float(), held_out.float(), score_of(real), score_of(fake)], dim=1)
+        columns = step.float(), held_out.float(), score_of(real), score_of(fake), condition.float()
+        rows = torch.stack(columns, dim=1)
         with torch.no_grad():
             rows = self.dist.all_gather(rows)
         kept = rows[rows[:, 1] > 0]
-        self.gate.add(kept[:, 0], kept[:, 2], kept[:, 3])
+        self.gate.add(kept[:, 0], kept[:, 2], kept[:, 3], kept[:, 4])
         for index, moments in enumerate(self.moments):
             moments.update(score_of(fake)[(step == index) & held_out])  # own rows, summed over processes
 
