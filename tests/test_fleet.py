@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ import lora_files as made
 import openai
 import pytest
 import torch
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from serve_setup import open_image, pixels
 
@@ -91,8 +94,18 @@ def test_images_are_those_of_generate(client, url, pipeline):
 def test_mistakes_are_answered_as_by_one_process(client):
     with pytest.raises(openai.BadRequestError, match="size: 60x64: both sides must be multiples of 16"):
         client.images.generate(prompt="a fox", size="60x64")
-    with pytest.raises(openai.BadRequestError, match="keep no images; take b64_json"):
-        client.images.generate(prompt="a fox", response_format="url")
+
+
+def test_an_image_with_a_url_can_be_had_from_the_gateway(client, url):
+    made = client.images.generate(prompt="a fox", response_format="url", extra_body={"seed": 5}).data[0]
+    assert made.b64_json is None
+    assert made.url.startswith(f"{url}/images/")
+    with urllib.request.urlopen(made.url) as answer:
+        content = answer.read()
+        assert answer.headers["content-type"] == "image/png"
+    assert torch.equal(pixels(Image.open(io.BytesIO(content))), image(client, 5))
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{url}/images/other.png")
 
 
 def test_one_key_gives_one_image(client):

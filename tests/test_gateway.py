@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from fewstep.serve.gateway import ATTEMPTS, Gateway, answered, event_key, joined_metrics, lora_names
+from fewstep.serve.images import AS_URLS
 from fewstep.serve.replica import messages
 
 ROOT = Path(__file__).parent.parent
@@ -118,16 +119,17 @@ class Handle:
         self.cancelled += 1
 
 
-def through_gateway(handle, body=b"{}", headers=(), timeout=60.0):
-    """Status, headers and content of the answer."""
+def through_gateway(handle, body=b"{}", headers=(), timeout=60.0, gateway=None, path=None):
+    """Status, headers and content of the answer; with a path, to a GET request."""
 
     async def receive():
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def run():
         scope = {"type": "http", "method": "POST", "path": "/v1/images/generations", "headers": [*headers]}
+        scope |= {} if path is None else {"method": "GET", "path": path}
         scope |= {"query_string": b"", "server": ("127.0.0.1", 8000), "scheme": "http"}
-        answer = await Gateway(handle, timeout)(Request(scope, receive))
+        answer = await (gateway or Gateway(handle, timeout))(Request(scope, receive))
         if not isinstance(answer, StreamingResponse):
             return answer.status_code, answer.headers, answer.body
         return answer.status_code, answer.headers, b"".join([part async for part in answer.body_iterator])
@@ -144,6 +146,24 @@ def test_the_gateway_passes_answers_on_and_gives_each_request_a_key():
     keys = [sent[b"idempotency-key"] for sent, _ in handle.requests]
     assert len(keys[0]) == 32
     assert keys[1] == b"mine"
+
+
+def test_the_gateway_keeps_images_with_a_url():
+    images = [{"b64_json": "Zm94", "seed": 1}, {"seed": 2}]  # of the second one the filter withholds the content
+    content = json.dumps({"created": 1, "data": images, "output_format": "webp"}).encode()
+    start = {**START, "headers": [(AS_URLS.encode(), b"1")]}
+    parts = [{"type": "http.response.body", "body": each} for each in (content[:20], content[20:])]
+    gateway = Gateway(Handle(start, *parts), 60.0)
+    status, headers, made = through_gateway(None, gateway=gateway)
+    first, second = json.loads(made)["data"]
+    assert (status, AS_URLS in headers, second) == (200, False, {"seed": 2})
+    assert first.keys() == {"seed", "url"}
+    path = first["url"].removeprefix("http://127.0.0.1:8000")
+    status, headers, found = through_gateway(None, gateway=gateway, path=path)
+    assert (status, headers["content-type"], found) == (200, "image/webp", b"fox")
+    assert through_gateway(None, gateway=gateway, path="/images/other.webp")[0] == 404
+    lost = {"type": "http.response.body", "body": b'event: error\ndata: {"error": {}}\n\n'}
+    assert through_gateway(Handle(start, parts[0], lost))[0] == 503
 
 
 def test_errors_of_the_gateway_have_openais_form():

@@ -22,7 +22,7 @@ from fewstep.serve.error_answers import error_answer
 from fewstep.serve.failures import Disconnected, Unauthorized, failure
 from fewstep.serve.forms import edit_schema, read_edit, read_instruction_edit
 from fewstep.serve.guards import Guards
-from fewstep.serve.images import encode_image, to_base64
+from fewstep.serve.images import AS_URLS, encode_image, to_base64
 from fewstep.serve.jobs import Upload
 from fewstep.serve.scheduler import QueueFull
 from fewstep.serve.schema import ErrorAnswer, GenerationRequest, ImageAnswer, ImagesAnswer, seeded
@@ -211,7 +211,8 @@ async def _answer(service: Service, ticket: Ticket, body: GenerationRequest, htt
         size=f"{resolved.width}x{resolved.height}",
         steps=resolved.steps,
     )
-    return JSONResponse(made.model_dump(exclude_none=True))
+    by_gateway = body.response_format == "url" and service.store is None
+    return JSONResponse(made.model_dump(exclude_none=True), headers={AS_URLS: "1"} if by_gateway else None)
 
 
 async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -24,6 +24,7 @@ from starlette.types import Message
 
 from fewstep.serve.error_answers import error_answer, error_event, queue_full, timed_out
 from fewstep.serve.guards import BodyRefused, read_body
+from fewstep.serve.images import AS_URLS, ImageStore, from_base64
 from fewstep.serve.logs import log_to_stderr
 
 log = logging.getLogger("fewstep.serve")
@@ -31,6 +32,7 @@ log = logging.getLogger("fewstep.serve")
 ATTEMPTS = 3  # replicas that a request may lose: one that ends its process must not end all of them
 LOST = (RayActorError, ObjectLostError)  # a replica's process or machine ended
 MAX_ID = 1000  # characters
+IMAGES = "/images/"  # the path of images with a URL
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
 _EVENTS = (b".partial_image", b".progress", b".completed")  # which a repeated request sends again
 
@@ -54,6 +56,7 @@ class Gateway:
         log_to_stderr()
         self._timeout = timeout
         self._replicas = replicas.options(stream=True, method_name="answer")
+        self._images = ImageStore()
         self._seconds = 1.0  # that a request took of late
         self._registry = CollectorRegistry()
         self._repeated = Counter(
@@ -63,6 +66,8 @@ class Gateway:
         )
 
     async def __call__(self, http: Request) -> Response:
+        if http.method == "GET" and http.url.path.startswith(IMAGES):
+            return self._image(http.url.path.removeprefix(IMAGES))
         try:
             body = await read_body(http.receive, http.headers.get("content-type", ""))
         except BodyRefused as refused:
@@ -87,6 +92,8 @@ class Gateway:
             pages = await self._replicas.broadcast("metrics").results_async()
             pages.append(("gateway", generate_latest(self._registry).decode()))
             return Response(joined_metrics(dict(pages)), media_type=METRICS_TYPE)
+        if any(name == AS_URLS.encode() for name, _ in start["headers"]):
+            return await self._with_urls(answer, f"{http.base_url}{IMAGES.lstrip('/')}")
 
         async def content() -> AsyncIterator[bytes]:
             async with aclosing(answer):
@@ -98,6 +105,26 @@ class Gateway:
         response = StreamingResponse(content(), start["status"])
         response.raw_headers = start["headers"]
         return response
+
+    async def _with_urls(self, answer: AsyncGenerator[Message], prefix: str) -> Response:
+        """An answer whose images have URLs, which begin with ``prefix``; the gateway keeps them."""
+        async with aclosing(answer):
+            parts = [message["body"] async for message in answer]
+        try:
+            content = json.loads(b"".join(parts))
+            for image in content["data"]:
+                if (encoded := image.pop("b64_json", None)) is not None:  # none where the filter withholds it
+                    image["url"] = prefix + self._images.add(from_base64(encoded), content["output_format"])
+        except (ValueError, KeyError):  # an event of a stream that lost its replicas
+            return replicas_lost()
+        return JSONResponse(content)
+
+    def _image(self, name: str) -> Response:
+        """An image that has a URL."""
+        found = self._images.get(name)
+        if found is None:
+            return error_answer(404, "no such image, or no longer")
+        return Response(found[0], media_type=found[1], headers={"X-Content-Type-Options": "nosniff"})
 
     async def _send(self, scope: dict[str, Any], body: bytes, loras: str) -> AsyncGenerator[Message]:
         replicas = self._replicas.options(multiplexed_model_id=loras) if loras else self._replicas

@@ -15,6 +15,8 @@ from fewstep.data.images import to_pil
 from fewstep.outputs import image_text
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+#: In a replica's answer: its images are wanted as URLs, which the gateway has.
+AS_URLS = "x-fewstep-as-urls"
 _PILLOW = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
@@ -37,6 +39,11 @@ def encode_image(image: Tensor, output_format: str, compression: int = 100, text
 def to_base64(content: bytes) -> str:
     """As JSON holds bytes."""
     return base64.b64encode(content).decode("ascii")
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of :func:`to_base64`."""
+    return base64.b64decode(text)
 
 
 class ImageStore:

@@ -152,7 +152,7 @@ class Service:
         else:
             self.engine = Engine(pipeline, self.loras, settings.max_batch, self.metrics.batch)
         self.scheduler = Scheduler(self.engine, settings.max_queue)
-        self.store: ImageStore | None = ImageStore()  # of images with a URL; None refuses those
+        self.store: ImageStore | None = ImageStore()  # of images with a URL; None: the gateway has it
         self.config = pipeline.generation_config
         self.multiple = pipeline.latent_multiple
         self.max_pixels = settings.max_pixels or 4 * self.config.height * self.config.width
@@ -247,8 +247,6 @@ class Service:
         check_limits([body.prompt, body.negative_prompt], settings.max_prompt)
         if body.n > settings.max_images:
             raise UserError(f"n: {body.n} images; at most {settings.max_images} are allowed")
-        if body.response_format == "url" and self.store is None:
-            raise UserError("response_format: url: the replicas of this server keep no images; take b64_json")
         steps = None if body.steps == "auto" else body.steps
         if steps is not None and steps > settings.max_steps:
             raise UserError(f"steps: {steps}; at most {settings.max_steps} are allowed")
