@@ -11,7 +11,8 @@ A cold start is made once for each seed and shared by its arms. ``--plan`` print
 the first seed's cold start; the highest mean of object accuracy and nearest real wins. Students are measured on test
 prompts; the reward they are trained on is measured too, and no target depends on it.
 
-Finished runs are kept: the same command resumes. ``<out>`` gets table.md, targets.md, figures.json and reward.png.
+Finished runs are kept: the same command resumes. ``<out>`` gets tuning.md, table.md, targets.md, figures.json and
+reward.png.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import ablation
 import torch
 from dmdr_arms import ARMS, COLD_STARTS, FACTORS, Arm
-from dmdr_results import draw, table, targets
+from dmdr_results import best_rate, draw, table, targets, tuning_table
 
 from fewstep import api
 from fewstep.atomic import write_text
@@ -47,7 +48,6 @@ COMMON = (
     # minutes of a thread's own time, so that arms can be compared when two runs share a machine
     *("train.clock=thread", "models.compile=auto"),
 )
-SELECTED_BY = ("val/object_acc", "val/nearest_real_acc")
 
 
 def folder_name(arm: str) -> str:
@@ -83,9 +83,9 @@ def kept(file: Path, make: Any) -> Any:
     return json.loads(file.read_text())
 
 
-def tuned_rate(name: str, teacher: TextToImagePipeline, options: argparse.Namespace) -> float:
-    """The learning rate of an arm with the best students on validation prompts."""
-    arm, scores = ARMS[name], {}
+def tune(name: str, teacher: TextToImagePipeline, options: argparse.Namespace) -> dict[float, dict[str, float]]:
+    """The metrics of an arm's students on validation prompts, by learning rate."""
+    arm, found = ARMS[name], {}
     prompts = open_prompts(PromptSettings()).texts("validation")[: options.validation_prompts]
     validator = Validator(prompts, ["emoji", "nearest_real"])
 
@@ -96,9 +96,8 @@ def tuned_rate(name: str, teacher: TextToImagePipeline, options: argparse.Namesp
     for factor in FACTORS:
         lr = float(f"{factor * arm.lr:.2g}")
         folder = options.out / "tune" / f"{folder_name(name)}-{lr:g}"
-        found = kept(folder.parent / f"{folder.name}.json", partial(measure, folder, lr))
-        scores[lr] = sum(found[key] for key in SELECTED_BY)
-    return max(scores, key=lambda lr: scores[lr])
+        found[lr] = kept(folder.parent / f"{folder.name}.json", partial(measure, folder, lr))
+    return found
 
 
 def run(name: str, seed: int, lr: float, evaluator: ablation.Evaluator, options: argparse.Namespace) -> Figures:
@@ -171,7 +170,9 @@ def main() -> None:
     reference = evaluator.teacher | kept(options.out / "real.json", lambda: real_images(evaluator, teacher))
     rates = {name: ARMS[name].lr for name in options.arms}
     if options.tune:
-        rates |= {name: tuned_rate(name, teacher, options) for name in options.arms}
+        tried = {name: tune(name, teacher, options) for name in options.arms}
+        rates = {name: best_rate(found) for name, found in tried.items()}
+        write_text(options.out / "tuning.md", tuning_table(tried))
     found: dict[str, list[Figures]] = {}
     for seed in options.seeds:
         for name in options.arms:

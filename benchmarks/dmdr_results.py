@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 Figures = Mapping[str, float | None]
 
+#: Of validation, the metrics whose sum chooses a learning rate.
+SELECTED_BY = ("val/object_acc", "val/nearest_real_acc")
 TEACHER, DISTILLED, REAL = "teacher, 50 steps", "distillation only", "real images"
 #: Metric -> its title, its factor, and its format.
 COLUMNS = METRICS | {
@@ -22,6 +24,23 @@ COLUMNS = METRICS | {
 def table(found: Mapping[str, Sequence[Figures]], reference: Mapping[str, Figures]) -> str:
     """A Markdown table of means over seeds with their range; also printed."""
     return markdown({**{name: [one] for name, one in reference.items()}, **found}, COLUMNS, "DMDR, 4 steps")
+
+
+def best_rate(tried: Mapping[float, Mapping[str, float]]) -> float:
+    """The learning rate with the highest sum of the metrics that decide, of metrics on validation prompts."""
+    return max(tried, key=lambda lr: sum(tried[lr][key] for key in SELECTED_BY))
+
+
+def tuning_table(tried: Mapping[str, Mapping[float, Mapping[str, float]]]) -> str:
+    """A Markdown table of what decided, object accuracy and nearest real, by arm; the chosen learning rate is bold."""
+    lines = ["| arm | a third of the rate | the arm's own | three times |", "|---|---|---|---|"]
+    for name, rates in tried.items():
+        cells = []
+        for lr, metrics in sorted(rates.items()):
+            cell = f"{lr:.1e}: " + ", ".join(f"{100 * metrics[key]:.1f}%" for key in SELECTED_BY)
+            cells.append(f"**{cell}**" if lr == best_rate(rates) else cell)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def targets(found: Mapping[str, Sequence[Figures]], reference: Mapping[str, Figures]) -> str:
