@@ -15,7 +15,8 @@ from fewstep.core.device import log_device, resolve_device
 from fewstep.core.registry import methods
 from fewstep.data.encodable_texts import EncodableTexts
 from fewstep.data.images import grid
-from fewstep.data.prompts import open_prompts
+from fewstep.data.prompt_stream import PromptStream, listed_or_first
+from fewstep.data.prompts import open_prompts, training_prompts
 from fewstep.data.teacher_trajectories import fill_trajectory_cache
 from fewstep.data.text_prompts import encodable
 from fewstep.inference.generate import generate
@@ -56,12 +57,12 @@ class Inputs:
 
     Attributes:
         teacher: frozen and whole.
-        prompts: the training prompts, each encoded once for all that use them.
+        prompts: the training prompts: a stream, or a list, each encoded once for all that use them.
         validation: the validation prompts.
     """
 
     teacher: TextToImagePipeline
-    prompts: EncodableTexts
+    prompts: EncodableTexts | PromptStream
     validation: Sequence[str]
 
 
@@ -80,9 +81,11 @@ def open_inputs(recipe: DistillRecipe, dist: DistContext, encoded: Path | None) 
     check_models(recipe, teacher)
     if dist.is_main_process:
         log_device(dist.device)
+    prompts = training_prompts(source)
+    if isinstance(prompts, PromptStream):
+        return Inputs(teacher, prompts, source.texts("validation"))
     with dist.main_process_first():
-        prompts = encodable(teacher, source.texts("train"), encoded)
-    return Inputs(teacher, prompts, source.texts("validation"))
+        return Inputs(teacher, encodable(teacher, prompts, encoded), source.texts("validation"))
 
 
 def make_trainer(
@@ -111,6 +114,7 @@ def make_trainer(
     method = method_class.build(setup)
     models.student.enable_model_cpu_offload()
     every = recipe.evaluate.validate_every if validator is not None else 0
+    shown = inputs.validation or listed_or_first(inputs.prompts, PREVIEW_IMAGES, models.student.encoder)
     rules: list[Rule] = [*method_class.alert_rules, *(validator.alert_rules() if validator and every else ())]
     trainer = Trainer(
         method,
@@ -118,7 +122,7 @@ def make_trainer(
         run,
         train=recipe.train,
         optim=recipe.optim,
-        preview=make_preview(models.student, (inputs.validation or inputs.prompts)[:PREVIEW_IMAGES]),
+        preview=make_preview(models.student, shown[:PREVIEW_IMAGES]),
         validate=validator(models.student, models.teacher) if validator is not None and every else None,
         validate_every=every,
         validate_first=validator is not None and validator.watches,

@@ -90,6 +90,11 @@ class Stage(Settings):
                 "student.timestep_sampling"
             )
         self.method.check(self)
+        if self.prompts.stream is not None and self.method.samples_teacher and self.trajectory.cache is None:
+            raise ValueError(
+                f"prompts.stream: method {self.method.name} samples the teacher's trajectories here, for a list of "
+                "prompts; name a cache in trajectory.cache, or set prompts.stream=null"
+            )
         if self.train.keep_best is not None:
             for metric in (self.train.keep_best.metric, *self.train.keep_best.at_least):
                 self.method.check_metric(metric, self)

@@ -126,13 +126,29 @@ def check_optimizers(optim: Mapping[str, OptimSettings]) -> None:
 # --- distillation ----------------------------------------------------------------------------------------------------
 
 
+class StreamSettings(Settings):
+    """How a stream of prompts is read."""
+
+    shuffle_buffer: int = Field(
+        default=10_000, ge=1, le=10**7, description="Prompts that each worker keeps in memory and shuffles together."
+    )
+    num_workers: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Processes that read ahead for each training process, at most one per file; 0 reads in the "
+        "training process.",
+    )
+
+
 class PromptSettings(Settings):
     """Where prompts come from, and which are held out."""
 
     source: str = Field(
         default="emoji",
-        description="A prompt source (emoji), a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a folder of these, a "
-        "folder written by fewstep encode-prompts, or hf:owner/name[:split].",
+        description="A prompt source (emoji), a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, several as "
+        "shards-{000..099}.tar, a folder of these, a folder written by fewstep encode-prompts, or "
+        "hf:owner/name[:split].",
     )
     column: str = Field(default="prompt", description="Column or key of the prompts, in all but text files.")
     validation_source: str | None = Field(
@@ -145,7 +161,12 @@ class PromptSettings(Settings):
         default=0.05,
         ge=0,
         lt=0.5,
-        description="Fraction of a file's or folder's prompts held out for validation, and again for test.",
+        description="Fraction of a file's or folder's prompts held out for validation, and again for test; a stream's "
+        "are not.",
+    )
+    stream: StreamSettings | None = Field(
+        None,
+        description="Reads the training prompts as they are needed, from a source of any size; null reads a list.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,10 +42,28 @@ class Shard:
 class BatchSource(Protocol):
     """``source(position, shard) -> batch``: this process's rows of batch number ``position``.
 
-    A pure function: the position in the data is then one integer, and any number of processes sees the same batches.
+    A pure function, unless it is a :class:`StreamSource`: the position in the data is then one integer, and any number
+    of processes sees the same batches.
     """
 
     def __call__(self, position: int, shard: Shard) -> Batch: ...
+
+
+class StreamSource(ABC):
+    """A batch source that reads a stream: its batches come in the order of their positions alone, and each process has
+    a state of its own, which is saved in checkpoints."""
+
+    @abstractmethod
+    def __call__(self, position: int, shard: Shard) -> Batch:
+        """This process's rows of the next batch. Raises: ValueError if ``position`` is not its number."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values from which the next batches follow."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
 
 
 @dataclass

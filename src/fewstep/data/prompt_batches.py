@@ -11,14 +11,17 @@ from fewstep.core.method import BatchSource, Shard
 from fewstep.core.seeds import generator, noise_rows
 from fewstep.data.batch import DistillBatch
 from fewstep.data.encodable_texts import EncodableTexts
+from fewstep.data.prompt_stream import PromptStream, TrainingPrompts
+from fewstep.data.stream_batches import StreamBatches
 from fewstep.data.text_prompts import TextPrompts, encodable
 from fewstep.models.pipeline import TextToImagePipeline
 
 
 def prompt_batches(
-    model: TextToImagePipeline, prompts: Sequence[str], size: int, seed: int, batches: int | None = None
+    model: TextToImagePipeline, prompts: TrainingPrompts, size: int, seed: int, batches: int | None = None
 ) -> BatchSource:
-    """Batches of ``size`` prompts and pure noise. Prompts that are not encoded yet are encoded here, each once.
+    """Batches of ``size`` prompts and pure noise. Prompts of a list that are not encoded yet are encoded here, each
+    once; a stream's are encoded as they come.
 
     Args:
         batches: about how many are used; None is any number. Where these have fewer prompts than there are, a CPU
@@ -28,6 +31,8 @@ def prompt_batches(
     Raises:
         UserError: as for :func:`encodable`.
     """
+    if isinstance(prompts, PromptStream):
+        return StreamBatches(model, prompts, size, seed)
     texts = encodable(model, prompts)
     shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
 

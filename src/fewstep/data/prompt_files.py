@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from fewstep.data.prompt_fields import column_position, field_prompts, row_prompts
 from fewstep.data.prompt_shards import PromptShards, is_encoded
+from fewstep.data.prompt_tar import read_tar
 from fewstep.data.prompt_text import clean_prompt
 from fewstep.errors import UserError
 from fewstep.machine import file_errors, reading, reason
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
 HUB = "hf:"
 FORMATS = (
-    ".txt, .jsonl, .json, .csv, .tsv and .parquet files, folders of these, folders of encoded prompts, or "
+    ".txt, .jsonl, .json, .csv, .tsv, .parquet and .tar files, folders of these, folders of encoded prompts, or "
     "hf:owner/name[:split]"
 )
 _DELIMITERS = ",;\t"
@@ -43,8 +49,9 @@ def read_texts(source: str | Path, column: str = "prompt") -> Iterator[str]:
 
     Args:
         source: a text file with one prompt per line and comments after #; a .jsonl, .json, .csv, .tsv or .parquet file;
-            a folder of such files, read in the order of their names; a folder of encoded prompts; or
-            ``hf:owner/name[:split]``, a Hugging Face dataset, which is streamed.
+            a .tar file, a shard of a WebDataset; several files, as ``shards-{000..099}.tar``; a folder of such files,
+            read in the order of their names; a folder of encoded prompts; or ``hf:owner/name[:split]``, a Hugging Face
+            dataset, which is streamed.
         column: column or key of the prompts, in all but text files. A list of texts in it is as many prompts.
 
     Raises:
@@ -52,15 +59,42 @@ def read_texts(source: str | Path, column: str = "prompt") -> Iterator[str]:
     """
     if str(source).startswith(HUB):
         return _hub(str(source), column)
-    path = Path(source)
+    if is_encoded(source):
+        return iter(PromptShards(source))
     try:
-        if path.is_dir():
-            return _folder(path, column)
-        if not path.exists():
-            raise UserError(f"{source}: No such file or folder; prompts come from {FORMATS}")
-        return _reader(path)(path, column)
+        readers = [(_reader(path), path) for path in prompt_files(source)]
     except OSError as error:
         raise UserError(f"{str(source)[:200]}: {error.strerror}") from None
+    return chain.from_iterable(reader(path, column) for reader, path in readers)
+
+
+def prompt_files(source: str | Path) -> list[Path]:
+    """The files of a source: itself, those that its braces name, or those of a folder in the order of their names.
+
+    Raises:
+        UserError: a file or folder is not there, or the folder has no prompt files.
+        OSError: it cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path)
+    paths = [path] if path.exists() or "{" not in str(source) else _braces(str(source))
+    for each in paths:
+        if not each.exists():
+            raise UserError(f"{each}: No such file or folder; prompts come from {FORMATS}")
+    return paths
+
+
+def _braces(pattern: str) -> list[Path]:
+    """The files of a pattern such as ``shards-{000..099}.tar``."""
+    try:
+        from braceexpand import braceexpand
+    except ImportError:
+        raise UserError(f"{pattern}: braces need webdataset; pip install 'fewstep[stream]'") from None
+    try:
+        return [Path(each) for each in braceexpand(pattern)]
+    except ValueError:
+        raise UserError(f"{pattern}: its braces do not match; 100 files are shards-{{000..099}}.tar") from None
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
@@ -82,9 +116,7 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
     return _jsonl if is_json else _text
 
 
-def _folder(path: Path, column: str) -> Iterator[str]:
-    if is_encoded(path):
-        return iter(PromptShards(path))
+def _folder(path: Path) -> list[Path]:
     known = (*_READERS, ".txt")
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in known and not file.name.startswith(".")]
     if not files:
@@ -92,7 +124,7 @@ def _folder(path: Path, column: str) -> Iterator[str]:
             f"{path}: no prompt files in it, and no encoded prompts; put some there, or run or resume fewstep "
             "encode-prompts"
         )
-    return chain.from_iterable(_reader(file)(file, column) for file in files)
+    return files
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -129,7 +161,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
-        yield from _row(row, column, where)
+        yield from row_prompts(row, column, where)
 
 
 def _json(path: Path, column: str) -> Iterator[str]:
@@ -142,7 +174,7 @@ def _json(path: Path, column: str) -> Iterator[str]:
             return
         raise UserError(f"{path}: not JSON ({error})") from None
     for number, row in enumerate(tree if isinstance(tree, list) else [tree], start=1):
-        yield from _row(row, column, f"{path}, entry {number}")
+        yield from row_prompts(row, column, f"{path}, entry {number}")
 
 
 def _csv(path: Path, column: str) -> Iterator[str]:
@@ -150,7 +182,7 @@ def _csv(path: Path, column: str) -> Iterator[str]:
     last, header = next((each for each in lines if each[1].strip()), (0, ""))
     delimiter = next((each for each in _DELIMITERS if column in _fields(header, each)), _DELIMITERS[0])
     names = _fields(header, delimiter)
-    index = _position(names, column, str(path))
+    index = column_position(names, column, str(path))
 
     def numbered() -> Iterator[str]:
         nonlocal last
@@ -190,7 +222,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     number = 0
     with reading(path, "not a parquet file, or a damaged one"):
         file = parquet.ParquetFile(path)
-    _position(file.schema_arrow.names, column, str(path))
+    column_position(file.schema_arrow.names, column, str(path))
     with file, reading(path, "its first rows may be readable, the file is damaged"):
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             try:
@@ -198,52 +230,41 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             except UnicodeDecodeError:
                 raise UserError(f"{path}, after row {number}: text that is not UTF-8") from None
             for number, value in enumerate(values, start=number + 1):  # noqa: B020  # counts across batches
-                yield from _texts(value, column, f"{path}, row {number}")
+                yield from field_prompts(value, column, f"{path}, row {number}")
 
 
 def _hub(source: str, column: str) -> Iterator[str]:
+    with hub_errors(source):
+        for number, row in enumerate(open_hub(source)):
+            yield from row_prompts(row, column, f"{source}, row {number}")
+
+
+def open_hub(source: str) -> IterableDataset:
+    """A Hugging Face dataset, whose rows are read when they are iterated over; :func:`hub_errors` has the errors.
+
+    Args:
+        source: ``hf:owner/name[:split]``; the split is "train" by default.
+
+    Raises:
+        UserError: the package is missing.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"{source}: Hugging Face datasets need datasets; pip install 'fewstep[prompts]'") from None
-    failures: tuple[type[Exception], ...] = (*file_errors(), ValueError, RuntimeError)
     name, _, split = source.removeprefix(HUB).partition(":")
+    return load_dataset(name, split=split or "train", streaming=True)
+
+
+@contextmanager
+def hub_errors(source: str) -> Iterator[None]:
+    """Inside, a dataset is opened or read. Raises: UserError where that fails; the connection may break on the way."""
+    failures: tuple[type[Exception], ...] = (*file_errors(), ValueError, RuntimeError)
     try:
-        for number, row in enumerate(load_dataset(name, split=split or "train", streaming=True)):
-            yield from _row(row, column, f"{source}, row {number}")
-    except failures as error:  # the connection may also break on the way
+        yield
+    except failures as error:
         raise UserError(f"{source}: {reason(error)}") from None
 
-
-def _row(row: Any, column: str, where: str) -> list[str]:
-    """The prompts of an object, or of a text that stands for itself."""
-    if not isinstance(row, dict):
-        return _texts(row, "the row", where)
-    _position(list(row), column, where)
-    return _texts(row[column], column, where)
-
-
-def _texts(value: Any, column: str, where: str) -> list[str]:
-    """The prompts in a field: a text, a list of texts, or nothing."""
-    values = value if isinstance(value, list) else [value]
-    for each in values:
-        if not isinstance(each, str | None):
-            raise UserError(f"{where}: {column} holds {_KINDS.get(type(each), 'a value')}, where a text is expected")
-    return [clean_prompt(each or "") for each in values] or [""]
-
-
-def _position(names: Sequence[str], column: str, where: str) -> int:
-    """The one place of a column among the names. Raises: UserError if there is none, or another of this name."""
-    if names.count(column) != 1:
-        problem = "two columns" if column in names else "no"
-        listed = ", ".join(map(str, names))[:200] or "none"
-        raise UserError(
-            f"{where}: {problem} {column!r}; there are {listed}; set --column, or prompts.column in a recipe"
-        )
-    return names.index(column)
-
-
-_KINDS = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list", bytes: "bytes"}
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".jsonl": _jsonl,
@@ -252,4 +273,5 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".tar": read_tar,
 }

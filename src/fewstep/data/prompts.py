@@ -13,6 +13,7 @@ from fewstep.config.sections import PromptSettings
 from fewstep.core.registry import load_plugins, prompt_sources
 from fewstep.data.prompt_files import read_prompts
 from fewstep.data.prompt_shards import PromptShards, is_encoded
+from fewstep.data.prompt_stream import PromptStream, TrainingPrompts, listed
 from fewstep.data.prompt_text import comparison_key
 from fewstep.errors import UserError
 
@@ -23,18 +24,30 @@ class PromptSource(Protocol):
     """Prompts to train on, to select models with, and to report results on."""
 
     def texts(self, split: PromptSplit) -> Sequence[str]:
-        """The prompts of a split in a fixed order. No prompt is in two splits; validation and test may be empty."""
+        """The prompts of a split in a fixed order. No prompt is in two splits; validation and test may be empty.
+
+        Raises:
+            UserError: the training prompts are a stream; :func:`training_prompts` gives it.
+        """
         ...
 
 
 def open_prompts(settings: PromptSettings) -> PromptSource:
     """The source that ``settings.source`` names: a registered prompt source, else files, a dataset or encoded prompts.
+    With ``settings.stream``, files or a dataset are read as they are needed.
 
     Raises:
         UserError: there is no such source, or it cannot be read.
     """
     load_plugins()
     name = settings.source if settings.source in prompt_sources else "file"
+    if settings.stream is not None:
+        if name != "file" or is_encoded(settings.source):
+            raise UserError(
+                f"prompts.source={settings.source}: not a file, folder or dataset of texts, as prompts.stream needs; "
+                "set prompts.stream=null"
+            )
+        return StreamPrompts(settings)
     source: PromptSource = prompt_sources.get(name)(settings)
     return source
 
@@ -84,6 +97,44 @@ class FilePrompts:
 
     def texts(self, split: PromptSplit) -> Sequence[str]:
         return self._texts[split]
+
+
+class StreamPrompts:
+    """Training prompts that are read as a stream; the validation and test prompts are those of
+    ``settings.validation_source`` and ``settings.test_source``, and the stream leaves them out.
+
+    Raises:
+        UserError: a file or folder cannot be read, or a package is missing.
+    """
+
+    def __init__(self, settings: PromptSettings) -> None:
+        assert settings.stream is not None
+        test, validation = (
+            [] if path is None else _open_texts(path, settings.column)
+            for path in (settings.test_source, settings.validation_source)
+        )
+        tested = {comparison_key(text) for text in test}
+        kept = [text for text in validation if comparison_key(text) not in tested]
+        if len(kept) < len(validation):
+            _warn_of_overlap(str(settings.validation_source), "validation", len(validation) - len(kept), 0)
+        self._texts: dict[str, Sequence[str]] = {"test": test, "validation": kept}
+        held_out = frozenset(tested | {comparison_key(text) for text in kept})
+        self.train = PromptStream(settings.source, settings.column, settings.stream, held_out)
+        _ = self.train.rows  # a mistake here is reported at once
+
+    def texts(self, split: PromptSplit) -> Sequence[str]:
+        return listed(self.train) if split == "train" else self._texts[split]
+
+
+def training_prompts(source: PromptSource) -> TrainingPrompts:
+    """The prompts of a source that are trained on."""
+    return source.train if isinstance(source, StreamPrompts) else source.texts("train")
+
+
+def checked_prompts(source: PromptSource) -> Sequence[str]:
+    """The training prompts that :func:`check_held_out` has to check: none of a stream, which leaves out what is held
+    out."""
+    return [] if isinstance(source, StreamPrompts) else source.texts("train")
 
 
 def check_held_out(training: Mapping[str, Iterable[str]], validation: Sequence[str], test: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from fewstep.core.samplers import iterate
 from fewstep.core.seeds import generator
 from fewstep.data.batch import DistillBatch
 from fewstep.data.encodable_texts import EncodableTexts
+from fewstep.data.prompt_stream import TrainingPrompts, listed
 from fewstep.data.prompts import check_held_out, open_prompts
 from fewstep.data.text_prompts import encodable
 from fewstep.data.trajectories import (
@@ -177,7 +178,7 @@ def _fill(
 
 
 def open_trajectory_cache(
-    recipe: DistillRecipe, teacher: TextToImagePipeline, folder: Path, prompts: Sequence[str]
+    recipe: DistillRecipe, teacher: TextToImagePipeline, folder: Path, prompts: TrainingPrompts
 ) -> TrajectoryCache:
     """The teacher's trajectories for a distillation: the recipe's cache, or one made in ``folder`` of training prompts.
 
@@ -202,11 +203,15 @@ def fill_trajectory_cache(
     recipe: DistillRecipe,
     teacher: TextToImagePipeline,
     folder: Path,
-    prompts: Sequence[str],
+    prompts: TrainingPrompts,
     process: Shard = Shard(),  # noqa: B008  # frozen
     barrier: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Sample the teacher's trajectories for a distillation in ``folder``, as :func:`make_cache` does."""
+    """Sample the teacher's trajectories for a distillation in ``folder``, as :func:`make_cache` does.
+
+    Raises:
+        UserError: as there, and for a stream of prompts.
+    """
     settings = recipe.trajectory
     cache = CacheRecipe(
         kind="cache_trajectories",
@@ -220,7 +225,7 @@ def fill_trajectory_cache(
         shard_size=64,  # an interruption loses few of them
         precision=recipe.train.precision,
     )
-    return make_cache(cache, folder, teacher=teacher, prompts=prompts, process=process, barrier=barrier)
+    return make_cache(cache, folder, teacher=teacher, prompts=listed(prompts), process=process, barrier=barrier)
 
 
 def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> BatchSource:

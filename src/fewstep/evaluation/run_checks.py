@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fewstep.config.method import VALIDATION
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
 from fewstep.config.sections import EvaluateSettings
-from fewstep.data.prompts import PromptSource, check_held_out, open_prompts
+from fewstep.data.prompts import PromptSource, StreamPrompts, check_held_out, checked_prompts, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
@@ -19,9 +19,17 @@ from fewstep.rewards.scorers import open_scorers
 
 def check_training_prompts(recipe: DistillRecipe | StagesRecipe, last: PromptSource) -> None:
     """Raises: UserError if any stage trains on the prompts that the run is measured on."""
-    training: dict[str, Sequence[str]] = {"prompts": last.texts("train")}
+    sources = {"prompts": last}
     if isinstance(recipe, StagesRecipe):
-        training = {f"stage {one.name}, prompts": open_prompts(one.prompts).texts("train") for one in recipe.stages}
+        sources = {f"stage {one.name}, prompts": open_prompts(one.prompts) for one in recipe.stages}
+    measured = [*last.texts("validation"), *last.texts("test")]
+    for where, source in sources.items():
+        if isinstance(source, StreamPrompts) and not source.train.leaves_out(measured):
+            raise UserError(
+                f"{where}: this stream does not leave out the last stage's validation and test prompts; set "
+                "prompts.validation_source and prompts.test_source as there"
+            )
+    training = {where: checked_prompts(source) for where, source in sources.items()}
     for one in recipe.stages if isinstance(recipe, StagesRecipe) else [recipe]:
         training |= one.method.further_prompts()
     check_held_out(training, last.texts("validation"), last.texts("test"))

@@ -16,6 +16,7 @@ from fewstep.config.recipe import DistillRecipe
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.method import BatchSource, Method, Trainable
 from fewstep.data.batch import DistillBatch
+from fewstep.data.prompt_stream import TrainingPrompts
 from fewstep.methods.models_setup import Models
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.training.alerts import AlertRule
@@ -34,7 +35,7 @@ class DataSetup:
 
     recipe: DistillRecipe
     teacher: TextToImagePipeline
-    prompts: Sequence[str]
+    prompts: TrainingPrompts
     cache: Path
 
 
@@ -52,7 +53,7 @@ class MethodSetup:
     models: Models
     null: EncodedPrompts
     sources: Mapping[str, BatchSource]
-    prompts: Sequence[str]
+    prompts: TrainingPrompts
     dist: DistContext
     count_passes: bool = False
 

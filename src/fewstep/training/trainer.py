@@ -23,6 +23,7 @@ from fewstep.training.malloc import retain_freed_memory
 from fewstep.training.rng_state import rng_state, set_rng_state
 from fewstep.training.run_dir import RunDir
 from fewstep.training.stop_requests import stop_requests
+from fewstep.training.stream_state import restore_stream, stream_states
 from fewstep.training.tracking import RunningMeans
 from fewstep.training.train_state import TrainState
 
@@ -61,6 +62,7 @@ class Trainer:
         self.validate, self.validate_every, self.validate_first = validate, validate_every, validate_first
         self.alert_rules, self.on_save, self.ended = alert_rules, on_save, False  # ended by an alert
         self.dist, self._until = dist or DistContext(), train.steps  # until: of the present `fit`
+        self._notice = log_line if self.dist.is_main_process else lambda _: None
         self.train_states = [TrainState(part, optim[part.name], train, self.dist) for part in method.trainables]
         self.step = self.position = 0  # finished steps, used batches
         self.seconds = 0.0  # of training, over all sessions
@@ -143,8 +145,7 @@ class Trainer:
         try:
             self._load_state(checkpoint.load_step(self.run.checkpoints, self.best.step, self.dist))
         except checkpoint.CorruptCheckpoint as problem:
-            if self.dist.is_main_process:
-                log_line(f"{self.run.checkpoints}: the best one, step {self.best.step}, is lost: {problem}")
+            self._notice(f"{self.run.checkpoints}: the best one, step {self.best.step}, is lost: {problem}")
             return False
         return True
 
@@ -215,16 +216,15 @@ class Trainer:
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether a line of metrics is the best so far; if so, it is remembered. Reports a missing metric once."""
         missing = missing_metric(self.train.keep_best, metrics, self.step, self._reported)
-        if missing and self.dist.is_main_process:
-            log_line(missing)
+        if missing:
+            self._notice(missing)
         found = new_best(self.best, self.train.keep_best, self.step, metrics, self.first)
         self.best = found or self.best
         return found is not None
 
     def _on_alert(self, alert: Alert) -> None:
         """Reports an alert, and stops or rolls back if `train.on_alert` says so."""
-        if self.dist.is_main_process:
-            log_line(f"step {self.step}: {alert}")
+        self._notice(f"step {self.step}: {alert}")
         if self.train.on_alert == "stop":
             self._save()
             raise UserError(f"{self.run.directory}: stopped at step {self.step} by an alert: {alert}")
@@ -235,8 +235,7 @@ class Trainer:
             self._load_state(good)
             self.ended = True
             self._write_checkpoint()  # for a resumed run, which would otherwise take the same steps again
-            if self.dist.is_main_process:
-                log_line(f"rolled back to step {self.step}; the training ends here")
+            self._notice(f"rolled back to step {self.step}; the training ends here")
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -258,6 +257,7 @@ class Trainer:
             groups |= {f"{state.name}.{part}": tensors for part, tensors in state.tensors().items()}
         values = {
             "position": self.position,
+            "stream": stream_states(self.source, self.dist),
             "seconds": self.seconds,
             "means": self._means.state(),
             "trainables": {state.name: state.counters for state in self.train_states},
@@ -273,12 +273,11 @@ class Trainer:
                 self.on_save(self.step)
 
     def _restore(self) -> None:
-        notice = log_line if self.dist.is_main_process else lambda _: None
-        found = checkpoint.latest(self.run.checkpoints, notice, self.dist)
+        found = checkpoint.latest(self.run.checkpoints, self._notice, self.dist)
         if found is not None:
             self._load_state(found)
             ended = f"an alert ended it at step {self.step}; -s train.on_alert=warn continues"
-            notice(f"{self.run.directory}: {ended if self.ended else f'resuming from step {self.step}'}")
+            self._notice(f"{self.run.directory}: {ended if self.ended else f'resuming from step {self.step}'}")
 
     def _load_state(self, found: checkpoint.Checkpoint) -> None:
         """Restores everything to the state of a checkpoint."""
@@ -286,6 +285,7 @@ class Trainer:
             for state in self.train_states:
                 state.restore(found, found.state["trainables"][state.name])
             self.method.load_state_dict(found.read("method"))
+            restore_stream(self.source, found, self.dist)
         except (KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.run.checkpoints}: step {found.step} is not of this method and model ({error}); "

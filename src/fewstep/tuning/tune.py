@@ -12,7 +12,7 @@ import torch
 from fewstep.config.load import load_recipe, with_overrides
 from fewstep.config.recipe import DistillRecipe, Recipe
 from fewstep.core.device import AUTO, log_device, resolve_device
-from fewstep.data.prompts import check_held_out, open_prompts
+from fewstep.data.prompts import check_held_out, checked_prompts, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
 from fewstep.evaluation.feature_networks import open_features
@@ -149,7 +149,7 @@ def _validation_prompts(recipe: DistillRecipe) -> list[str]:
         raise UserError(
             f"prompts.source={recipe.prompts.source}: no validation prompts; name a file in prompts.validation_source"
         )
-    check_held_out({"prompts": source.texts("train"), **recipe.method.further_prompts()}, found, [])
+    check_held_out({"prompts": checked_prompts(source), **recipe.method.further_prompts()}, found, [])
     return found
 
 

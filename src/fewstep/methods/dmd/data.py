@@ -14,6 +14,7 @@ from fewstep.core.registry import loss_terms
 from fewstep.core.samplers import sample_euler
 from fewstep.data.image_batches import rendered_image_batches
 from fewstep.data.prompt_batches import prompt_batches
+from fewstep.data.prompt_stream import listed, listed_or_first
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
 from fewstep.data.text_prompts import encodable
 from fewstep.errors import UserError
@@ -40,7 +41,7 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
         sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)
     elif config.measures_real:
         sources["real"] = rendered_image_batches(
-            *(config.real_source, setup.teacher, setup.prompts),
+            *(config.real_source, setup.teacher, listed(setup.prompts)),
             *(config.num_real_images, train.batch_size, train.seed),
         )
     if config.requires_real:
@@ -79,7 +80,7 @@ def teacher_latent_stats(setup: MethodSetup) -> dict[str, float]:
         return {name: float(value) for name, value in monitor.latent_stats(latents).items()}
     height, width = teacher.generation_config.height, teacher.generation_config.width
     count = 16 if height * width <= 256**2 else 4  # large images have enough latents
-    texts = encodable(teacher, setup.prompts)
+    texts = encodable(teacher, listed_or_first(setup.prompts, count, teacher.encoder))
     prompts = texts.encoded([i * len(texts) // count for i in range(count)]).to(teacher.device)
     noise = initial_noise(teacher, range(count), height, width)
     guidance_scale = teacher.generation_config.guidance_scale
