@@ -1,5 +1,7 @@
 """Backward simulation, gradient routing and weight schedules of DMD, and that it trains the student."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dmd_setup import LEVELS, SHIFT, batch_of, dmd
@@ -8,6 +10,7 @@ from gaussian import SHAPE, Gaussian, prompts_of
 from fewstep.core import flow
 from fewstep.core.schedules import Piecewise, Ramp
 from fewstep.data.batch import DistillBatch
+from fewstep.data.step_depth import StepDepth
 from fewstep.data.teacher_trajectories import teacher_trajectory
 from fewstep.methods.dmd.rollout import backward_simulation, sample_rollout_timesteps
 from fewstep.methods.dmd.student_sampler import StudentSampler
@@ -165,3 +168,25 @@ def test_fake_score_moves_to_the_student_by_its_share():
     dmd(ema_to_student=0.25, student=student, fake=fake).after_step(1)
     assert fake.offset.item() == pytest.approx(1.0)
     assert student.offset.item() == 4.0
+
+
+def test_prompts_that_need_more_steps_are_drawn_more_at_many():
+    needed = torch.tensor([1, 1, 2, 4])
+    depth = StepDepth([1, 2, 4], needed)
+    seen = {count: torch.zeros(4) for count in (1, 2, 4)}
+    for position in range(600):
+        rows = depth.rows(position, 8, seed=3)
+        assert rows == depth.rows(position, 8, seed=3)
+        seen[depth.steps(position, seed=3)] += torch.bincount(torch.tensor(rows), minlength=4)
+    totals = {count: float(rows.sum()) / 4800 for count, rows in seen.items()}
+    assert totals == pytest.approx(dict.fromkeys((1, 2, 4), 1 / 3), abs=0.05)
+    weights = {1: [1, 1, 1, 1], 2: [0.25, 0.25, 1, 1], 4: [0.25, 0.25, 0.25, 1]}
+    for count, each in weights.items():
+        expected = torch.tensor(each) / sum(each)
+        torch.testing.assert_close(seen[count] / seen[count].sum(), expected, atol=0.05, rtol=0)
+
+
+def test_a_batch_with_a_number_of_steps_is_sampled_at_its_levels():
+    sampler = StudentSampler(Gaussian(), LEVELS, SHIFT, trained_levels=[flow.uniform_timesteps(n) for n in (1, 2, 4)])
+    anchors = {float(sampler(replace(batch_of(), steps=2)).anchor[0]) for _ in range(60)}
+    assert anchors == {1.0, 0.5}

@@ -1,6 +1,8 @@
 """As many steps as a prompt needs: labels, the regression, `fewstep steps train`, `generate --steps auto`."""
 
 import shutil
+from collections import Counter
+from dataclasses import replace
 
 import openai
 import pytest
@@ -9,7 +11,10 @@ from serve_setup import make_service, open_image, pixels, running
 from typer.testing import CliRunner
 
 import fewstep
+from fewstep import api
 from fewstep.cli.main import app
+from fewstep.config.load import load_recipe
+from fewstep.core.method import Shard
 from fewstep.errors import UserError
 from fewstep.evaluation.step_labels import fixed_quality, quality, seed_noise, shuffled_quality, step_labels
 from fewstep.evaluation.step_training import train_on_features
@@ -17,6 +22,8 @@ from fewstep.inference.generate import generate
 from fewstep.inference.image_metadata import read_metadata
 from fewstep.inference.params import SamplingParams
 from fewstep.inference.step_chooser import STEP_CHOOSER, StepChooser, fit, pooled, prompt_features
+from fewstep.methods.base import DataSetup
+from fewstep.methods.dmd.data import dmd_sources
 from fewstep.models.pipeline import load
 
 COUNTS = (1, 2, 4)
@@ -173,3 +180,43 @@ def test_training_writes_a_chooser(tiny_folder, tmp_path, monkeypatch):
     assert "at random" in output
     assert StepChooser.load(folder).counts == (1, 2)
     assert "NFE" in succeed("generate", folder, *PROMPTS, "--steps", "auto", "-o", tmp_path / "a.png")
+
+
+def test_a_distillation_draws_prompts_by_the_steps_that_they_need(model, tmp_path):
+    """Batches of 4 steps have the prompt that needs 4 more often; a run with such batches trains."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    recipe = load_recipe(
+        "micro-turbo",
+        [
+            *(f"teacher={model}", f"prompts.source={file}", "prompts.heldout_fraction=0", "train.batch_size=4"),
+            *("student={steps: 4, step_counts: [1, 2, 4]}", f"student.step_chooser={model}", "train.steps=2"),
+            *("evaluate={enabled: false}", "train.sample_every=0", "train.precision=fp32"),
+        ],
+    )
+    pipeline = load(model, "cpu")
+    source = dmd_sources(DataSetup(recipe, pipeline, PROMPTS, tmp_path / "cache"))["train"]
+    counts = {1: Counter(), 2: Counter(), 4: Counter()}
+    for position in range(300):
+        batch = source(position, Shard())
+        torch.testing.assert_close(batch.prompts[:1].features, pipeline.encode(batch.texts[:1]).features)
+        counts[batch.steps].update(batch.texts)
+    hard = {count: drawn[PROMPTS[1]] / drawn.total() for count, drawn in counts.items()}
+    assert hard == pytest.approx({1: 0.25, 2: 0.4, 4: 1 / 1.75}, abs=0.07)
+    assert api.distill(recipe, tmp_path / "run").student.is_dir()
+
+    def opened(name="micro-turbo", *more):
+        more = [f"teacher={model}", f"student.step_chooser={model}", *more]
+        return dmd_sources(DataSetup(load_recipe(name, more), pipeline, PROMPTS, tmp_path / "cache"))
+
+    with pytest.raises(UserError, match=r"chooses among 1, 2, 4 steps, .* fewstep steps train --counts 2,4"):
+        opened("micro-turbo", "student.step_counts=[2, 4]")
+    with pytest.raises(UserError, match="a term needs real latents of each prompt"):
+        opened("micro-aligned", "student.step_counts=[1, 2, 4]")
+    chooser = StepChooser.load(model)
+    replace(chooser, made_by="other").save(model)
+    with pytest.raises(UserError, match="is for another text encoder"):
+        opened("micro-turbo", "student.step_counts=[1, 2, 4]")
+    (model / STEP_CHOOSER).unlink()
+    with pytest.raises(UserError, match=r"^student.step_chooser: .* has no steps.safetensors"):
+        opened("micro-turbo", "student.step_counts=[1, 2, 4]")

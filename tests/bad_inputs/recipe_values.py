@@ -217,6 +217,16 @@ CONTRADICTIONS = Section(
             _set("student.step_counts=[4, 4]", "different numbers"),
         ),
         Message(
+            "{recipe}: student: step_chooser: no effect on one number of steps; set step_counts, or leave it out",
+            "The predictor says which of several numbers of steps a prompt needs.",
+            _set("student.step_chooser=tiny", "step_chooser: no effect"),
+        ),
+        Message(
+            "student.step_chooser: {model} has no steps.safetensors; make it with fewstep steps train",
+            "Name the folder of a student that `fewstep steps train` was run for.",
+            _set("student={step_counts: [2, 4], step_chooser: tiny}", "student.step_chooser: tiny has no steps"),
+        ),
+        Message(
             "{recipe}: student: step_counts: its levels are evenly spaced; leave timesteps and timestep_sampling out",
             "A list of levels is that of one number of steps.",
             _set("student={step_counts: [2, 4], timestep_sampling: continuous}", "step_counts: its levels"),

@@ -21,6 +21,12 @@ class StudentSettings(Settings):
         description="Numbers of steps that one student is trained for, steps among them: each training step draws one. "
         "null is steps alone.",
     )
+    step_chooser: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of an earlier student with the predictor of fewstep steps train for step_counts: prompts "
+        "that need more steps get more of the training at many. null draws all prompts alike.",
+    )
     timesteps: list[Fraction] | None = Field(
         default=None,
         description="The student's noise levels before the shift, descending from 1, without the 0; null spaces them "
@@ -43,6 +49,8 @@ class StudentSettings(Settings):
                 raise ValueError(f"step_counts {counts}: expected different numbers, steps ({self.steps}) among them")
             if levels is not None or self.timestep_sampling != "fixed":
                 raise ValueError("step_counts: its levels are evenly spaced; leave timesteps and timestep_sampling out")
+        elif self.step_chooser is not None:
+            raise ValueError("step_chooser: no effect on one number of steps; set step_counts, or leave it out")
         if levels is None:
             return self
         falling = all(a > b > 0 for a, b in pairwise([*levels, 0.0]) if b > 0) and levels[-1:] > [0]

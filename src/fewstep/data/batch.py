@@ -19,6 +19,7 @@ class DistillBatch:
         at sigma 0; or K = 1 real latents of these prompts. None for methods that use neither.
     texts: the prompts as text, B of them, for rewards.
     privileged: B prompts that know more than ``prompts``: the real image too. None for methods that use none.
+    steps: the number of steps that the student is trained for with this batch; None is any.
     """
 
     noise: Tensor
@@ -26,6 +27,7 @@ class DistillBatch:
     states: Tensor | None = None
     texts: Sequence[str] = ()
     privileged: EncodedPrompts | None = None
+    steps: int | None = None
 
     @property
     def real(self) -> Tensor:

@@ -12,13 +12,19 @@ from fewstep.core.seeds import generator, noise_rows
 from fewstep.data.batch import DistillBatch
 from fewstep.data.encodable_texts import EncodableTexts
 from fewstep.data.prompt_stream import PromptStream, TrainingPrompts
+from fewstep.data.step_depth import StepDepth
 from fewstep.data.stream_batches import StreamBatches
 from fewstep.data.text_prompts import TextPrompts, encodable
 from fewstep.models.pipeline import TextToImagePipeline
 
 
 def prompt_batches(
-    model: TextToImagePipeline, prompts: TrainingPrompts, size: int, seed: int, batches: int | None = None
+    model: TextToImagePipeline,
+    prompts: TrainingPrompts,
+    size: int,
+    seed: int,
+    batches: int | None = None,
+    depth: Callable[[EncodableTexts], StepDepth] | None = None,
 ) -> BatchSource:
     """Batches of ``size`` prompts and pure noise. Prompts of a list that are not encoded yet are encoded here, each
     once; a stream's are encoded as they come.
@@ -27,6 +33,7 @@ def prompt_batches(
         batches: about how many are used; None is any number. Where these have fewer prompts than there are, a CPU
             encodes only theirs here, and others when they are needed. Other devices encode all, as they have no memory
             for the text encoder beside the training.
+        depth: chooses each batch's prompts by the number of steps that they need; unset, all are drawn alike.
 
     Raises:
         UserError: as for :func:`encodable`.
@@ -36,10 +43,16 @@ def prompt_batches(
     texts = encodable(model, prompts)
     shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
 
+    if depth is not None:
+        texts = texts.stored()
+    made = None if depth is None else depth(texts)
+
     def numbers(position: int) -> list[int]:
+        if made is not None:
+            return made.rows(position, size, seed)
         return torch.randint(len(texts), (size,), generator=generator("prompts", seed, position)).tolist()
 
-    by_need = isinstance(texts, TextPrompts) and model.device.type == "cpu"
+    by_need = made is None and isinstance(texts, TextPrompts) and model.device.type == "cpu"
     if batches is not None and by_need and batches * size < len(texts):
         encoded = _encoded_part(texts, {row for position in range(batches) for row in numbers(position)})
     else:
@@ -50,7 +63,10 @@ def prompt_batches(
         chosen = numbers(position)[rows]
         noise = noise_rows(rows, shape, "noise", seed, position)
         return DistillBatch(
-            noise.to(model.device), encoded(chosen).to(model.device), texts=[texts[row] for row in chosen]
+            noise.to(model.device),
+            encoded(chosen).to(model.device),
+            texts=[texts[row] for row in chosen],
+            steps=None if made is None else made.steps(position, seed),
         )
 
     return source

@@ -20,7 +20,7 @@ _VOLATILE = ("transformers_version", "dtype", "torch_dtype")  # keys that progra
 _PATH_KEYS = (
     *(".teacher", ".init", ".vae", ".text_encoder", ".trajectory.cache", ".dpo.votes"),
     *(".model", ".data.images", ".training_adapter", ".method.lora", ".vision_language_model"),
-    *(".prompts.source", ".prompts.validation_source", ".prompts.test_source"),
+    *(".prompts.source", ".prompts.validation_source", ".prompts.test_source", ".student.step_chooser"),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fewstep.config.recipe import DistillRecipe
@@ -20,6 +22,7 @@ from fewstep.data.text_prompts import encodable
 from fewstep.errors import UserError
 from fewstep.methods.base import DataSetup, MethodSetup
 from fewstep.methods.dmd import monitor
+from fewstep.methods.dmd.adaptive_depth import step_depth
 from fewstep.methods.dmd.config import DMDConfig
 from fewstep.models.noise import initial_noise
 
@@ -35,7 +38,14 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     if not config.requires_real:  # first, because it encodes the prompts, and the other sources need some of them
         alone = not config.samples_teacher and not config.measures_real
         batches = _prompt_batches_used(recipe, config) if alone else None
-        sources["train"] = prompt_batches(setup.teacher, setup.prompts, train.batch_size, train.seed, batches)
+        depth = None if recipe.student.step_chooser is None else partial(step_depth, recipe, setup.teacher.encoder)
+        prompts = setup.prompts if depth is None else listed(setup.prompts)
+        sources["train"] = prompt_batches(setup.teacher, prompts, train.batch_size, train.seed, batches, depth)
+    elif recipe.student.step_chooser is not None:
+        raise UserError(
+            "student.step_chooser: a term needs real latents of each prompt, which are those of a cache; leave out "
+            "the term, or student.step_chooser"
+        )
     if config.samples_teacher:
         cache = open_trajectory_cache(recipe, setup.teacher, setup.cache, setup.prompts)
         sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)

@@ -57,7 +57,9 @@ class StudentSampler:
     def __call__(self, batch: DistillBatch) -> StudentSample:
         """Samples with gradient through the last prediction, or all of them."""
         levels = self.trained_levels[0]
-        if len(self.trained_levels) > 1:
+        if batch.steps is not None:
+            levels = next(each for each in self.trained_levels if len(each) == batch.steps)
+        elif len(self.trained_levels) > 1:
             levels = self.trained_levels[int(torch.randint(len(self.trained_levels), ()))]
         anchors = sample_rollout_timesteps(levels, self.timestep_sampling)
         sigmas = [flow.shift_sigma(u, self.shift) for u in anchors]
