@@ -58,12 +58,18 @@ class FamilyConformance(ABC):
     evenly_spaced = True
     #: diffusers' ``guidance_scale`` minus that of fewstep, which is g in cond + g (cond - null).
     guidance_offset = 1.0
+    #: Of the latents that the tests compute with: 1 is an image.
+    frames = 1
 
     @abstractmethod
     def diffusers_velocity(
         self, pipeline: Any, x: torch.Tensor, sigma: torch.Tensor, prompts: list[str]
     ) -> torch.Tensor:
         """The velocity eps - x0 by diffusers' pipeline and transformer, for nonempty prompts."""
+
+    def diffusers_images(self, pipeline: Any, **options: Any) -> torch.Tensor:
+        """What diffusers' pipeline makes, [B, ..., 3, H, W] in [0, 1]."""
+        return pipeline(output_type="pt", **options).images
 
     @pytest.fixture(scope="class")
     def model(self, folder: Path) -> TextToImagePipeline:
@@ -77,15 +83,15 @@ class FamilyConformance(ABC):
         self, ours: TextToImagePipeline, theirs: Any, steps: int = 3, scale: float = 0.0, **options: Any
     ) -> None:
         """Of ``PROMPTS[:2]`` from the same noise, up to rounding."""
-        settings = SamplingParams(seed=5, steps=steps, guidance_scale=scale, height=64, width=64)
+        settings = SamplingParams(seed=5, steps=steps, guidance_scale=scale, height=64, width=64, frames=self.frames)
         images = generate(ours, PROMPTS[:2], settings).images.float()
-        expected = quiet(theirs)(
-            prompt=PROMPTS[:2], height=64, width=64, num_inference_steps=steps,
-            latents=initial_noise(ours, [5, 6], 64, 64), guidance_scale=scale + self.guidance_offset,
-            output_type="pt", **self.call_options, **options,
-        ).images  # fmt: skip
+        expected = self.diffusers_images(
+            quiet(theirs), prompt=PROMPTS[:2], height=64, width=64, num_inference_steps=steps,
+            latents=initial_noise(ours, [5, 6], 64, 64, self.frames), guidance_scale=scale + self.guidance_offset,
+            **self.call_options, **options,
+        )  # fmt: skip
         assert images.std() > 1
-        assert (images - (expected.permute(0, 2, 3, 1) * 255).round()).abs().max() <= 2
+        assert (images - (expected.movedim(-3, -1) * 255).round()).abs().max() <= 2
 
     def test_weights_are_those_of_diffusers(self, model, reference, folder):
         assert resolve_family(folder) is model.family
@@ -95,7 +101,7 @@ class FamilyConformance(ABC):
 
     def test_the_velocity_is_that_of_diffusers(self, model, reference):
         """Prompts of different lengths, and images that are not square."""
-        x, sigma, _ = inputs(model)
+        x, sigma, _ = inputs(model, self.frames)
         ours = model.denoiser(x[:2], sigma[:2], model.encode(PROMPTS[:2]))
         theirs = self.diffusers_velocity(reference, x[:2], sigma[:2], PROMPTS[:2])
         assert theirs.abs().mean() > 0.01
@@ -122,29 +128,29 @@ class FamilyConformance(ABC):
         assert not torch.equal(last[0], last[2])
 
     def test_a_batch_is_its_samples(self, model):
-        x, sigma, prompts = inputs(model)
+        x, sigma, prompts = inputs(model, self.frames)
         together = model.denoiser(x, sigma, prompts)
         for row in range(len(x)):
             one = slice(row, row + 1)
             torch.testing.assert_close(model.denoiser(x[one], sigma[one], prompts[one]), together[one], **CLOSE)
 
     def test_every_input_matters(self, model):
-        x, sigma, prompts = inputs(model)
+        x, sigma, prompts = inputs(model, self.frames)
         before = model.denoiser(x, sigma, prompts)
         for other in ((x + 1, sigma, prompts), (x, sigma / 2, prompts), (x, sigma, prompts[[1, 2, 0]])):
             assert (model.denoiser(*other) - before).abs().amax(dim=(1, 2, 3)).min() > 1e-4
 
     def test_cached_text_changes_nothing(self, model):
-        x, sigma, prompts = inputs(model)
+        x, sigma, prompts = inputs(model, self.frames)
         expected = [model.denoiser(x, level, prompts) for level in (sigma, sigma / 2)]
         with model.denoiser.cache_text_tokens():
             for level, velocity in zip((sigma, sigma / 2), expected, strict=True):
                 assert torch.equal(model.denoiser(x, level, prompts), velocity)
 
     def test_features_are_of_image_tokens(self, model):
-        x, sigma, prompts = inputs(model)
+        x, sigma, prompts = inputs(model, self.frames)
         features = model.denoiser.features(x, sigma, prompts)
-        tokens = x.shape[-2] * x.shape[-1] // model.family.patch_size**2
+        tokens = x[0, 0].numel() // model.family.patch_size**2
         assert features.shape == (3, tokens, model.denoiser.feature_dim)
         twice = model.denoiser.features(x, sigma, prompts, depths=(0.5, 1.0))
         assert twice.shape == (3, tokens, 2 * model.denoiser.feature_dim)
@@ -171,7 +177,7 @@ class FamilyConformance(ABC):
             model.transformer.requires_grad_(True)
             change(model.denoiser)
             with torch.enable_grad():
-                model.denoiser(*inputs(model)).square().mean().backward()
+                model.denoiser(*inputs(model, self.frames)).square().mean().backward()
             gradients.append({name: p.grad for name, p in model.transformer.named_parameters() if p.grad is not None})
         assert len(gradients[0]) > 0.9 * len(list(model.transformer.parameters()))
         torch.testing.assert_close(gradients[1], gradients[0])
@@ -179,7 +185,7 @@ class FamilyConformance(ABC):
 
     def test_adapters_open_in_diffusers(self, folder, pipeline_class, tmp_path):
         model = load_tiny(folder)
-        expected = model.denoiser(*inputs(model))
+        expected = model.denoiser(*inputs(model, self.frames))
         add_adapter(model.transformer, "student", 2, 4.0, target_modules=model.family.lora_target_modules)
         parameters = adapter_parameters(model.transformer, "student")
         assert set(adapted_blocks(model)) == {id(block) for block in model.denoiser.get_blocks()}
@@ -187,11 +193,13 @@ class FamilyConformance(ABC):
         for parameter in parameters.values():
             nn.init.normal_(parameter, std=0.2)
         student = AdapterDenoiser(model.denoiser, {"student": 1.0})
-        assert (student(*inputs(model)) - expected).abs().max() > 1e-3
-        torch.testing.assert_close(model.denoiser(*inputs(model)), expected)
+        assert (student(*inputs(model, self.frames)) - expected).abs().max() > 1e-3
+        torch.testing.assert_close(model.denoiser(*inputs(model, self.frames)), expected)
         model.family.write_lora(tmp_path / "lora", adapter_state_dict(model.transformer, "student"))
         merged = load_tiny(folder, loras={str(tmp_path / "lora"): 1.0})
-        torch.testing.assert_close(merged.denoiser(*inputs(model)), student(*inputs(model)), **CLOSE)
+        torch.testing.assert_close(
+            merged.denoiser(*inputs(model, self.frames)), student(*inputs(model, self.frames)), **CLOSE
+        )
         theirs = pipeline_class.from_pretrained(folder)
         theirs.load_lora_weights(tmp_path / "lora")
         self.assert_same_images(merged, theirs, steps=2)
@@ -207,7 +215,7 @@ class FamilyConformance(ABC):
         plain = to_diffusers(model.transformer, model.family)
         assert type(plain) is type(model.transformer)
         assert model.family.denoiser(copy.deepcopy(plain)) is not None
-        x, sigma, prompts = inputs(model)
+        x, sigma, prompts = inputs(model, self.frames)
         again = model.family.denoiser(plain)
         assert torch.equal(again(x, sigma, prompts), model.denoiser(x, sigma, prompts))
 
@@ -216,17 +224,18 @@ class FamilyConformance(ABC):
             meta = meta_pipeline(folder, torch.bfloat16)
         shapes = {name: tensor.shape for name, tensor in model.transformer.state_dict().items()}
         assert {name: tensor.shape for name, tensor in meta.transformer.state_dict().items()} == shapes
-        x, sigma, prompts = inputs(model)
+        x, sigma, prompts = inputs(model, self.frames)
         assert meta.denoiser(x.to("meta"), sigma.to("meta"), prompts.to("meta")).shape == x.shape
 
     @pytest.mark.parametrize("train", ["full", "lora"])
     def test_a_distilled_student_opens_in_diffusers(self, model, pipeline_class, tmp_path, train):
-        config = GenerationConfig(steps=2, guidance_scale=1.0, height=64, width=64)
+        config = GenerationConfig(steps=2, guidance_scale=1.0, height=64, width=64, frames=self.frames)
         teacher = model.with_transformer(model.transformer, config).save(tmp_path / "teacher")
         (tmp_path / "prompts.txt").write_text("".join(f"{n} foxes\n" for n in range(20)))
         more = [f"teacher={teacher}", f"prompts.source={tmp_path / 'prompts.txt'}", f"models.train={train}"]
         made = api.distill("micro-aligned", tmp_path / "run", overrides=[*DISTILL, *more])
         student = load_tiny(made.student)
+        assert student.generation_config.size == (64, 64, self.frames)
         before = model.transformer.state_dict()
         assert not all(torch.equal(tensor, before[name]) for name, tensor in student.transformer.state_dict().items())
         index = json.loads((made.student / "model_index.json").read_text())
@@ -253,10 +262,10 @@ def quiet(pipeline: Any) -> Any:
     return pipeline
 
 
-def inputs(model: TextToImagePipeline) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def inputs(model: TextToImagePipeline, frames: int = 1) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Three noisy latents of 64 x 96 px, their sigmas, and prompts of different lengths with the null prompt."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, *model.latent_shape(64, 96), generator=generator)
+    x = torch.randn(3, *model.latent_shape(64, 96, frames), generator=generator)
     return x, 0.2 + 0.8 * torch.rand(3, generator=generator), model.encode(PROMPTS)
 
 

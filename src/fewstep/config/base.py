@@ -15,6 +15,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 SamplingSteps = Annotated[int, Field(ge=1, le=10_000)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]  # of a side
+Frames = Annotated[int, Field(ge=1, le=4096)]  # of a video
 GuidanceScale = Annotated[float, Field(ge=0, le=1000)]
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Updates = Annotated[int, Field(ge=1, le=1000)]  # in one step

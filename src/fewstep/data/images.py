@@ -13,8 +13,8 @@ from fewstep.machine import reading
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], rounded as diffusers does."""
-    return (images.clamp(0, 1).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
+    """[B, 3, ..., H, W] in [0, 1] -> uint8 [B, ..., H, W, 3], rounded as diffusers does."""
+    return (images.clamp(0, 1).movedim(1, -1).float() * 255).round().to(torch.uint8)
 
 
 def read_image(file: Path) -> Tensor:

@@ -41,7 +41,7 @@ def prompt_batches(
     if isinstance(prompts, PromptStream):
         return StreamBatches(model, prompts, size, seed)
     texts = encodable(model, prompts)
-    shape = model.latent_shape(model.generation_config.height, model.generation_config.width)
+    shape = model.latent_shape(*model.generation_config.size)
 
     if depth is not None:
         texts = texts.stored()

@@ -77,7 +77,7 @@ def cache_fingerprint(
 ) -> dict[str, object]:
     """What identifies a cache of this teacher's trajectories at these pre-shift levels."""
     sigmas = [flow.shift_sigma(u, teacher.shift) for u in subdivide(anchors, substeps)]
-    latent = list(teacher.latent_shape(teacher.generation_config.height, teacher.generation_config.width))
+    latent = list(teacher.latent_shape(*teacher.generation_config.size))
     return fingerprint(teacher, sigmas, states=len(anchors), guidance_scale=guidance, latent=latent)
 
 
@@ -161,15 +161,15 @@ def _fill(
     denoiser: Denoiser = teacher.denoiser
     if guidance > 0:
         denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance)
-    height, width = teacher.generation_config.height, teacher.generation_config.width
-    together = recipe.batch_size or max_batch_size(height, width)
+    size = teacher.generation_config.size
+    together = recipe.batch_size or max_batch_size(*size)
     for shard in shards:
         samples = index.sample_range(shard)
         seeds = index.seeds(samples)
         chosen = [_draw_prompt(seed, len(texts)) for seed in seeds]
         encoded, states = texts.encoded(chosen), []
         for part in batched(len(samples), together):
-            noise, prompts = initial_noise(teacher, seeds[part], height, width), encoded[part].to(device)
+            noise, prompts = initial_noise(teacher, seeds[part], *size), encoded[part].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
                 found = teacher_trajectory(denoiser, noise, anchors, substeps, teacher.shift, prompts)
             states.append(found.half().cpu())  # as they are stored
@@ -230,13 +230,12 @@ def fill_trajectory_cache(
 
 def teacher_batches(cache: TrajectoryCache, teacher: TextToImagePipeline, size: int, seed: int) -> BatchSource:
     """Batches of ``size`` cached trajectories: noise, prompts and the teacher's states."""
-    height, width = teacher.generation_config.height, teacher.generation_config.width
 
     def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
         drawn = torch.randint(len(cache), (size,), generator=generator("trajectories", seed, position))
         chosen = drawn[shard.rows(size)].tolist()
         states, prompts = cache.read(chosen)
-        noise = initial_noise(teacher, cache.seeds(chosen), height, width)
+        noise = initial_noise(teacher, cache.seeds(chosen), *teacher.generation_config.size)
         return DistillBatch(noise, prompts.to(teacher.device), states.to(teacher.device), cache.texts_of(chosen))
 
     return source

@@ -32,7 +32,9 @@ KEPT, PUBLISHED, COUNT = ".images", "images", "prompts.json"
 def model_fingerprint(model: TextToImagePipeline) -> str:
     """A hash of what a model's images depend on, but for rounding: all weights as they are, settings, template."""
     total = hashlib.blake2b(digest_size=16)
-    settings = (model.generation_config.model_dump_json(), model.shift, template_hash(model.encoder))
+    config = model.generation_config
+    unsaid = {"frames"} if config.frames == 1 else None  # published images are older than this setting
+    settings = (config.model_dump_json(exclude=unsaid), model.shift, template_hash(model.encoder))
     total.update(str(settings).encode())
     for name, module in model.components.items():
         if isinstance(module, nn.Module):

@@ -35,7 +35,7 @@ class GenerationResult:
     """Images and their cost.
 
     Attributes:
-        images: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, 3]; videos are [N, F, H, W, 3].
         nfe: evaluations of the transformer for each image; a guided step takes two. The mean where they differ.
         seconds: wall time of sampling and decoding all images, without the encoding of prompts.
     """
@@ -51,7 +51,7 @@ class GeneratedBatch:
 
     Attributes:
         indices: their numbers, in the order of the prompts.
-        images: uint8 [B, H, W, 3].
+        images: uint8 [B, H, W, 3]; videos are [B, F, H, W, 3].
         nfe: evaluations of the transformer for each image.
         seconds: wall time of sampling and decoding these images.
         steps: of each image.
@@ -87,7 +87,7 @@ class GenerationStep:
 
     @property
     def x0(self) -> Tensor:
-        """Latents of the images as predicted at this step, [B, C, H, W]."""
+        """Latents of the images as predicted at this step, [B, C, ..., H, W]."""
         return self.sampler_step.x0
 
 
@@ -172,7 +172,7 @@ def _sampled_batches(
 ) -> Iterator[GeneratedBatch]:
     """The images of prompts with the same number of steps. Arguments as for :func:`generate_batches`."""
     seeds = resolved.image_seeds(len(prompts))
-    pipeline.latent_shape(resolved.height, resolved.width)  # an impossible size is an error before any work
+    pipeline.latent_shape(*resolved.size)  # an impossible size is an error before any work
     sigmas = pipeline.sigmas(resolved.steps, (resolved.height, resolved.width))
     first = 0 if source is None else first_step(resolved.steps, resolved.strength or 1.0)
 
@@ -181,7 +181,7 @@ def _sampled_batches(
         denoiser = _guided(pipeline, resolved)
         for part in batched(len(prompts), resolved.batch_size):
             own, start = encoded[part], time.perf_counter()
-            x = initial_noise(pipeline, seeds[part], resolved.height, resolved.width)
+            x = initial_noise(pipeline, seeds[part], *resolved.size)
             with pipeline.denoiser.cache_text_tokens(), pipeline.denoiser.reuse_layers(resolved.layer_reuse):
                 sampled = partial(
                     iterate,
@@ -219,9 +219,9 @@ def _guided(pipeline: TextToImagePipeline, params: ResolvedParams) -> Denoiser:
 
 
 def _decode(pipeline: TextToImagePipeline, latents: Tensor, params: ResolvedParams) -> Tensor:
-    """uint8 [B, H, W, 3] on the CPU."""
+    """uint8 [B, H, W, 3], or [B, F, H, W, 3], on the CPU."""
     alone = latents.device.type == "cpu"  # where a batch is no faster, and would change the last bits
-    size = 1 if alone else max_decode_batch_size(params.height, params.width)
+    size = 1 if alone else max_decode_batch_size(*params.size)
     return torch.cat([to_uint8(pipeline.decode(latents[some])).cpu() for some in batched(len(latents), size)])
 
 

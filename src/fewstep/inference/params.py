@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fewstep.config.base import BatchSize, GuidanceScale, Pixels, PlainValues, SamplingSteps, Seed
+from fewstep.config.base import BatchSize, Frames, GuidanceScale, Pixels, PlainValues, SamplingSteps, Seed
 from fewstep.config.explain import explain
 from fewstep.core.batching import max_batch_size
 from fewstep.core.samplers import Sampler
@@ -39,6 +39,7 @@ class SamplingParams(PlainValues):
     cfg_truncation: float = Field(1.0, ge=0, le=1, description="No guidance where 1 - sigma is larger.")
     height: Pixels | None = Field(None, description="Pixels.")
     width: Pixels | None = Field(None, description="Pixels.")
+    frames: Frames | None = Field(None, description="Frames of a video; 1 is an image.")
     sampler: Sampler | None = Field(None, description="euler, or sde with fresh noise in each step.")
     eta: float | None = Field(None, ge=0, le=1, description="Share of fresh noise in each step of the sde sampler.")
     seed: Seed = Field(0, description=f"Image i starts from seed + i, and from 0 again after {MAX_SEED}.")
@@ -80,6 +81,7 @@ class SamplingParams(PlainValues):
             UserError: guidance for a guidance-distilled model.
         """
         height, width = self.height or config.height, self.width or config.width
+        frames = self.frames or config.frames
         defaults = {
             "steps": config.steps,
             "guidance_scale": config.guidance_scale,
@@ -88,7 +90,8 @@ class SamplingParams(PlainValues):
             "eta": config.eta,
             "height": height,
             "width": width,
-            "batch_size": max_batch_size(height, width),
+            "frames": frames,
+            "batch_size": max_batch_size(height, width, frames),
         }
         given = self.model_dump(exclude_none=True, exclude={"auto_steps"})
         found = ResolvedParams.model_validate(defaults | given)
@@ -132,9 +135,15 @@ class ResolvedParams(SamplingParams):
     system_prompt: str
     height: Pixels
     width: Pixels
+    frames: Frames
     sampler: Sampler
     eta: float
     batch_size: BatchSize
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height and width in pixels, and frames."""
+        return self.height, self.width, self.frames
 
 
 def parse_params(options: Mapping[str, Any]) -> SamplingParams:

@@ -268,4 +268,5 @@ def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipelin
         teacher=recipe.teacher,
         height=config.height,
         width=config.width,
+        frames=config.frames,
     )

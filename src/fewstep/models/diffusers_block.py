@@ -10,14 +10,15 @@ from fewstep.models.block import TransformerBlock
 class DiffusersBlock(TransformerBlock):
     """Computes what a block of diffusers computes, with its settings and its modules under the same names.
 
-    It is called with the arguments of the block's ``forward`` in their order. The block must have no parameters outside
-    of its child modules.
+    It is called with the arguments of the block's ``forward`` in their order.
     """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(type(block).forward)
         for name in vars(block).keys() - vars(nn.Module()).keys():
             setattr(self, name, getattr(block, name))
+        for name, parameter in block.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
         for name, module in block.named_children():
             self.add_module(name, module)
 

@@ -119,7 +119,8 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the latent of one image whose sides are multiples of ``latent_multiple``, without the batch."""
+        """Shape of the latent of one image whose sides are multiples of ``latent_multiple``: channels, rows, columns;
+        without the batch, and without the frames of a video."""
 
     @abstractmethod
     def latent_multiple(self, components: Components) -> int:
@@ -138,6 +139,11 @@ class ModelFamily(ABC):
         """
         return iter(())
 
+    def frame_multiple(self, components: Components) -> int | None:
+        """Frames of a video that one frame of its latent covers, after the first, which is alone; None for a family of
+        images, whose latents have no such dimension."""
+        return None
+
     def shift(self, components: Components) -> float:
         """The shift of the noise levels (``core.flow.shift_sigma``)."""
         return float(components["scheduler"].config["shift"])
@@ -155,11 +161,11 @@ class ModelFamily(ABC):
         return {}
 
     def encode_images(self, vae: Any, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> latents [B, *latent_shape]."""
+        """Images [B, 3, H, W] in [0, 1], or videos [B, 3, F, H, W] -> latents [B, C, ..., rows, columns]."""
         return vae_tools.encode_images(vae, images)
 
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """Latents [B, *latent_shape] -> images [B, 3, H, W] in [0, 1]."""
+        """Latents [B, C, ..., rows, columns] -> images [B, 3, H, W] in [0, 1], or videos [B, 3, F, H, W]."""
         return vae_tools.decode_latents(vae, latents)
 
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fewstep.config.base import Fraction, GuidanceScale, Pixels, PlainValues, SamplingSteps
+from fewstep.config.base import Fraction, Frames, GuidanceScale, Pixels, PlainValues, SamplingSteps
 from fewstep.config.explain import explain
 from fewstep.core.samplers import Sampler
 from fewstep.errors import UserError
@@ -45,6 +45,12 @@ class GenerationConfig(PlainValues):
     teacher_fingerprint: str | None = Field(None, description="Of a teacher in a folder: recognizes it after a move.")
     height: Pixels = Field(1024, description="Pixels.")
     width: Pixels = Field(1024, description="Pixels.")
+    frames: Frames = Field(1, description="Frames of a video; 1 is an image.")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height and width in pixels, and frames."""
+        return self.height, self.width, self.frames
 
     @field_validator("sigmas")
     @classmethod

@@ -20,6 +20,7 @@ from fewstep.models.attention_backends import use_attention_backend
 from fewstep.models.components import load_component, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
 from fewstep.models.family import Components, ModelFamily, resolve_family
+from fewstep.models.frames import add_frames
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.lora.merge import merge_, open_loras
 from fewstep.models.offload import has_offloaded_blocks, offload_blocks
@@ -161,24 +162,25 @@ class TextToImagePipeline:
         """Pixels that the sides of an image must be a multiple of (16 for Z-Image)."""
         return self.family.latent_multiple(self.components)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the latent of one image of these pixels, without the batch: channels, ..., rows, columns.
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """Shape of the latent of one image or video, without the batch: channels, ..., rows, columns.
 
         Raises:
-            UserError: a side is not a multiple of ``latent_multiple``.
+            UserError: a side is not a multiple of ``latent_multiple``, or as for ``frames.add_frames``.
         """
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % self.latent_multiple:
                 raise UserError(f"{name} {side} is not a multiple of {self.latent_multiple}")
-        return self.family.latent_shape(self.components, height, width)
+        image = self.family.latent_shape(self.components, height, width)
+        return add_frames(self.family, self.components, image, frames)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> latents."""
+        """Images [B, 3, H, W] in [0, 1], or videos [B, 3, F, H, W] -> latents."""
         with self._on_device(self.vae):
             return self.family.encode_images(self.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> [B, 3, H, W] in [0, 1]."""
+        """Latents -> images [B, 3, H, W] in [0, 1], or videos [B, 3, F, H, W]."""
         with self._on_device(self.vae):
             return self.family.decode_latents(self.vae, latents)
 

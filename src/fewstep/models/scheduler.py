@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from fewstep.core import flow
 from fewstep.errors import UserError
 from fewstep.models.family import MODEL_INDEX
 
@@ -42,9 +43,11 @@ def load_scheduler(path: Path, dynamic: bool = False) -> FlowMatchEulerDiscreteS
         UserError: it cannot be read, is of another class, or has a setting that fewstep would not obey.
     """
     file, index = path / SCHEDULER_CONFIG, path.parent / MODEL_INDEX
-    config = _read(file)
+    config = read_settings(file)
     check_scheduler({**config, "use_dynamic_shifting": False} if dynamic else config, file)
-    if index.exists() and "scheduler" in (entries := _read(index)):  # diffusers opens the class that the index names
+    if index.exists() and "scheduler" in (
+        entries := read_settings(index)
+    ):  # diffusers opens the class that the index names
         check_scheduler({"_class_name": entries["scheduler"][-1]}, index)
     scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path)
     return scheduler
@@ -62,12 +65,25 @@ def check_scheduler(config: Mapping[str, Any], file: Path) -> None:
         if not known and value != NEUTRAL.get(key) and (key in NEUTRAL or value not in (None, False)):
             supported = json.dumps(NEUTRAL.get(key))
             raise UserError(f"{file}: {key} {json.dumps(value)} is not supported; only {supported} is")
-    shift = config.get("shift", 1.0)
+    check_shift(config, file)
+
+
+def check_shift(config: Mapping[str, Any], file: Path, key: str = "shift") -> None:
+    """Raises: UserError if the shift in a scheduler's settings is not a positive number."""
+    shift = config.get(key, 1.0)
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
-        raise UserError(f"{file}: shift {json.dumps(shift)} is not a positive number")
+        raise UserError(f"{file}: {key} {json.dumps(shift)} is not a positive number")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def euler_sigmas(steps: int, shift: float) -> list[float]:
+    """The levels of ``FlowMatchEulerDiscreteScheduler`` where a pipeline gives it none: even from 1 to the smallest of
+    1,000 training levels, before the shift; with the terminal 0."""
+    last = flow.shift_sigma(1 / NEUTRAL["num_train_timesteps"], shift)
+    return flow.sigmas_from_timesteps([1 - (1 - last) * i / max(steps - 1, 1) for i in range(steps)], shift)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A component's settings. Raises: UserError if the file cannot be read."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

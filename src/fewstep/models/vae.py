@@ -30,5 +30,7 @@ def vae_scale_factor(vae: AutoencoderKL) -> int:
 
 
 def to_channels_last(vae: AutoencoderKL) -> AutoencoderKL:
-    """The memory layout in which convolutions are fastest, on CPUs and GPUs."""
+    """The memory layout in which convolutions are fastest, on CPUs and GPUs; one of videos is left as it is."""
+    if any(parameter.ndim == 5 for parameter in vae.parameters()):
+        return vae
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -30,9 +30,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def meta_noise(model: TextToImagePipeline, count: int) -> Tensor:
-    """Noise of ``count`` images of the model's default size, without contents."""
+    """Noise of ``count`` images, or videos, of the model's default size, without contents."""
     config = model.generation_config
-    return torch.empty(count, *model.latent_shape(config.height, config.width), device="meta")
+    return torch.empty(count, *model.latent_shape(*config.size), device="meta")
 
 
 def meta_prompts(model: TextToImagePipeline, count: int, tokens: int | None = None) -> EncodedPrompts:
@@ -73,7 +73,7 @@ def loss_bytes(device: EmulatedDevice, module: nn.Module, loss: Callable[[], Ten
 def decoding_bytes(model: TextToImagePipeline, device: EmulatedDevice) -> dict[str, float]:
     """Bytes for decoding a batch of images."""
     config = model.generation_config
-    count = min(max_batch_size(config.height, config.width), max_decode_batch_size(config.height, config.width))
+    count = min(max_batch_size(*config.size), max_decode_batch_size(*config.size))
     with MemoryTracker() as decoding, device.autocast_region():
         model.family.decode_latents(model.vae, meta_noise(model, count))
     return {"VAE": bytes_of(model.vae), "decoding activations": float(decoding.peak)}
@@ -85,7 +85,7 @@ def sampling_bytes(
 ) -> dict[str, float]:
     """Bytes of a forward on a batch; with guidance a forward takes two copies of it."""
     config = model.generation_config
-    count = copies * max_batch_size(config.height, config.width)
+    count = copies * max_batch_size(*config.size)
     with MemoryTracker() as sampling, device.autocast_region():
         denoiser(meta_noise(model, count), torch.empty(count, device="meta"), meta_prompts(model, count))
     return {"sampling activations": float(sampling.peak)}

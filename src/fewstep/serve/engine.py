@@ -47,7 +47,7 @@ class Engine(DrawingEngine):
 
     def resolve(self, prompt: str, params: SamplingParams) -> ResolvedParams:
         resolved = params.resolved(self.pipeline.generation_config)
-        self.pipeline.latent_shape(resolved.height, resolved.width)
+        self.pipeline.latent_shape(*resolved.size)
         if resolved.strength is not None:
             first_step(resolved.steps, resolved.strength)
         self._encoder.check([prompt, resolved.negative_prompt], system=resolved.system_prompt)
@@ -61,7 +61,7 @@ class Engine(DrawingEngine):
         return None
 
     def largest_batch(self, job: Job) -> int:
-        return self.max_batch or max_batch_size(job.request.resolved.height, job.request.resolved.width)
+        return self.max_batch or max_batch_size(*job.request.resolved.size)
 
     def make(self, jobs: Sequence[Job]) -> Tensor:
         request = jobs[0].request

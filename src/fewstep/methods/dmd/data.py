@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -88,15 +89,15 @@ def teacher_latent_stats(setup: MethodSetup) -> dict[str, float]:
     if "real" in setup.sources and config.real_source == "teacher":
         latents = setup.sources["real"](0, Shard()).real
         return {name: float(value) for name, value in monitor.latent_stats(latents).items()}
-    height, width = teacher.generation_config.height, teacher.generation_config.width
-    count = 16 if height * width <= 256**2 else 4  # large images have enough latents
+    size = teacher.generation_config.size
+    count = 16 if math.prod(size) <= 256**2 else 4  # large images have enough latents
     texts = encodable(teacher, listed_or_first(setup.prompts, count, teacher.encoder))
     prompts = texts.encoded([i * len(texts) // count for i in range(count)]).to(teacher.device)
-    noise = initial_noise(teacher, range(count), height, width)
+    noise = initial_noise(teacher, range(count), *size)
     guidance_scale = teacher.generation_config.guidance_scale
     denoiser = ClassifierFreeGuidance(teacher.denoiser, teacher.encode([""]), 1 + guidance_scale)
     sigmas = flow.get_sigmas(REFERENCE_STEPS, teacher.shift)
     with torch.no_grad(), eager():
-        parts = batched(count, max_batch_size(height, width))
+        parts = batched(count, max_batch_size(*size))
         latents = torch.cat([sample_euler(denoiser, noise[part], sigmas, prompts[part]) for part in parts])
     return {name: float(value) for name, value in monitor.latent_stats(latents).items()}

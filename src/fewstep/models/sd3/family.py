@@ -15,14 +15,13 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fewstep.core import flow
 from fewstep.errors import UserError
 from fewstep.models.consistency import Mismatch, vae_mismatches, vocabulary_mismatches
 from fewstep.models.family import Components, LoadingInfo, ModelFamily
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pretrained import build_module, load_pretrained, save_lora
-from fewstep.models.scheduler import load_scheduler
-from fewstep.models.sd3.denoiser import TIMESTEPS, SD3Denoiser
+from fewstep.models.scheduler import euler_sigmas, load_scheduler
+from fewstep.models.sd3.denoiser import SD3Denoiser
 from fewstep.models.sd3.keys import KEY_LAYOUTS
 from fewstep.models.sd3.prompts import PROMPT_ROWS, SD3PromptEncoder
 from fewstep.models.vae import vae_scale_factor
@@ -98,10 +97,7 @@ class SD3Family(ModelFamily):
         return config["in_channels"], height // factor, width // factor
 
     def sigmas(self, components: Components, steps: int, shape: Sequence[int] | None = None) -> list[float]:
-        """diffusers' own levels for SD3: even from 1 to the smallest of 1,000 training levels, before the shift."""
-        shift = self.shift(components)
-        last = flow.shift_sigma(1 / TIMESTEPS, shift)
-        return flow.sigmas_from_timesteps([1 - (1 - last) * i / max(steps - 1, 1) for i in range(steps)], shift)
+        return euler_sigmas(steps, self.shift(components))
 
     def mismatches(self, components: Components) -> Iterator[Mismatch]:
         *clips, t5 = (components[name].config for name in TEXT_ENCODERS)
