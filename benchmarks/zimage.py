@@ -185,7 +185,7 @@ def count_passes(models: Models, counter: PassCounter) -> Models:
 def measure_iterations(bench: Bench, recipe: DistillRecipe) -> tuple[float, float]:
     """Mean seconds and operations of an iteration, over the same anchors for all models variants."""
     teacher = bench.model()
-    teacher.set_resolution(recipe.resolution)
+    teacher.set_size(recipe.resolution)
     prompts, null = bench.prompts(teacher), bench.prompts(teacher, tokens=10)
     flops = forward_flops(teacher, prompts)
     counter = PassCounter(recipe.models.gradient_checkpointing)

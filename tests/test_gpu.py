@@ -79,7 +79,7 @@ def test_a_step_takes_the_planned_memory(tiny_folder, precision: str) -> None:
     recipe = load_recipe("micro-decoupled", [*words, f"train.precision={precision}"])
     planned = plan(recipe).memory
     teacher = load(tiny_folder, "cuda")
-    teacher.set_resolution(256)
+    teacher.set_size(256)
     models = build_models(recipe, teacher, ["fake_score"], DistContext(device=torch.device("cuda")))
     width = teacher.family.prompt_features(teacher.components)
     lengths = torch.full((4,), PROMPT_TOKENS)

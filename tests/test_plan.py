@@ -113,7 +113,7 @@ def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
     recipe = recipe_of(tiny_folder, "train.precision=fp32", "resolution=128", *more)
     planned = plan(recipe, device_type="cpu").memory
     teacher = load(tiny_folder, dtype=torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16)
-    teacher.set_resolution(128)
+    teacher.set_size(128)
     models = build_models(recipe, teacher, ["fake_score"])
     width = teacher.transformer.config["cap_feat_dim"]
     prompts = EncodedPrompts(torch.randn(4, PROMPT_TOKENS, width), torch.full((4,), PROMPT_TOKENS))

@@ -44,7 +44,7 @@ def test_planned_memory_is_the_real_one_without_convolutions_scratch(batch_size:
 
 def test_memory_of_z_image_at_1024_pixels_is_bounded_by_the_micro_batch() -> None:
     pipeline = meta_pipeline(BUNDLED_CONFIGS["Tongyi-MAI/Z-Image-Turbo"], torch.bfloat16)
-    pipeline.set_resolution(1024)
+    pipeline.set_size(1024)
     one, two = (planned_bytes(pipeline, count, 1, "cuda") for count in (1, 2))
     images = 3 * 3 * 1024 * 1024 * 4  # decoded, their gradient, and one more
     assert two < one + 2 * images

@@ -77,7 +77,7 @@ def open_inputs(recipe: DistillRecipe, dist: DistContext, encoded: Path | None) 
     dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
     check_one_transformer(resolve_model(recipe.teacher), "teacher")
     teacher = load(recipe.teacher, dist.device, dtype, offload="model")
-    teacher.set_resolution(recipe.resolution)
+    teacher.set_size(recipe.resolution, recipe.frames)
     check_models(recipe, teacher)
     if dist.is_main_process:
         log_device(dist.device)

@@ -120,7 +120,7 @@ def train_lora(recipe: LoraRecipe, run: RunDir, device: torch.device) -> Path:
     model = load(recipe.model, "cpu", frozen_dtype(recipe.models))
     log_device(device)
     sides = recipe.data.resolutions or [inputs.images.resolution if inputs.images else model.generation_config.height]
-    model.set_resolution(max(sides) // model.latent_multiple * model.latent_multiple)
+    model.set_size(max(sides) // model.latent_multiple * model.latent_multiple, frames=1)
     teacher = None if recipe.method.teacher_model is None else _open_teacher(recipe, model)
     if inputs.images is not None:
         examples = encode_set(inputs.images, model, cache, recipe.data.resolutions, device, inputs.vision_language)

@@ -27,7 +27,7 @@ def shared_trajectory_cache(stage: Stage, stages: Sequence[Stage]) -> str:
     """The name of the first stage that uses the same trajectories; such stages share a cache."""
 
     def cache_key(one: Stage) -> tuple[object, ...]:
-        return one.prompts, one.resolution, one.trajectory, one.student.levels, one.train.precision
+        return one.prompts, one.resolution, one.frames, one.trajectory, one.student.levels, one.train.precision
 
     return next(one.name for one in stages if cache_key(one) == cache_key(stage))
 

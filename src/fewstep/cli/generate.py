@@ -69,7 +69,10 @@ def generate(
         ),
     ] = "own",
     out: Annotated[
-        str, typer.Option("-o", "--out", help="Image file for a grid of all, or folder for one file each, such as out/")
+        str,
+        typer.Option(
+            "-o", "--out", help="File for a grid of all (videos move in a .webp), or folder for one file each."
+        ),
     ] = "out.png",
     seed: Annotated[int, typer.Option(help="Image i starts from seed + i.")] = 0,
     steps: Annotated[
@@ -92,6 +95,9 @@ def generate(
     cfg_truncation: Annotated[float, typer.Option(min=0, max=1, help="No guidance where 1 - sigma is larger.")] = 1.0,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of a video, for models of videos. [default: the model's]")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="euler or sde. [default: the model's]")] = None,
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of fresh noise in sde steps. [default: the model's]")
@@ -173,6 +179,7 @@ def generate(
         "cfg_truncation": cfg_truncation,
         "height": height,
         "width": width,
+        "frames": frames,
         "sampler": sampler,
         "eta": eta,
         "batch_size": batch_size,
@@ -200,6 +207,7 @@ def generate(
     if edited is not None:
         height, width = edited.image.shape[1:]
         update = {"width": width, "height": height, "strength": params.strength or STRENGTH}
+        update["frames"] = params.frames or 1
         params = params.model_copy(update=update)
 
     def batches(missing: Sequence[str], params: SamplingParams, callback: Callback) -> Iterator[GeneratedBatch]:

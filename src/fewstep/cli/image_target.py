@@ -1,4 +1,4 @@
-"""Where `fewstep generate` puts its images: one file each in a folder, or one grid in a file."""
+"""Where `fewstep generate` puts its images or videos: one file each in a folder, or one grid in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from fewstep.cli.options import Dtype
-from fewstep.data.images import grid, grid_size
+from fewstep.data.images import grid, grid_size, strip_length
 from fewstep.errors import UserError
 from fewstep.inference.editing import first_step
 from fewstep.inference.generate import GeneratedBatch
@@ -22,7 +22,7 @@ from fewstep.inference.params import SamplingParams
 from fewstep.models.components import resolve_model
 from fewstep.models.fingerprint import path_fingerprint
 from fewstep.models.generation_config import load_generation_config
-from fewstep.outputs import check_image, claimed_folder, names_folder, read_image_text, write_image
+from fewstep.outputs import check_image, claimed_folder, names_folder, read_image_text, write_animation, write_image
 
 
 class Target:
@@ -71,11 +71,17 @@ class Target:
             first_step(self.resolved.steps, self.resolved.strength)
         self.fingerprint = path_fingerprint(source) or ""
         if self.is_grid:
-            height, width = self.resolved.height, self.resolved.width
+            height, width, frames = self.resolved.size
+            width *= 1 if self.is_animated else strip_length(frames)
             check_image(self.path, *grid_size(len(prompts), self.columns, height, width))
         self.extras, self.originals = extras or Extras(), originals
         self.made_by = generation_manifest(source, prompts, params, self.dtype, self.extras)
         self.evaluations, self.seconds = 0, 0.0
+
+    @property
+    def is_animated(self) -> bool:
+        """Whether the file shows videos, in a format that can; a picture shows strips of their frames."""
+        return self.resolved.frames > 1 and self.path.suffix.lower() == ".webp"
 
     @property
     def folder(self) -> Path:
@@ -106,12 +112,12 @@ class Target:
 
     def _open(self) -> ImageFolder:
         try:
-            return ImageFolder(self.folder, self.made_by, overwrite=self.overwrite)
+            return ImageFolder(self.folder, self.made_by, frames=self.resolved.frames, overwrite=self.overwrite)
         except UserError as other:
             if not self.is_grid:
                 raise
             warnings.warn(f"unfinished images are deleted: {other}", stacklevel=2)
-            return ImageFolder(self.folder, self.made_by, overwrite=True)
+            return ImageFolder(self.folder, self.made_by, frames=self.resolved.frames, overwrite=True)
 
     def remaining(self) -> tuple[list[str], SamplingParams]:
         """The prompts of the missing images, and the parameters that give each the seed of its place."""
@@ -143,12 +149,18 @@ class Target:
         replaced = self.is_grid and self.path.exists()
         if self.is_grid:
             text = read_image_text(self.images.file(0)) if len(self.prompts) == 1 else None
-            write_image(grid(self.images.read(), self.columns), self.path, text)
+            made_images = self.images.read()
+            if self.is_animated:
+                frames = [grid(frame, self.columns) for frame in made_images.unbind(1)]
+                write_animation(frames, self.path, text)
+            else:
+                write_image(grid(made_images, self.columns), self.path, text)
             shutil.rmtree(self.folder, ignore_errors=True)
         made, count = len(self.missing), len(self.prompts)
-        line = f"{self.path}: {count} images"
+        kind = "image" if self.resolved.frames == 1 else "video"
+        line = f"{self.path}: {count} {kind}s"
         if made:
-            line += f", NFE {self.evaluations / made:g}, {self.seconds / made:.3f} s per image"
+            line += f", NFE {self.evaluations / made:g}, {self.seconds / made:.3f} s per {kind}"
         if made < count:
             line += f"; {count - made} of them were made earlier"
         return line + ("; an earlier file was replaced" if replaced else "")

@@ -88,7 +88,8 @@ def print_plan(console: Console, recipe: DistillRecipe | LoraRecipe, found: Plan
         recipe.models.train if isinstance(recipe, DistillRecipe) else f"{recipe.method.name} {recipe.adapter.kind}"
     )
     console.print(
-        f"{recipe.name}: {found.parameters / 1e6:,.4g}e6 parameters, {found.width}x{found.height} px, "
+        f"{recipe.name}: {found.parameters / 1e6:,.4g}e6 parameters, {found.width}x{found.height} px"
+        f"{f', {found.frames} frames' if found.frames > 1 else ''}, "
         f"batch size {recipe.train.batch_size}, {trained} training" + (f", {gpus} GPUs" if gpus > 1 else "")
     )
     table = Table()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
-from fewstep.config.base import NAME, BatchSize, GuidanceScale, Pixels, Seed, Settings, Updates
+from fewstep.config.base import NAME, BatchSize, Frames, GuidanceScale, Pixels, Seed, Settings, Updates
 from fewstep.config.method import VALIDATION, MethodConfig, method_union
 from fewstep.config.sections import (
     EvaluateSettings,
@@ -55,6 +55,9 @@ class Stage(Settings):
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to train on.")
     resolution: Pixels | None = Field(
         None, description="Pixels of a side in training, and of the student; null is the teacher's."
+    )
+    frames: Frames | None = Field(
+        None, description="Frames of a video in training, and of the student's; null is the teacher's, 1 an image."
     )
     models: ModelsSettings = Field(default_factory=ModelsSettings, description="Full copies, or LoRA on one base.")
     trajectory: TrajectorySettings = Field(
@@ -158,6 +161,7 @@ class CacheRecipe(Recipe):
     teacher: str = Field(description='Folder or hub id of the teacher, or the name of a bundled one ("micro").')
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="Prompts to draw from.")
     resolution: Pixels | None = Field(None, description="Pixels of a side; null is the teacher's.")
+    frames: Frames | None = Field(None, description="Frames of a video; null is the teacher's, 1 an image.")
     steps: int = Field(default=4, ge=1, le=64, description="The student's steps: one state is kept for each.")
     teacher_steps_per_student_step: Updates = Field(default=12, description="Teacher steps per student step.")
     guidance_scale: GuidanceScale | None = Field(

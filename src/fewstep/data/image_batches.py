@@ -12,6 +12,7 @@ from fewstep.core.seeds import generator, noise_rows
 from fewstep.data.batch import DistillBatch
 from fewstep.data.text_prompts import encodable
 from fewstep.errors import UserError
+from fewstep.models.frames import check_one_frame
 from fewstep.models.pipeline import TextToImagePipeline
 
 
@@ -23,6 +24,7 @@ def rendered_image_batches(
     Raises:
         UserError: no such image source, or a prompt that it has no image of.
     """
+    check_one_frame(model.generation_config.frames, f"method.real_source={source_name}")
     images_of = image_sources.get(source_name)()
     stream = generator("real images", seed)
     numbers = torch.randint(len(prompts), (count,), generator=stream).tolist()

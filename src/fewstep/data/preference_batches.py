@@ -16,6 +16,7 @@ from fewstep.data.images import read_image
 from fewstep.data.preferences import PreferencePair, preference_pairs
 from fewstep.data.text_prompts import encodable
 from fewstep.errors import UserError
+from fewstep.models.frames import check_one_frame
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.progress import progress_bar
 
@@ -69,6 +70,7 @@ def _files(pair: PreferencePair) -> tuple[Path, Path]:
 def _latents(files: Sequence[Path], model: TextToImagePipeline) -> Iterator[Tensor]:
     """The images' latents, a few at a time."""
     config = model.generation_config
+    check_one_frame(config.frames, "training on preference pairs")
     expected = config.height, config.width
     with progress_bar(len(files), "images of preference pairs encoded") as advance:
         for start in range(0, len(files), _ENCODED):

@@ -110,7 +110,7 @@ def make_cache(
         with _claimed(out, process):
             check_cache_folder(out, overwrite)
             teacher = load(recipe.teacher, device)
-            teacher.set_resolution(recipe.resolution)
+            teacher.set_size(recipe.resolution, recipe.frames)
             if recipe.precision == "bf16":
                 warn_if_emulated("precision bf16", teacher.device, "precision: auto, or fp32")
             return make_cache(

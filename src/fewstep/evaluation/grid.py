@@ -34,20 +34,22 @@ def picture(samples: Samples, count: int = 9) -> Image.Image:
     assert latin is not None
     assert chinese is not None
     prompts = [samples.prompts[i] for i in chosen]
-    texts = [_wrapped(prompt, latin if prompt.isascii() else chinese, _TILE) for prompt in prompts]
+    columns = samples.columns.values()
+    height, width = next(iter(columns)).images.shape[1:3]
+    wide = round(_TILE * width / height)
+    texts = [_wrapped(prompt, latin if prompt.isascii() else chinese, wide) for prompt in prompts]
     head = max(len(lines) for lines in texts) * 15 + 8
 
-    columns = samples.columns.values()
     canvas = Image.new(
         "RGB",
-        (2 * _MARGIN + _LABEL + len(chosen) * (_TILE + _GAP), 2 * _MARGIN + head + len(columns) * (_TILE + _GAP)),
+        (2 * _MARGIN + _LABEL + len(chosen) * (wide + _GAP), 2 * _MARGIN + head + len(columns) * (_TILE + _GAP)),
         _PAPER,
     )
     draw = ImageDraw.Draw(canvas)
     for place, (prompt, lines) in enumerate(zip(prompts, texts, strict=True)):
         font = latin if prompt.isascii() else chinese
         for line, text in enumerate(lines):
-            draw.text((_left(place), _MARGIN + 15 * line), text, fill=_DIM, font=font)
+            draw.text((_left(place, wide), _MARGIN + 15 * line), text, fill=_DIM, font=font)
     for row, column in enumerate(columns):
         top = _MARGIN + head + row * (_TILE + _GAP)
         who, _, how = column.title.partition(", ")
@@ -55,9 +57,8 @@ def picture(samples: Samples, count: int = 9) -> Image.Image:
         for line, text in enumerate(how.split(", ")):
             draw.text((_MARGIN, top + 46 + 15 * line), text, fill=_DIM, font=latin)
         for place, index in enumerate(chosen):
-            canvas.paste(
-                tile(column.images[index]).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (_left(place), top)
-            )
+            small_image = tile(column.images[index]).resize((wide, _TILE), Image.Resampling.LANCZOS)
+            canvas.paste(small_image, (_left(place, wide), top))
     return canvas
 
 
@@ -66,8 +67,8 @@ def tile(image: Tensor) -> Image.Image:
     return Image.fromarray(image.contiguous().numpy())
 
 
-def _left(place: int) -> int:
-    return _MARGIN + _LABEL + place * (_TILE + _GAP)
+def _left(place: int, wide: int) -> int:
+    return _MARGIN + _LABEL + place * (wide + _GAP)
 
 
 def _fonts(size: int) -> dict[str, Font | None]:

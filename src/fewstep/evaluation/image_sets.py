@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.core.registry import image_sources, load_plugins
 from fewstep.core.seeds import generator, image_seed
+from fewstep.data.images import middle_frame, strip
 from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.applicability import mean_scores
@@ -33,14 +34,16 @@ _BLANK = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
 class ImageSet:
     """
     Attributes:
-        main: uint8 [N, H, W, 3], one image of each prompt in ``indices``.
-        seeds: uint8 [P, S, H, W, 3], several seeds of the first P of these.
+        main: uint8 [N, H, W, 3], one image of each prompt in ``indices``; of a video the frame in the middle.
+        shown, shown_seeds: uint8 [N, H, W', 3] and [P, S, H, W', 3], the images, or strips of the videos, of each
+            prompt, and of several seeds of the first P.
         features, seed_features: [N, D] and [P, S, D].
         scores: float [N] by key, NaN where a score does not apply.
     """
 
     main: Tensor
-    seeds: Tensor
+    shown: Tensor
+    shown_seeds: Tensor
     features: Tensor
     seed_features: Tensor
     scores: dict[str, Tensor]
@@ -104,15 +107,13 @@ class ImageSets:
             main = self._generated(setting, self.prompts, params, progress)
         if more is None:
             more = self._generated(setting, some, other_params, progress, "-seeds")
-        others = more.images.unflatten(0, (self.some, self.num_seeds - 1))
-        seeds = torch.cat([main.images[: self.some, None], others], dim=1)
         figures = {
             "seconds_per_image": main.seconds / count,
             "nfe": main.nfe,
             "steps": setting.steps,
             "guidance_scale": setting.guidance_scale,
         }
-        return self._measured(main.images, seeds, list(range(count)), setting.title), figures
+        return self._measured(main.images, more.images, self.some, list(range(count)), setting.title), figures
 
     def _kept_as(
         self, where: KeptImages, setting: Setting, prompts: list[str], params: SamplingParams, part: str = ""
@@ -172,24 +173,30 @@ class ImageSets:
         for rows in by_source.values():
             source = self.real_sources[wanted[rows[0]]]
             images[rows] = as_uint8(source.render([self.prompts[wanted[row]] for row in rows], stream, size))
-        main, others = images[: len(indices)], images[len(indices) :].unflatten(0, (len(some), self.num_seeds - 1))
-        seeds = torch.cat([main[: len(some), None], others], dim=1)
-        return self._measured(main, seeds, indices, "real images")
+        return self._measured(images[: len(indices)], images[len(indices) :], len(some), indices, "real images")
 
-    def _measured(self, main: Tensor, seeds: Tensor, indices: list[int], label: str) -> ImageSet:
-        groups, others = seeds.shape[:2], seeds[:, 1:].flatten(0, 1)
-        progress = self.bars.add(f"{label}: features", len(main) + len(others))
-        features = self.network(torch.cat([main, others]), progress)
-        more = features[len(main) :].unflatten(0, (groups[0], groups[1] - 1))
+    def _measured(self, main: Tensor, others: Tensor, some: int, indices: list[int], label: str) -> ImageSet:
+        """
+        Args:
+            main: images or videos of the prompts in ``indices``.
+            others: further seeds of the first ``some`` of these.
+        """
+        count = len(main)
+        shown, frames = strip(torch.cat([main, others])), middle_frame(torch.cat([main, others]))
+        progress = self.bars.add(f"{label}: features", len(frames))
+        features = self.network(frames, progress)
         prompts = [self.prompts[index] for index in indices]
-        scores = {key: value for scorer in self.scorers for key, value in scorer.score(main, prompts).items()}
-        seed_features = torch.cat([features[: groups[0], None], more], dim=1)
-        return ImageSet(main, seeds, features[: len(main)], seed_features, scores, indices)
+        scores = {key: value for scorer in self.scorers for key, value in scorer.score(frames[:count], prompts).items()}
+
+        def seeds(each: Tensor) -> Tensor:
+            return torch.cat([each[:some, None], each[count:].unflatten(0, (some, self.num_seeds - 1))], dim=1)
+
+        return ImageSet(frames[:count], shown[:count], seeds(shown), features[:count], seeds(features), scores, indices)
 
     def figures(self, images: ImageSet, reference: ImageSet | None, real: ImageSet | None) -> Figures:
         """Scores, distances and pixel statistics. Distances compare images of the same prompts on both sides."""
         pixels = as_float(images.main)
-        diversity = measure.diversity(images.seed_features) if len(images.seeds) else None
+        diversity = measure.diversity(images.seed_features) if len(images.shown_seeds) else None
         return {
             **mean_scores(images.scores),
             "by_group": self._by_group(images),
@@ -224,12 +231,12 @@ class ImageSets:
         return found
 
     def column(self, images: ImageSet, title: str) -> ImageColumn:
-        """The set as a report shows it: one image for each prompt, gray where the set has none.
+        """The set as a report shows it: one image, or strip of a video, for each prompt, gray where the set has none.
 
         A prediction is shown where the first score of its classifier is 0.
         """
-        main = torch.full((len(self.prompts), *images.main.shape[1:]), 127, dtype=torch.uint8)
-        main[images.indices] = images.main
+        main = torch.full((len(self.prompts), *images.shown.shape[1:]), 127, dtype=torch.uint8)
+        main[images.indices] = images.shown
         predicted: list[str | None] = [None] * len(self.prompts)
         for scorer, keys in zip(self.scorers, self.score_keys, strict=True):
             if not isinstance(scorer, Classifier):
@@ -238,7 +245,7 @@ class ImageSets:
             for index, name, score in zip(images.indices, names, images.scores[keys[0]].tolist(), strict=True):
                 if score == 0:
                     predicted[index] = name
-        return ImageColumn(title, main, images.seeds, predicted)
+        return ImageColumn(title, main, images.shown_seeds, predicted)
 
     def applicable(self, images: ImageSet) -> list[tuple[Scorer, list[str]]]:
         """The scorers that score at least one of the prompts, with the names of these scores."""

@@ -74,7 +74,7 @@ class ImageColumn:
     """One setting's images in a report.
 
     Attributes:
-        images: uint8 [N, H, W, 3], one for each prompt.
+        images: uint8 [N, H, W, 3], one for each prompt; of videos, strips of their frames.
         seeds: uint8 [P, S, H, W, 3], several seeds of the first P prompts.
         predicted_as: the name that a classifier gives each image where it is wrong; None elsewhere.
     """

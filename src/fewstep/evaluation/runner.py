@@ -44,7 +44,8 @@ def evaluate(
     max_minutes: float | None = None,
     published: Path | None = None,
 ) -> Metrics:
-    """Every setting on the same prompts and seeds: image i starts from seed ``seed + i`` in all of them.
+    """Every setting on the same prompts and seeds: image i starts from seed ``seed + i`` in all of them. Of videos the
+    frame in the middle is measured.
 
     Args:
         prompts: at least two. Real images are compared where an image source has some of the prompt.
@@ -110,7 +111,7 @@ def evaluate(
     reference = images[chosen[0].name]
     for name, each in images.items():
         figures[name] |= sets.figures(each, None if each is reference else reference, real[0] if real else None)
-    used = sets.applicable(reference)
+    used, frames = sets.applicable(reference), chosen[0].model.generation_config.frames
     scores = [key for _, keys in used for key in keys]
     result = Metrics(
         figures=figures,
@@ -119,6 +120,7 @@ def evaluate(
         features=network.name,
         run={
             "prompts": len(prompts),
+            **({"measured_frame": f"{frames // 2 + 1} of {frames}"} if frames > 1 else {}),
             "scorers": [spec for spec, scorer in opened.items() if any(scorer is one for one, _ in used)],
             "scores": scores,
             "prompts_scored": {key: int((~reference.scores[key].isnan()).sum()) for key in scores},

@@ -10,6 +10,7 @@ from fewstep.config.sections import check_label
 from fewstep.errors import UserError
 from fewstep.inference.params import SamplingParams
 from fewstep.models.components import resolve_model
+from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pipeline import TextToImagePipeline
 
 TEACHER_STEPS = 50
@@ -86,12 +87,17 @@ def parse_compared(specs: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def _size(config: GenerationConfig) -> str:
+    height, width, frames = config.size
+    return f"{height}x{width}" + (f" and {frames} frames" if frames > 1 else "")
+
+
 def _compared(label: str, other: TextToImagePipeline, model: TextToImagePipeline) -> Setting:
     config, own = other.generation_config, model.generation_config
-    if (config.height, config.width) != (own.height, own.width):
+    if config.size != own.size:
         raise UserError(
-            f"{label}: it makes images of {config.height}x{config.width}, the measured model of "
-            f"{own.height}x{own.width}; compare models of one size"
+            f"{label}: it makes images of {_size(config)}, the measured model of {_size(own)}; compare models of one "
+            "size"
         )
     return Setting(
         f"{label}_{config.steps}", other, config.steps, 0.0 if config.guidance_distilled else config.guidance_scale

@@ -28,6 +28,7 @@ from fewstep.evaluation.step_labels import (
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.inference.step_chooser import StepChooser, fit, prompt_features
+from fewstep.models.frames import check_one_frame
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.progress import ProgressBars
 from fewstep.rewards.scorers import RewardScorer
@@ -73,6 +74,7 @@ def score_counts(
     Raises:
         UserError: the reward has no score for a prompt.
     """
+    check_one_frame(pipeline.generation_config.frames, f"reward {reward.name}")
     found = torch.empty(len(prompts), len(counts), seeds)
     with ProgressBars() as bars:
         advance = bars.add("images", found.numel())

@@ -1,4 +1,6 @@
-"""The Fréchet distance of a student's validation images to the teacher's, as a validation metric."""
+"""The Fréchet distance of a student's validation images to the teacher's, as a validation metric.
+
+Of videos, the frame in the middle is measured."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.atomic import write_tensors
+from fewstep.data.images import middle_frame
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
 from fewstep.evaluation.metrics import frechet_distance
 from fewstep.inference.generate import generate
@@ -43,7 +46,7 @@ class TeacherDistance:
             self.features = load_file(file)["features"]
             return
         log_line(f"the teacher's images of {len(prompts)} validation prompts, once")
-        self.features = network(generate(teacher, prompts, SamplingParams(steps=steps)).images)
+        self.features = network(middle_frame(generate(teacher, prompts, SamplingParams(steps=steps)).images))
         if file is not None:
             write_tensors(file, {"features": self.features})
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from fewstep.config.sections import EvaluateSettings, WatchSettings
+from fewstep.data.images import middle_frame
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.applicability import applicable_scores, mean_scores
 from fewstep.evaluation.feature_networks import DEFAULT
@@ -32,7 +33,8 @@ def validation_metrics(
 class Validator:
     """Called with a student and its teacher it returns a function without arguments, which samples the prompts with the
     student's present weights and returns ``val/*``: the mean scores, saturation and high-frequency energy; where
-    a reward is trained on, also what :class:`fewstep.evaluation.watch.RewardWatch` measures.
+    a reward is trained on, also what :class:`fewstep.evaluation.watch.RewardWatch` measures. Of videos the frame in the
+    middle is measured.
 
     Args:
         prompts: at least one.
@@ -83,7 +85,7 @@ class Validator:
             watch = RewardWatch(student, teacher, self.prompts, self.rewards, self.features, self.watch)
 
         def validate() -> dict[str, float]:
-            images = generate(student, self.prompts).images
+            images = middle_frame(generate(student, self.prompts).images)
             pixels = as_float(images)
             scores: dict[str, float] = {}
             for scorer in opened:

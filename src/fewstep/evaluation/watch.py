@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.config.sections import WatchSettings
 from fewstep.core.seeds import image_seed
+from fewstep.data.images import middle_frame
 from fewstep.errors import UserError
 from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
@@ -110,7 +111,8 @@ class RewardWatch:
         some = self.prompts[: self.settings.diversity_prompts]
         more = [prompt for prompt in some for _ in range(self.settings.diversity_seeds - 1)]
         params = SamplingParams(seed=image_seed(0, len(self.prompts)))
-        others = self.network(generate(self.student, more, params).images).unflatten(0, (len(some), -1))
+        images = middle_frame(generate(self.student, more, params).images)
+        others = self.network(images).unflatten(0, (len(some), -1))
         return torch.cat([features[: len(some), None], others], dim=1)
 
 

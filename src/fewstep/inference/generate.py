@@ -26,6 +26,7 @@ from fewstep.inference.params import ResolvedParams, SamplingParams
 from fewstep.inference.prompt_parts import PromptParts
 from fewstep.inference.step_chooser import chosen_steps
 from fewstep.models.adapters import active_adapters
+from fewstep.models.frames import check_one_frame
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import TextToImagePipeline
 
@@ -174,6 +175,8 @@ def _sampled_batches(
     seeds = resolved.image_seeds(len(prompts))
     pipeline.latent_shape(*resolved.size)  # an impossible size is an error before any work
     sigmas = pipeline.sigmas(resolved.steps, (resolved.height, resolved.width))
+    if source is not None:
+        check_one_frame(resolved.frames, "an edit")
     first = 0 if source is None else first_step(resolved.steps, resolved.strength or 1.0)
 
     with _adapters(pipeline, resolved.adapters):

@@ -1,6 +1,6 @@
 """A folder of generated images that is filled as they are made, and continued where it stopped.
 
-    0000.png, 0001.png, ...   one image for each prompt, complete or absent
+    0000.png, 0001.png, ...   one image for each prompt, complete or absent; a video is a .webp
     generation.json           what the images depend on: model, sampling parameters, prompts
 
 Images of another generation are refused, never replaced or mixed with.
@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fewstep.atomic import is_partial, write_text
-from fewstep.data.images import to_pil
+from fewstep.data.images import read_image, to_pil
+from fewstep.data.videos import read_video, write_video
 from fewstep.errors import UserError
 from fewstep.inference.image_extras import Extras
 from fewstep.inference.params import SamplingParams
@@ -28,7 +27,8 @@ from fewstep.machine import read_error, reading, writing
 from fewstep.outputs import write_image
 
 MANIFEST = "generation.json"
-_IMAGE = re.compile(r"\d{4,}\.png")
+_IMAGE = re.compile(r"\d{4,}\.(png|webp)")
+_UNREADABLE = "delete it, and run the command again"
 
 
 def generation_manifest(
@@ -65,6 +65,7 @@ class ImageFolder:
 
     Args:
         made_by: :func:`generation_manifest`.
+        frames: of each video; 1 is an image.
         overwrite: delete the images of another generation.
         advice: what to do about a folder that holds images of another generation.
 
@@ -77,10 +78,11 @@ class ImageFolder:
         folder: str | Path,
         made_by: Mapping[str, Any],
         *,
+        frames: int = 1,
         overwrite: bool = False,
         advice: str = "use another --out, or --overwrite",
     ) -> None:
-        self.folder, self.count = Path(folder), len(made_by["prompts"])
+        self.folder, self.count, self.frames = Path(folder), len(made_by["prompts"]), frames
         if overwrite:
             self.delete_files()
         manifest = self.folder / MANIFEST
@@ -92,23 +94,26 @@ class ImageFolder:
             raise UserError(f"{folder}: holds images of another generation (other {', '.join(changed)}); {advice}")
 
     def file(self, index: int) -> Path:
-        return self.folder / f"{index:04d}.png"
+        return self.folder / f"{index:04d}{'.png' if self.frames == 1 else '.webp'}"
 
     def missing(self) -> list[int]:
         """Numbers of the images that are not there yet."""
         return [index for index in range(self.count) if not self.file(index).exists()]
 
     def write(self, index: int, image: Tensor, text: str | None = None) -> None:
-        """uint8 [H, W, 3], with a text about it. Raises: UserError if the file cannot be written."""
-        write_image(to_pil(image), self.file(index), text)
+        """uint8 [H, W, 3], or a video [F, H, W, 3], with a text about it. Raises: UserError if the file cannot be
+        written."""
+        if self.frames == 1:
+            write_image(to_pil(image), self.file(index), text)
+        else:
+            write_video(image, self.file(index), text)
 
     def read(self) -> Tensor:
-        """All images, uint8 [N, H, W, 3]. Raises: UserError if one cannot be read."""
-        images = []
-        for index in range(self.count):
-            with reading(self.file(index), "delete it, and run the command again"), Image.open(self.file(index)) as png:
-                images.append(torch.from_numpy(np.array(png.convert("RGB"))))
-        return torch.stack(images)
+        """All images, uint8 [N, H, W, 3], or videos [N, F, H, W, 3]. Raises: UserError if one cannot be read."""
+        files = [self.file(index) for index in range(self.count)]
+        if self.frames == 1:
+            return torch.stack([read_image(file, _UNREADABLE) for file in files])
+        return torch.stack([read_video(file, self.frames, _UNREADABLE) for file in files])
 
     def delete_files(self) -> None:
         """Delete the images and their manifest, and nothing else."""

@@ -26,6 +26,7 @@ from fewstep.inference.generate import (
 from fewstep.inference.params import SamplingParams
 from fewstep.machine import reading
 from fewstep.models.editor import EditingFamily, ImageEditor
+from fewstep.models.frames import check_one_frame
 
 #: Sampling parameters that diffusers' pipeline has no place for.
 _WITHOUT_EFFECT = ("auto_steps", "system_prompt", "assistant_prefix", "strength", "adapters", "cache")
@@ -103,6 +104,7 @@ def edit_batches(
     resolved = with_size(params or SamplingParams(), images[-1], editor).resolved(editor.generation_config)
     check_supported(resolved)
     seeds = resolved.image_seeds(len(prompts))
+    check_one_frame(resolved.frames, "an edit by instruction")
     shape = editor.latent_shape(resolved.height, resolved.width)
     for prompt in (*prompts, resolved.negative_prompt):
         editor.family.check_instruction(editor.components, prompt)

@@ -6,29 +6,34 @@ from fewstep.errors import UserError
 from fewstep.models.family import Components, ModelFamily
 
 
-def add_frames(family: ModelFamily, components: Components, shape: tuple[int, ...], frames: int) -> tuple[int, ...]:
-    """The shape of the latent of a video.
+def check_one_frame(frames: int, what: str) -> None:
+    """Raises: UserError for videos where there is something that takes images alone.
 
     Args:
-        shape: of the latent of one of its frames, (C, rows, columns).
-        frames: of the video; 1 is an image.
+        what: that is, and the key or option that named it.
+    """
+    if frames > 1:
+        raise UserError(f"frames {frames}: {what} takes images alone; set frames to 1")
 
-    Returns:
-        (C, latent frames, rows, columns), or ``shape`` in a family of images.
+
+def latent_frames(family: ModelFamily, components: Components, frames: int) -> tuple[int, ...]:
+    """The dimension of frames of a latent: (1 + (F - 1) / multiple,) for a video of F, () in a family of images.
+
+    Args:
+        frames: of the video; 1 is an image.
 
     Raises:
         UserError: the family makes images, or has no latent of so many frames.
     """
     multiple = family.frame_multiple(components)
-    if multiple is None and frames > 1:
-        raise UserError(f"frames {frames}: {family.pipeline_class} makes images alone; leave it out")
     if multiple is None:
-        return shape
+        if frames > 1:
+            raise UserError(f"frames {frames}: {family.pipeline_class} makes images alone; leave it out")
+        return ()
     more = (frames - 1) % multiple
     if more:
+        fewer = frames - more
         raise UserError(
-            f"frames {frames} is not one more than a multiple of {multiple}; {frames - more} and "
-            f"{frames - more + multiple} are"
+            f"frames {frames} is not one more than a multiple of {multiple}; {fewer} and {fewer + multiple} are"
         )
-    channels, *sides = shape
-    return channels, 1 + (frames - 1) // multiple, *sides
+    return (1 + (frames - 1) // multiple,)

@@ -20,7 +20,7 @@ from fewstep.models.attention_backends import use_attention_backend
 from fewstep.models.components import load_component, resolve_model, silence_loggers
 from fewstep.models.consistency import check_components
 from fewstep.models.family import Components, ModelFamily, resolve_family
-from fewstep.models.frames import add_frames
+from fewstep.models.frames import latent_frames
 from fewstep.models.generation_config import GENERATION_CONFIG, GenerationConfig, load_generation_config
 from fewstep.models.lora.merge import merge_, open_loras
 from fewstep.models.offload import has_offloaded_blocks, offload_blocks
@@ -98,13 +98,15 @@ class TextToImagePipeline:
         replaced = {**(self.family.student_components(self.components) if student else {}), "transformer": transformer}
         return TextToImagePipeline(self.family, {**self.components, **replaced}, generation_config)
 
-    def set_resolution(self, side: int | None) -> None:
-        """Make square images of ``side`` pixels the default, as a recipe's ``resolution`` does; None changes nothing.
-        Raises: UserError if a side must be a multiple of another number."""
-        if side is not None:
-            if side % self.latent_multiple:
-                raise UserError(f"resolution {side}: not a multiple of {self.latent_multiple}")
-            self.generation_config = self.generation_config.model_copy(update={"height": side, "width": side})
+    def set_size(self, side: int | None, frames: int | None = None) -> None:
+        """Make square images of ``side`` pixels, or videos of ``frames``, the default, as a recipe's ``resolution`` and
+        ``frames`` do; None changes nothing. Raises: UserError if there are none of this size."""
+        if side is not None and side % self.latent_multiple:
+            raise UserError(f"resolution {side}: not a multiple of {self.latent_multiple}")
+        latent_frames(self.family, self.components, frames or 1)
+        sizes = {"height": side, "width": side, "frames": frames}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        self.generation_config = self.generation_config.model_copy(update=given)
 
     def enable_model_cpu_offload(self) -> None:
         """Keep all modules but the transformer in the CPU's memory, and move each to the transformer's device while it
@@ -163,16 +165,13 @@ class TextToImagePipeline:
         return self.family.latent_multiple(self.components)
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """Shape of the latent of one image or video, without the batch: channels, ..., rows, columns.
-
-        Raises:
-            UserError: a side is not a multiple of ``latent_multiple``, or as for ``frames.add_frames``.
-        """
+        """Shape of the latent of one image or video, without the batch: channels, ..., rows, columns. Raises: UserError
+        if a side is not a multiple of ``latent_multiple``, or as for ``frames.latent_frames``."""
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % self.latent_multiple:
                 raise UserError(f"{name} {side} is not a multiple of {self.latent_multiple}")
-        image = self.family.latent_shape(self.components, height, width)
-        return add_frames(self.family, self.components, image, frames)
+        channels, *sides = self.family.latent_shape(self.components, height, width)
+        return channels, *latent_frames(self.family, self.components, frames), *sides
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], or videos [B, 3, F, H, W] -> latents."""

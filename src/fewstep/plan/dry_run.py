@@ -25,7 +25,7 @@ from fewstep.training.distributed import DistContext
 def meta_teacher(recipe: DistillRecipe, folder: Path) -> TextToImagePipeline:
     """The recipe's teacher on the meta device, from the configuration files of a folder; it has no tokenizer."""
     teacher = meta_pipeline(folder, torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16)
-    teacher.set_resolution(recipe.resolution)
+    teacher.set_size(recipe.resolution, recipe.frames)
     return teacher
 
 

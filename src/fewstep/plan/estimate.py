@@ -64,6 +64,7 @@ class Plan:
     forwards: float = 0.0
     backwards: float = 0.0
     flops: float = 0.0
+    frames: int = 1
 
     @property
     def total(self) -> float:
@@ -94,7 +95,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
     config, teacher_bytes = teacher.generation_config, bytes_of(teacher.transformer)
     encoding = encoding_bytes(teacher)
     counts = ParamCounts.of(teacher.denoiser)
-    found = Plan(counts.parameters, config.height, config.width)
+    found = Plan(counts.parameters, config.height, config.width, frames=config.frames)
     models = meta_models(recipe, teacher)
     bf16 = recipe.train.precision != "fp32" if device_type == "cuda" else recipe.train.precision == "bf16"
 

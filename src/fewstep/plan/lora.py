@@ -51,8 +51,7 @@ def plan_lora(recipe: LoraRecipe, device_type: DeviceType = "cuda") -> Plan:
         UserError: there is no such model or LoRA file, or it cannot be read.
     """
     model = _meta(recipe, recipe.model)
-    if recipe.data.resolutions is not None:
-        model.set_resolution(max(recipe.data.resolutions))
+    model.set_size(None if recipe.data.resolutions is None else max(recipe.data.resolutions), frames=1)
     config, base = model.generation_config, model.denoiser
     parameters = costs.count_parameters(model.transformer)
     bf16 = recipe.train.precision != "fp32" if device_type == "cuda" else recipe.train.precision == "bf16"

@@ -17,7 +17,7 @@ from fewstep.models.generation_config import load_generation_config
 #: Sampling parameters that models of a comparison may differ in; another seed compares a model with itself.
 SETTINGS = (
     *("seed", "steps", "guidance_scale", "negative_prompt", "system_prompt", "cfg_normalization", "cfg_truncation"),
-    *("height", "width", "sampler", "eta"),
+    *("height", "width", "frames", "sampler", "eta"),
 )
 _LABEL = re.compile(r"[A-Za-z0-9][\w.@=,+-]{0,99}")  # the name of a folder too
 #: Names of a model's folder in a run, whose own name says more.

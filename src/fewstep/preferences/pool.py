@@ -12,6 +12,7 @@ from fewstep.data.preferences import Candidate
 from fewstep.errors import UserError
 from fewstep.inference.generate import GenerationStep, generate_batches
 from fewstep.inference.image_folder import ImageFolder, generation_manifest
+from fewstep.models.frames import check_one_frame
 from fewstep.models.pipeline import load
 from fewstep.preferences.contenders import Contender
 from fewstep.preferences.schedule import Comparison
@@ -87,7 +88,9 @@ def _generate(
         advance(len(step.images))
 
     try:
-        for batch in generate_batches(load(one.model, device), [prompts[i] for i in numbers], params, count):
+        model = load(one.model, device)
+        check_one_frame(one.params.frames or model.generation_config.frames, "a vote")
+        for batch in generate_batches(model, [prompts[i] for i in numbers], params, count):
             for index, image in zip(batch.indices, batch.images, strict=True):
                 images.write(numbers[index], image)
     except UserError as error:

@@ -16,8 +16,9 @@ def decode_images(pipeline: TextToImagePipeline, latents: Tensor, micro_batch: i
     """Latents -> images float32 [B, 3, H, W] in [0, 1], with gradient to the latents if they have one.
 
     With gradient, activations are not kept: each micro-batch is decoded again in the backward pass, and in it block by
-    block (arXiv 1604.06174). The memory is that of one block's activations on one micro-batch, and of the images.
-    The VAE, if it was offloaded, is moved to the latents' device and must be there until the backward pass has ended.
+    block, where the autoencoder can (arXiv 1604.06174). The memory is that of one block's activations on one
+    micro-batch, and of the images. The VAE, if it was offloaded, is moved to the latents' device and must be there
+    until the backward pass has ended.
 
     Args:
         latents: as the pipeline's transformer gives them, [B, C, ..., H/8, W/8].
@@ -26,6 +27,7 @@ def decode_images(pipeline: TextToImagePipeline, latents: Tensor, micro_batch: i
     if not (latents.requires_grad and torch.is_grad_enabled()):
         return torch.cat([pipeline.decode(part) for part in latents.split(micro_batch)])
     vae: Any = pipeline.vae.to(latents.device)
-    vae.enable_gradient_checkpointing()  # it has an effect with gradient only
+    if vae._supports_gradient_checkpointing:
+        vae.enable_gradient_checkpointing()  # it has an effect with gradient only
     decode = partial(pipeline.family.decode_latents, vae)
     return torch.cat([checkpoint(decode, part, use_reentrant=False) for part in latents.split(micro_batch)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from fewstep.inference.image_extras import Extras, UsedFile
 from fewstep.models.components import BUNDLED_MODELS, resolve_model
 from fewstep.models.editor import edits_by_instruction, load_editor
 from fewstep.models.fingerprint import model_fingerprint
+from fewstep.models.generation_config import GENERATION_CONFIG, load_generation_config
 from fewstep.models.language_model import check_language_head, text_encoder_with_head
 from fewstep.models.lora.targets import model_targets
 from fewstep.models.other_vae import vae_folder
@@ -44,6 +46,7 @@ def prepare(served: ServedModel, settings: ServeSettings) -> Callable[[], Servic
     folder = resolve_model(served.model)
     if edits_by_instruction(folder):
         return _prepare_editor(folder, served, settings)
+    _check_images(folder)
     loras = None if served.lora_dir is None else LoraFolder(served.lora_dir, model_targets(folder))
     extras = Extras(vae=None if served.vae is None else _named_vae(served.vae))
     safety_filter = None if served.safety_filter is None else SafetyFilter(served.safety_filter)
@@ -64,6 +67,18 @@ def prepare(served: ServedModel, settings: ServeSettings) -> Callable[[], Servic
         )
 
     return load_service
+
+
+def _check_images(folder: Path) -> None:
+    """Raises: UserError if the model makes videos."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading the model gives them again
+        frames = load_generation_config(folder).frames
+    if frames > 1:
+        raise UserError(
+            f"{folder}: makes videos of {frames} frames, which are not served; set frames to 1 in its "
+            f"{GENERATION_CONFIG}, or use fewstep generate"
+        )
 
 
 def _prepare_editor(folder: Path, served: ServedModel, settings: ServeSettings) -> Callable[[], Service]:

@@ -45,7 +45,7 @@ class Workbench:
         self.network, self.dist = network, dist
         self._inputs: Inputs | None = None
         self._opened_for: tuple[object, ...] = ()
-        self._distances: dict[int | None, TeacherDistance] = {}
+        self._distances: dict[tuple[int | None, int | None], TeacherDistance] = {}
         self._prepared: set[tuple[object, ...]] = set()
 
     def trainer(self, recipe: DistillRecipe, run: RunDir) -> Trainer:
@@ -77,22 +77,23 @@ class Workbench:
     def _further(self, recipe: DistillRecipe, inputs: Inputs) -> Callable[..., Mapping[str, float]] | None:
         if self.network is None:
             return None
-        side = recipe.resolution
-        if side not in self._distances:
-            file = self.folder / f"teacher-{side or 'own'}.safetensors"
-            self._distances[side] = TeacherDistance(inputs.teacher, self.validation, self.network, file=file)
-        return self._distances[side]
+        size = recipe.resolution, recipe.frames
+        if size not in self._distances:
+            name = "-".join(str(each) for each in ("teacher", recipe.resolution or "own", recipe.frames) if each)
+            file = self.folder / f"{name}.safetensors"
+            self._distances[size] = TeacherDistance(inputs.teacher, self.validation, self.network, file=file)
+        return self._distances[size]
 
     def _cache(self, recipe: DistillRecipe) -> Path:
         """The folder of the teacher's trajectories, which trials with equal ones share."""
-        made_from = recipe.trajectory.model_dump(mode="json"), recipe.resolution, recipe.student.levels
+        made_from = recipe.trajectory.model_dump(mode="json"), recipe.resolution, recipe.frames, recipe.student.levels
         text = json.dumps([*made_from, recipe.train.precision])
         return self.folder / "cache" / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _teacher_key(recipe: DistillRecipe) -> tuple[object, ...]:
     """What of the searched keys the loaded teacher depends on."""
-    return recipe.resolution, recipe.models.frozen_dtype == "fp32"
+    return recipe.resolution, recipe.frames, recipe.models.frozen_dtype == "fp32"
 
 
 def sharing_weights(model: TextToImagePipeline) -> TextToImagePipeline:

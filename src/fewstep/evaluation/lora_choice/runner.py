@@ -148,7 +148,7 @@ def choose_checkpoint(folder: Path, out: Path, settings: ChoiceSettings, device:
 def _set_resolution(model: TextToImagePipeline, run: LoraRun) -> None:
     """As in the training's previews."""
     sides = run.recipe.data.resolutions or [run.images.resolution]
-    model.set_resolution(max(sides) // model.latent_multiple * model.latent_multiple)
+    model.set_size(max(sides) // model.latent_multiple * model.latent_multiple, frames=1)
 
 
 _Found = tuple[Drawn, Reference, Part, Part]

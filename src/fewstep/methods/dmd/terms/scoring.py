@@ -14,6 +14,7 @@ from fewstep.core.precision import without_autocast
 from fewstep.errors import UserError
 from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, TermSetup
 from fewstep.methods.dmd.terms.planned_rewards import AnyReward, plan_reward
+from fewstep.models.frames import check_one_frame
 from fewstep.rewards.combine import WeightedRewards
 from fewstep.rewards.decode import decode_images
 from fewstep.rewards.open import open_reward
@@ -157,6 +158,7 @@ def open_rewards(settings: ScoredTermSettings, key: str, device: torch.device | 
 
 def open_scorer(settings: ScoredTermSettings, setup: TermSetup, key: str) -> LatentScorer:
     """The scorer of a term's rewards, on the teacher's device. Arguments and errors as for :func:`open_rewards`."""
+    check_one_frame(setup.teacher.generation_config.frames, f"method.terms.{key}.rewards")
     device = setup.dist.device
     if device.type == "meta":
         return _planned(settings, setup)
