@@ -16,12 +16,13 @@ from fewstep.emoji.dataset import EmojiDataset
 from fewstep.evaluation import image_sets, kept_images
 from fewstep.inference.generate import GenerationResult
 from fewstep.inference.params import SamplingParams
+from fewstep.models.generation_config import GenerationConfig
 
 
 def model(**config: Any) -> Any:
-    config = SimpleNamespace(height=64, width=64, **config)
+    own = GenerationConfig(height=64, width=64, **config)
     transformer = SimpleNamespace(dtype=torch.float32)
-    return SimpleNamespace(generation_config=config, device=torch.device("cpu"), transformer=transformer)
+    return SimpleNamespace(generation_config=own, device=torch.device("cpu"), transformer=transformer)
 
 
 TEACHER = model(steps=50, guidance_scale=3.0, guidance_distilled=False)

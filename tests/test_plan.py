@@ -203,7 +203,7 @@ def test_checkpointing_saves_less_and_computes_more(tiny_folder):
 @pytest.mark.parametrize(("name", "gpu", "gpus", "parameters"), [
     ("zimage-turbo-8", "24", 1, "6,155e6"), ("zimage-turbo-4", "24", 1, "6,155e6"), ("zimage-dmdr", "24", 1, "6,155e6"),
     ("zimage-turbo-full", "80", 8, "6,155e6"), ("lumina-4", "24", 1, "2,610e6"), ("sd35-4", "24", 1, "2,243e6"),
-    ("klein-4", "24", 1, "3,876e6"),
+    ("klein-4", "24", 1, "3,876e6"), ("wan-4", "24", 1, "1,419e6"),
 ])  # fmt: skip
 def test_bundled_recipes_of_released_models_fit(name, gpu, gpus, parameters):
     done = CliRunner().invoke(app, ["plan", name, "--gpu", gpu, "--gpus", str(gpus)])

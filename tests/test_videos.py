@@ -1,9 +1,13 @@
 """Videos: their files, their strips, and what takes images alone."""
 
+import base64
+import io
 import json
+import re
 
 import pytest
 import torch
+from family_conformance import DISTILL
 from PIL import Image
 from test_generate_cli import assert_one_error, run
 from wan_setup import save_wan
@@ -119,3 +123,30 @@ def test_frames_are_refused_where_there_are_none(folder, tiny_folder, tmp_path):
     assert run(*words, "-o", tmp_path / "b.png").exit_code == 0
     with pytest.raises(UserError, match="makes videos of 5 frames, which are not served; set frames to 1"):
         prepare(ServedModel(model=str(folder)), ServeSettings())
+
+
+def test_previews_of_a_distillation_are_strips_of_the_recipes_frames(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{n} foxes\n" for n in range(20)))
+    made = api.distill(
+        "micro-aligned", tmp_path / "run",
+        overrides=[
+            *DISTILL, f"teacher={folder}", f"prompts.source={tmp_path / 'prompts.txt'}", "models.train=lora",
+            "frames=9", "resolution=32", "train.sample_every=1",
+        ],
+    )  # fmt: skip
+    assert json.loads((made.student / "fewstep.json").read_text())["frames"] == 9
+    with Image.open(tmp_path / "run" / "previews" / "step_000001.png") as shown:
+        assert shown.width % (4 * 32 + 2) == 4 * 32
+
+
+def test_the_middle_frame_is_measured_and_the_report_shows_strips(folder, tmp_path):
+    found = api.evaluate(
+        folder, ["a fox", "a hen"], out=tmp_path / "report", many_steps=2, diversity_prompts=1, diversity_seeds=2,
+        scorers=[],
+    )  # fmt: skip
+    assert found.run["measured_frame"] == "the one in the middle"
+    images = re.findall(r'data:image/webp;base64,([^"]+)"', (tmp_path / "report" / "index.html").read_text())
+    for image in images:
+        with Image.open(io.BytesIO(base64.b64decode(image))) as shown:
+            assert shown.size == (4 * 48, 32)
+    assert len(images) == 2 + 2

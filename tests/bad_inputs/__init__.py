@@ -28,6 +28,7 @@ from bad_inputs import (
     single_files,
     steps,
     tuning,
+    videos,
 )
 from bad_inputs.table import Case, Message, Section
 
@@ -37,6 +38,7 @@ SECTIONS: tuple[Section, ...] = (
     single_files.SECTION,
     exports.SECTION,
     families.SECTION,
+    videos.SECTION,
     lora.SECTION,
     lora_commands.SECTION,
     lora_prepare.SECTION,

@@ -111,7 +111,8 @@ def evaluate(
     reference = images[chosen[0].name]
     for name, each in images.items():
         figures[name] |= sets.figures(each, None if each is reference else reference, real[0] if real else None)
-    used, frames = sets.applicable(reference), chosen[0].model.generation_config.frames
+    used = sets.applicable(reference)
+    videos = any(setting.model.generation_config.frames > 1 for setting in chosen)
     scores = [key for _, keys in used for key in keys]
     result = Metrics(
         figures=figures,
@@ -120,7 +121,7 @@ def evaluate(
         features=network.name,
         run={
             "prompts": len(prompts),
-            **({"measured_frame": f"{frames // 2 + 1} of {frames}"} if frames > 1 else {}),
+            **({"measured_frame": "the one in the middle"} if videos else {}),
             "scorers": [spec for spec, scorer in opened.items() if any(scorer is one for one, _ in used)],
             "scores": scores,
             "prompts_scored": {key: int((~reference.scores[key].isnan()).sum()) for key in scores},

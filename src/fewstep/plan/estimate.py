@@ -29,6 +29,7 @@ BUNDLED_CONFIGS = {
     "Alpha-VLLM/Lumina-Image-2.0": _ASSETS / "lumina2",
     "stabilityai/stable-diffusion-3.5-medium": _ASSETS / "sd35-medium",
     "black-forest-labs/FLUX.2-klein-base-4B": _ASSETS / "klein-4b",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _ASSETS / "wan-1.3b",
 }
 
 #: Titles of the peaks.

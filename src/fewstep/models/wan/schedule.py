@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import FlowMapEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from fewstep.core import flow
@@ -43,7 +44,8 @@ def open_scheduler(path: Path) -> Any:
 
 def student_scheduler(shift: float) -> FlowMapEulerDiscreteScheduler:
     """A scheduler whose levels are even before the shift, as a student's are: ``WanPipeline`` takes no others."""
-    return FlowMapEulerDiscreteScheduler(shift=shift)
+    with torch.device("cpu"):  # its levels must have values also where weights are on the meta device
+        return FlowMapEulerDiscreteScheduler(shift=shift)
 
 
 def shift_of(config: Mapping[str, Any]) -> float:
