@@ -9,9 +9,12 @@ from diffusers import FlowMapEulerDiscreteScheduler, UniPCMultistepScheduler, Wa
 from family_conformance import FamilyConformance, load_tiny
 from wan_setup import save_wan
 
+from fewstep.config.load import load_recipe
 from fewstep.errors import UserError
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
+from fewstep.plan.estimate import plan
+from fewstep.rewards.decode import decode_images
 
 #: That of Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -149,3 +152,20 @@ def test_other_transformers_are_refused(folder, values, message):
     found = [problem for _, problem in model.family.mismatches(model.components)]
     assert len(found) == 1
     assert message in found[0]
+
+
+def test_images_are_decoded_for_rewards_with_gradient(folder):
+    """The autoencoder has no checkpointing of its own."""
+    model = load_tiny(folder)
+    latents = torch.randn(2, *model.latent_shape(32, 32), requires_grad=True)
+    images = decode_images(model, latents)
+    assert images.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(images, model.decode(latents.detach()))
+    images.sum().backward()
+    assert (latents.grad.abs().amax(dim=(1, 2, 3, 4)) > 0).all()
+
+
+def test_rewards_of_videos_are_refused(folder):
+    changes = [f"teacher={folder}", "frames=5", "resolution=32"]
+    with pytest.raises(UserError, match=r"frames 5: method.terms.reward.rewards takes images alone; set frames to 1"):
+        plan(load_recipe("micro-dmdr", [*changes, "init=null"]))
