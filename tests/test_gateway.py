@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import importlib
 import json
-import shlex
-from pathlib import Path
 
 import pytest
-import typer
-import yaml
 
-from fewstep.cli.main import app as program
 from fewstep.errors import UserError
 from fewstep.serve.fleet import FleetSettings, app, fitted
 from fewstep.serve.settings import read_settings
@@ -29,8 +23,6 @@ from fewstep.serve.gateway import ATTEMPTS, Gateway, answered, event_key, joined
 from fewstep.serve.images import AS_URLS
 from fewstep.serve.replica import messages
 
-ROOT = Path(__file__).parent.parent
-CLUSTER = ROOT / "examples" / "cluster"
 START = {"type": "http.response.start", "status": 200, "headers": []}
 
 
@@ -262,34 +254,6 @@ def test_replicas_share_the_machine():
     for cpus, gpus in ((1, 0), (8, 1)):
         with pytest.raises(UserError, match="--replicas: 2 replicas need as many"):
             fitted(fleet, cpus, gpus)
-
-
-def test_files_for_clusters_name_the_application_and_its_arguments():
-    service = yaml.safe_load((CLUSTER / "serve.rayservice.yaml").read_text(encoding="utf-8"))
-    (named,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
-    module, _, name = named["import_path"].partition(":")
-    assert getattr(importlib.import_module(module), name) is app
-    fleet = read_settings(FleetSettings, named["args"])
-    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert workers["maxReplicas"] == fleet.most
-    (container,) = workers["template"]["spec"]["containers"]
-    limits = container["resources"]["limits"]
-    assert (float(limits["nvidia.com/gpu"]), float(limits["cpu"])) == (fleet.gpus, fleet.cpus)
-    mounted = [each["mountPath"] for each in container["volumeMounts"]]
-    assert all(any(path.startswith(each) for each in mounted) for path in (fleet.model, fleet.api_keys))
-    assert f"ray=={service['spec']['rayClusterConfig']['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
-
-
-def test_the_file_for_skypilot_runs_the_command():
-    service = yaml.safe_load((CLUSTER / "serve.sky.yaml").read_text(encoding="utf-8"))
-    words = shlex.split(service["run"].replace("$SKYPILOT_NUM_GPUS_PER_NODE", "2").replace("$MODEL", "micro"))
-    assert words[:2] == [".venv/bin/fewstep", "serve"]
-    command = typer.main.get_command(program).commands["serve"]
-    options = command.make_context("serve", words[2:]).params
-    assert (options["replicas"], options["host"]) == (2, "0.0.0.0")
-    assert options["port"] == service["resources"]["ports"]
-    assert service["service"]["readiness_probe"]["path"] == "/ready"
-    assert options["api_keys"] in service["file_mounts"]
 
 
 def test_without_ray_the_message_names_the_extra(monkeypatch):
