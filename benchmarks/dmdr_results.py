@@ -53,9 +53,9 @@ def targets(found: Mapping[str, Sequence[Figures]], reference: Mapping[str, Figu
     distilled = found.get(DISTILLED, [])
     lines = ["| arm | " + " | ".join(_TARGETS) + " |", "|---" * (1 + len(_TARGETS)) + "|"]
     for name, seeds in found.items():
-        held = [
-            _held(one, teacher, real, plain) for one, plain in zip(seeds, distilled or [None] * len(seeds), strict=True)
-        ]
+        # an arm may have fewer seeds than the distilled students, while the study runs
+        plain = [*distilled, *[None] * len(seeds)][: len(seeds)]
+        held = [_held(one, teacher, real, other) for one, other in zip(seeds, plain, strict=True)]
         cells = [_count([each[title] for each in held]) for title in _TARGETS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -30,7 +30,8 @@ from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.meta_pipeline import meta_pipeline
 from fewstep.models.noise import initial_noise
 from fewstep.models.offload import offload_blocks
-from fewstep.models.pipeline import TextToImagePipeline, load, load_prompt_encoder
+from fewstep.models.partial_models import load_prompt_encoder
+from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.quantize import FP8, Fp8Linear
 
 PROMPTS = ["a fox", "a red apple on blue", ""]

@@ -35,7 +35,7 @@ def a_gpu(monkeypatch):
     def resolve(device="auto"):
         raise Chosen(str(devices.parse_device(device)))
 
-    for module in ("models.pipeline", "training.distributed", "jobs"):
+    for module in ("models.pipeline", "models.partial_models", "training.distributed", "jobs"):
         monkeypatch.setattr(f"fewstep.{module}.resolve_device", resolve)
 
 

@@ -28,8 +28,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         import_module(trainer)  # a module that is first imported below would keep the function of the test
     for module in ("fewstep.api", "fewstep.data.teacher_trajectories", "fewstep.emoji.publish", "fewstep.jobs"):
         monkeypatch.setattr(f"{module}.load", load)
-    for name in ("load", "load_prompt_encoder", "with_components_from"):
-        monkeypatch.setattr(f"fewstep.models.pipeline.{name}", load)
+    for name in ("pipeline.load", "partial_models.load_prompt_encoder", "partial_models.with_components_from"):
+        monkeypatch.setattr(f"fewstep.models.{name}", load)
     monkeypatch.setattr("fewstep.models.components.load_component", load)
 
 

@@ -134,7 +134,7 @@ SECTION = Section(
             Case("distill mine.yaml -s optim.student.rho=1", "optim.student.lr, optim.student.betas", _recipe(DISTILL)),
             Case(
                 "distill mine.yaml -s student.xyz=1",
-                "student.steps, student.step_counts, student.timesteps",
+                "student.steps, student.step_counts, student.step_chooser",
                 _recipe(DISTILL),
             ),
         ),
