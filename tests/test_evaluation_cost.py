@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from fewstep import api
@@ -15,8 +17,9 @@ from fewstep.config.load import load_recipe
 from fewstep.errors import UserError
 from fewstep.evaluation import runner
 from fewstep.evaluation.cost import affordable_prompts, evaluation_cost, nfe
-from fewstep.evaluation.kept_images import model_fingerprint
+from fewstep.evaluation.kept_images import PUBLISHED, model_fingerprint
 from fewstep.evaluation.prompts import planned_evaluation, read_test_prompts
+from fewstep.models.components import component_folder
 from fewstep.models.pipeline import TextToImagePipeline, load
 
 FEW = {"diversity_prompts": 1, "diversity_seeds": 2, "many_steps": 2}
@@ -141,3 +144,13 @@ def test_a_models_fingerprint_is_that_of_all_its_weights_and_settings(tiny_folde
     assert changed(lambda _: None) == same
     others = {changed(lambda model, part=part: add(model, part)) for part in ("transformer", "text_encoder", "vae")}
     assert len({same, changed(other_steps), *others}) == 5
+
+
+def test_the_bundled_teachers_published_images_are_its_own():
+    """Else every demo would sample them again."""
+    model = load("micro", "cpu")
+    files = sorted((component_folder("micro") / PUBLISHED).glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert json.loads(opened.metadata()["made_by"])["model"] == model_fingerprint(model)

@@ -27,13 +27,15 @@ from fewstep.machine import writing
 from fewstep.models.pipeline import TextToImagePipeline
 
 KEPT, PUBLISHED, COUNT = ".images", "images", "prompts.json"
+#: Settings that published images are older than: left out of fingerprints where they have no effect.
+_NEWER = ("frames", "step_counts", "step_loras")
 
 
 def model_fingerprint(model: TextToImagePipeline) -> str:
     """A hash of what a model's images depend on, but for rounding: all weights as they are, settings, template."""
     total = hashlib.blake2b(digest_size=16)
     config = model.generation_config
-    unsaid = {"frames"} if config.frames == 1 else None  # published images are older than this setting
+    unsaid = {name for name in _NEWER if getattr(config, name) == type(config).model_fields[name].default}
     settings = (config.model_dump_json(exclude=unsaid), model.shift, template_hash(model.encoder))
     total.update(str(settings).encode())
     for name, module in model.components.items():
