@@ -239,6 +239,8 @@ def load(
     if aot is not None:
         check_package(aot, offload)
     chosen, folder = resolve_device(device), resolve_model(path_or_name)
+    if aot is not None:
+        check_one_transformer(folder, "aot")
     family = resolve_family(folder)
     fp8, adapters = dtype == FP8, open_loras(folder, loras or {}, ignore)
     read_dtype = torch.bfloat16 if fp8 else dtype
@@ -263,7 +265,6 @@ def load(
         offload_blocks(model.denoiser, chosen) if offload == "group" else model.transformer.to(chosen)
         model.enable_model_cpu_offload()
     if aot is not None:
-        check_one_transformer(folder, "aot")
         model.denoiser.ahead_of_time = load_package(aot, model.denoiser)
     if stack:
         model.denoiser = StepAdapterDenoiser(model.denoiser, stack, config.sigmas or [])  # type: ignore[assignment]

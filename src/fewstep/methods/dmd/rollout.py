@@ -38,7 +38,6 @@ def sample_rollout_timesteps(anchors: Sequence[float], schedule: AnchorSchedule)
     return [1.0, *drawn.tolist()]
 
 
-@torch.no_grad()
 def backward_simulation(
     student: Denoiser,
     noise: Tensor,
@@ -46,6 +45,7 @@ def backward_simulation(
     prompts: EncodedPrompts,
     sampler: Sampler = "euler",
     eta: float = 1.0,
+    gradient: bool = False,
 ) -> Tensor:
     """The student's input at the last of ``sigmas``, reached by its own steps from ``noise``.
 
@@ -53,26 +53,20 @@ def backward_simulation(
         noise: [B, C, ..., H, W], pure noise.
         sigmas: falling noise levels from 1; a single one returns the noise.
         sampler, eta: those of inference; the steps are those of :func:`fewstep.core.samplers.iterate`.
+        gradient: whether it passes through every step, where gradients are recorded at all. Each step's activations are
+            then recomputed in the backward pass, so that the memory is that of one step.
 
     Returns:
         [B, C, ..., H, W] at ``sigmas[-1]``.
     """
-    return last_state(noise, iterate(student, noise, sigmas, prompts, sampler=sampler, eta=eta))
+    denoiser = _checkpointed(student) if gradient else student
+    with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+        return last_state(noise, iterate(denoiser, noise, sigmas, prompts, sampler=sampler, eta=eta))
 
 
-def differentiable_simulation(
-    student: Denoiser,
-    noise: Tensor,
-    sigmas: Sequence[float],
-    prompts: EncodedPrompts,
-    sampler: Sampler = "euler",
-    eta: float = 1.0,
-) -> Tensor:
-    """:func:`backward_simulation` with gradient through every step. Each step's activations are recomputed in the
-    backward pass, so that the memory is that of one step."""
-
-    def checkpointed(x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
-        velocity: Tensor = checkpoint(student, x, sigma, prompts, use_reentrant=False, preserve_rng_state=False)
+def _checkpointed(denoiser: Denoiser) -> Denoiser:
+    def call(x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
+        velocity: Tensor = checkpoint(denoiser, x, sigma, prompts, use_reentrant=False, preserve_rng_state=False)
         return velocity
 
-    return last_state(noise, iterate(checkpointed, noise, sigmas, prompts, sampler=sampler, eta=eta))
+    return call

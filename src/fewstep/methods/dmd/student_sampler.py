@@ -15,7 +15,6 @@ from fewstep.methods.dmd.rollout import (
     GradientSteps,
     Sampler,
     backward_simulation,
-    differentiable_simulation,
     sample_rollout_timesteps,
 )
 from fewstep.methods.dmd.terms.base import StudentSample
@@ -46,7 +45,7 @@ class StudentSampler:
     ) -> None:
         self.student, self.levels, self.shift = student, list(levels), shift
         self.timestep_sampling, self.sampler, self.eta = timestep_sampling, sampler, eta
-        self._simulate = backward_simulation if gradient_steps == "last" else differentiable_simulation
+        self.gradient_steps = gradient_steps
         self.trained_levels = [self.levels] if trained_levels is None else [list(each) for each in trained_levels]
 
     @property
@@ -63,7 +62,7 @@ class StudentSampler:
             levels = self.trained_levels[int(torch.randint(len(self.trained_levels), ()))]
         anchors = sample_rollout_timesteps(levels, self.timestep_sampling)
         sigmas = [flow.shift_sigma(u, self.shift) for u in anchors]
-        z = self._simulate(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
+        z = self._simulate(batch, sigmas)
         sigma = torch.full((len(z),), sigmas[-1], device=z.device)
         x0 = predict_x0(self.student, z, sigma, batch.prompts)
         return StudentSample(x0, z.detach(), sigma, torch.full_like(sigma, anchors[-1]), batch.prompts)
@@ -72,8 +71,13 @@ class StudentSampler:
         """Samples x0 [B, C, ..., H, W] at the end of the whole rollout at inference's levels, with gradient as
         in a call."""
         sigmas = self.sigmas[:-1]
-        z = self._simulate(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta)
+        z = self._simulate(batch, sigmas)
         return predict_x0(self.student, z, torch.full((len(z),), sigmas[-1], device=z.device), batch.prompts)
+
+    def _simulate(self, batch: DistillBatch, sigmas: Sequence[float]) -> Tensor:
+        """The student's input at the last of ``sigmas``."""
+        every = self.gradient_steps == "all"
+        return backward_simulation(self.student, batch.noise, sigmas, batch.prompts, self.sampler, self.eta, every)
 
     @torch.no_grad()
     def fresh(self, batch: DistillBatch) -> Tensor:
