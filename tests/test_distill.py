@@ -32,6 +32,7 @@ SHORT = [
     *("train.batch_size=2", "train.log_every=1", "train.save_every=2", "train.sample_every=0", "train.precision=fp32"),
     *("method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0"),
     *("method.fake_score_updates=2", "evaluate.enabled=false", "optim.student.lr_schedule=constant"),
+    "evaluate.validate_every=0",
     "optim.student.min_lr_ratio=0",
 ]
 

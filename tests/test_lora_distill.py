@@ -19,7 +19,7 @@ from fewstep.models.pipeline import load
 SHORT = [
     *("train.batch_size=2", "train.log_every=1", "train.save_every=2", "train.sample_every=0", "train.precision=fp32"),
     *("method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0"),
-    *("method.fake_score_updates=2", "evaluate.enabled=false", "student.steps=2"),
+    *("method.fake_score_updates=2", "evaluate.enabled=false", "evaluate.validate_every=0", "student.steps=2"),
     *("optim.student.lr_schedule=constant", "optim.student.min_lr_ratio=0", "models.train=lora"),
 ]
 

@@ -138,6 +138,7 @@ def test_a_distillation_with_an_fp8_teacher(tiny_folder, tmp_path, train):
     overrides = [
         f"teacher={tiny_folder}", f"models.train={train}", "models.frozen_dtype=fp8", "train.steps=2",
         "train.batch_size=2", "train.precision=bf16", "train.sample_every=0", "evaluate.enabled=false",
+        "evaluate.validate_every=0",
         "method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0",
         "optim.student={lr: 0.01}",
     ]  # fmt: skip

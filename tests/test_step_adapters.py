@@ -34,6 +34,7 @@ SHORT = [
     *("train.batch_size=2", "train.log_every=1", "train.save_every=2", "train.sample_every=0", "train.precision=fp32"),
     *("method.terms={cfg_augmentation: {}, distribution_matching: {}}", "method.fake_score_start=0"),
     *("method.fake_score_updates=1", "evaluate.enabled=false", "student.steps=2", "models.train=lora"),
+    "evaluate.validate_every=0",
     *("models.rank=2", "models.lora_alpha=4", "models.lora_per_step=true", "optim.student={lr: 0.05, ema_decay: 0.5}"),
 ]
 

@@ -191,6 +191,7 @@ RUN = [
     ),
     *("train.batch_size=4", "train.log_every=1", "train.save_every=1", "train.sample_every=0"),
     *("train.precision=fp32", "method.fake_score_updates=1", "evaluate.enabled=false", "method.num_real_images=6"),
+    "evaluate.validate_every=0",
     "trajectory={num_trajectories: 6, teacher_steps_per_student_step: 3}",
     "student.steps=2",
 ]

@@ -114,6 +114,17 @@ def _fraction(*key: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
+@cache
+def _split_of(code: str, style: str, background: str, language: str) -> Split:
+    held_out: Split = "validation" if _fraction("half", code, style, background) < 0.5 else "test"
+    if _fraction("triple", code, style, background) < HELD_OUT_IMAGES:
+        return held_out
+    if _fraction("language", code, style, background) < HELD_OUT_LANGUAGES:
+        unseen = LANGUAGES[_fraction("which", code, style, background) < 0.5]
+        return held_out if language == unseen else "train"
+    return "train"
+
+
 def with_article(name: str) -> str:
     """``name`` with "a" or "an"; plural names stay without an article."""
     if name.endswith("s") and not name.endswith(("us", "ss")):
@@ -154,14 +165,7 @@ class EmojiDataset:
         All held-out specs of one (object, style, background) are in the same split, whatever their language: no image
         is both a validation and a test image.
         """
-        image = (self.objects[spec.object].code, spec.style, spec.background)
-        held_out: Split = "validation" if _fraction("half", *image) < 0.5 else "test"
-        if _fraction("triple", *image) < HELD_OUT_IMAGES:
-            return held_out
-        if _fraction("language", *image) < HELD_OUT_LANGUAGES:
-            unseen = LANGUAGES[_fraction("which", *image) < 0.5]
-            return held_out if spec.language == unseen else "train"
-        return "train"
+        return _split_of(self.objects[spec.object].code, spec.style, spec.background, spec.language)
 
     def specs(self, split: Split | None = None, styles: Sequence[str] = TEACHER_STYLES) -> list[EmojiSpec]:
         """All specs of a split, or of the whole dataset, in a fixed order."""

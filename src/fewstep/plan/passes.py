@@ -15,7 +15,7 @@ from fewstep.core.method import Method
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.base import DistillMethod, MethodSetup
 
-DRAWS = 256  # steps that are averaged: anchors are random
+DRAWS = 64  # steps that are averaged: anchors are random
 
 
 @dataclass
