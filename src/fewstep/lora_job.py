@@ -15,7 +15,7 @@ from fewstep.core.device import log_device
 from fewstep.core.registry import lora_methods
 from fewstep.core.seeds import generator
 from fewstep.data.prompts import open_prompts
-from fewstep.data.training_set.batches import example_batches
+from fewstep.data.training_set.batches import alternating_batches, example_batches
 from fewstep.data.training_set.encoded import Example, encode_captions, encode_set, on_device
 from fewstep.data.training_set.reading import TrainingSet, read_training_set, resolve_training_set
 from fewstep.errors import UserError
@@ -23,7 +23,7 @@ from fewstep.inference.own_images import own_examples
 from fewstep.inference.params import SamplingParams
 from fewstep.jobs import make_preview
 from fewstep.methods.lora.base import LoraMethod, LoraModels, LoraSetup
-from fewstep.methods.lora.models_setup import LORA, LoraFiles, build_lora_models, frozen_dtype
+from fewstep.methods.lora.models_setup import LORA, LoraFiles, build_lora_models, frozen_dtype, without_adapters
 from fewstep.models.components import load_component, resolve_model
 from fewstep.models.generation_config import load_generation_config
 from fewstep.models.lora.merge import is_few_step
@@ -49,7 +49,7 @@ class LoraInputs:
 
     Attributes:
         images: the training set; None where the model makes its own.
-        captions: of own images, one for each.
+        captions: of own images, one for each; those beside the training set where there is one.
         files: the LoRA files that the recipe names.
         few_step: whether the model is a few-step one.
         vision_language: folder of the model that encodes images with their captions; None if the method needs none.
@@ -76,8 +76,8 @@ def open_lora_inputs(recipe: LoraRecipe, cache: Path) -> LoraInputs:
     images, captions = None, list[str]()
     if recipe.data.images is not None:
         images = read_training_set(resolve_training_set(recipe.data.images, cache))
-    elif recipe.data.own_images is not None:
-        own = recipe.data.own_images
+    own = recipe.data.preservation or recipe.data.own_images
+    if own is not None:
         texts = open_prompts(PromptSettings(source=own.prompts)).texts("train")
         chosen = torch.randint(len(texts), (own.count,), generator=generator("own prompts", recipe.train.seed))
         captions = [texts[index] for index in chosen.tolist()]
@@ -122,12 +122,11 @@ def train_lora(recipe: LoraRecipe, run: RunDir, device: torch.device) -> Path:
     sides = recipe.data.resolutions or [inputs.images.resolution if inputs.images else model.generation_config.height]
     model.set_size(max(sides) // model.latent_multiple * model.latent_multiple, frames=1)
     teacher = None if recipe.method.teacher_model is None else _open_teacher(recipe, model)
+    examples, captions = list[Example](), inputs.captions
     if inputs.images is not None:
         examples = encode_set(inputs.images, model, cache, recipe.data.resolutions, device, inputs.vision_language)
-        captions, features = [one.caption for one in examples], list[Tensor]()
-    else:
-        captions = inputs.captions
-        features = encode_captions(captions, model, cache, device)
+        captions = [one.caption for one in examples]
+    features = encode_captions(inputs.captions, model, cache, device) if inputs.captions else []
     shown = recipe.preview.prompts or list(dict.fromkeys(captions))[:PREVIEW_IMAGES]
     with on_device(model.text_encoder, device):  # kept by the encoder: previews need the text encoder no more
         null = model.encoder.features(["", *shown])[0].cpu()
@@ -135,9 +134,12 @@ def train_lora(recipe: LoraRecipe, run: RunDir, device: torch.device) -> Path:
     torch.manual_seed(recipe.train.seed)  # of the adapters
     models = build_lora_models(recipe, model, device, teacher, inputs.files)
     model.enable_model_cpu_offload()
-    if inputs.images is None:  # the adapter is still zero: these are the model's images
-        examples = own_examples(model, captions, features, recipe.train.seed, cache)
-    trainer = _make_trainer(recipe, run, inputs, models, examples, null, shown)
+    own = list[Example]()
+    if inputs.captions:
+        source = teacher if teacher is not None and recipe.method.teacher_adapters else model
+        with without_adapters(source):
+            own = own_examples(source, inputs.captions, features, recipe.train.seed, cache)
+    trainer = _make_trainer(recipe, run, inputs, models, (examples, own), null, shown)
     trainer.fit()
     with trainer.ema_weights():
         return _write(recipe, run, model, inputs, trainer.step, f"{recipe.name}.safetensors")
@@ -148,12 +150,13 @@ def _make_trainer(
     run: RunDir,
     inputs: LoraInputs,
     models: LoraModels,
-    examples: Sequence[Example],
+    examples: tuple[Sequence[Example], Sequence[Example]],
     null: Tensor,
     shown: Sequence[str],
 ) -> Trainer:
     """
     Args:
+        examples: of the training set, and the model's own images; one may be empty.
         null: features of the null prompt.
         shown: prompts of the previews.
     """
@@ -161,7 +164,11 @@ def _make_trainer(
     method_class: type[LoraMethod] = lora_methods.get(recipe.method.name)
     method = method_class.build(LoraSetup(recipe, models, model.encode([""]).to(model.device)))
     dropout = recipe.data.caption_dropout
-    source = example_batches(examples, null, train.batch_size, train.seed, dropout, model.device)
+    sources = [
+        example_batches(each, null, train.batch_size, train.seed, dropout, model.device) for each in examples if each
+    ]
+    kept = recipe.data.preservation
+    source = sources[0] if kept is None else alternating_batches(sources[0], sources[1], kept.fraction)
 
     def on_save(step: int) -> None:
         _write(recipe, run, model, inputs, step, f"{recipe.name}-{step:08d}.safetensors")
@@ -198,14 +205,16 @@ def _write(
 ) -> Path:
     """Write the adapter with its present weights into ``<run>/lora``."""
     kind: TrainedOn = "student" if inputs.few_step else "base"
-    images = f"{len(inputs.captions)} of its own images"
+    own = f"{len(inputs.captions)} of its own images"
+    images = own if inputs.images is None else f"{len(inputs.images.images)} images"
+    if inputs.images is not None and inputs.captions:
+        images += f" and {own}"
     metadata = lora_metadata(
         recipe.name,
         architecture=model.family.architecture,
         base_model=recipe.model,
         kind=kind,
-        description=f"{recipe.method.name}, {step} steps, "
-        + (images if inputs.images is None else f"{len(inputs.images.images)} images"),
+        description=f"{recipe.method.name}, {step} steps, {images}",
         trigger=inputs.images.trigger if inputs.images else "",
         resolution=model.generation_config.height,
     )

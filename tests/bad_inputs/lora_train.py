@@ -88,6 +88,11 @@ SECTION = Section(
             _set("or own_images", "data.own_images={count: 4}"),
         ),
         Message(
+            "{recipe}: data: preservation: own_images are the model's already; leave one out",
+            "A training adapter is trained on the model's own images alone.",
+            _set("own_images are the model's already", "data={own_images: {count: 4}, preservation: {count: 4}}"),
+        ),
+        Message(
             "{recipe}: timesteps: shift: no effect on {distribution}; set distribution: shift, or leave it out",
             "Only the distribution shift has one.",
             _set("sigmoid", "timesteps.shift=3"),
@@ -118,6 +123,14 @@ SECTION = Section(
             _set(
                 "method.vision_language_model needs", "method={name: self_distillation, vision_language_model: vl}",
                 "data={own_images: {count: 4}}",
+            ),
+        ),
+        Message(
+            "{recipe}: method.vision_language_model: it describes no images of data.preservation; leave one out",
+            "Only images of the training set are encoded with their captions.",
+            _set(
+                "it describes no images of data.preservation", "data.preservation={count: 4}",
+                "method={name: self_distillation, vision_language_model: vl}",
             ),
         ),
         Message(

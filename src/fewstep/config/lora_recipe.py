@@ -21,6 +21,15 @@ class OwnImagesSettings(Settings):
     count: int = Field(default=1000, ge=1, le=10**6, description="Images, of as many random prompts.")
 
 
+class PreservationSettings(Settings):
+    """Prior preservation (DreamBooth, arXiv 2208.12242): images that the model makes without the LoRA, of other
+    prompts, are trained on beside the set, so that the model keeps what it knows."""
+
+    prompts: str = Field("emoji", description="Source of the prompts, as prompts.source of a distillation.")
+    count: int = Field(default=200, ge=1, le=10**6, description="Images, of as many random prompts.")
+    fraction: float = Field(default=0.5, gt=0, lt=1, description="Fraction of the batches that have these images.")
+
+
 class LoraDataSettings(Settings):
     """Images with captions, and how they are used."""
 
@@ -29,6 +38,9 @@ class LoraDataSettings(Settings):
     )
     own_images: OwnImagesSettings | None = Field(
         None, description="Images that the model itself makes, in place of a training set; for a training adapter."
+    )
+    preservation: PreservationSettings | None = Field(
+        None, description="The model's images of other prompts, trained on beside the set; null is none."
     )
     resolutions: Annotated[list[Pixels], Field(min_length=1)] | None = Field(
         None,
@@ -46,6 +58,8 @@ class LoraDataSettings(Settings):
             raise ValueError("give images, or own_images")
         if self.own_images is not None and len(self.resolutions or [0]) > 1:
             raise ValueError("resolutions: own images have one")
+        if self.own_images is not None and self.preservation is not None:
+            raise ValueError("preservation: own_images are the model's already; leave one out")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -59,5 +60,21 @@ def example_batches(
             ["" if drop else one.caption for one, drop in zip(own, dropped.tolist(), strict=True)],
             EncodedPrompts.pad(seen).to(device) if seen else None,
         )
+
+    return source
+
+
+def alternating_batches(images: BatchSource, preserved: BatchSource, fraction: float) -> BatchSource:
+    """The batches of two sources in turn, each in its own order; whole ones, as images may differ in size.
+
+    Args:
+        fraction: of batches of ``preserved``, in (0, 1).
+    """
+
+    def source(position: int, shard: Shard = Shard()) -> DistillBatch:  # noqa: B008  # frozen
+        before = math.floor(position * fraction)
+        if math.floor((position + 1) * fraction) > before:
+            return preserved(before, shard)
+        return images(position - before, shard)
 
     return source

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -96,6 +98,18 @@ def build_lora_models(
         names = dict.fromkeys([*fixed, *method.teacher_adapters])
         denoisers |= {name: AdapterDenoiser(teacher.denoiser, {**fixed, name: 1.0}) for name in names}
     return LoraModels(model, AdapterDenoiser(base, {**always, LORA: 1.0}), teacher, denoisers)
+
+
+@contextmanager
+def without_adapters(model: TextToImagePipeline) -> Iterator[None]:
+    """Inside, ``model`` generates with none of its adapters."""
+    denoiser = model.denoiser
+    base = denoiser.base if isinstance(denoiser, AdapterDenoiser) else denoiser
+    model.denoiser = AdapterDenoiser(base, {})  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.denoiser = denoiser
 
 
 def _add(model: TextToImagePipeline, name: str, settings: AdapterSettings) -> None:

@@ -66,6 +66,8 @@ class SelfDistillationConfig(LoraMethodConfig):
     def check(self, recipe: LoraRecipe) -> None:
         if self.vision_language_model is not None and recipe.data.images is None:
             raise ValueError("method.vision_language_model needs the images of a set: name one in data.images")
+        if self.vision_language_model is not None and recipe.data.preservation is not None:
+            raise ValueError("method.vision_language_model: it describes no images of data.preservation; leave one out")
 
 
 @lora_methods.register("self_distillation")
