@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from ablation_results import markdown
 from dmdr import ENDLESS, Figures, folder_name, kept
-from lora_arms import ARMS, BASE, STUDENT, SUBJECTS, Subject
+from lora_arms import ARMS, BASE, FLOW_MATCHING, ON_BASE, PRESERVED, STUDENT, SUBJECTS, Subject
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -81,25 +81,32 @@ class Evaluator:
 
     def measure(self, model: TextToImagePipeline) -> Figures:
         """The figures of a model's images, by its own steps."""
-        own, others = generate(model, self.prompts), generate(model, self.others).images
+        others = generate(model, self.others).images
+        similarity = F.cosine_similarity(self.network(others), self.without)
+        return self.measure_subject(model) | {
+            "names": mean_scores(self.scorer.score(others, self.others))["object_acc"],
+            "changed": float((1 - similarity).mean()),
+        }
+
+    def measure_subject(self, model: TextToImagePipeline) -> Figures:
+        """Those of the subject's prompts alone."""
+        own = generate(model, self.prompts)
         seeds = generate(model, self.repeated, SamplingParams(seed=len(self.prompts))).images
         scores = mean_scores(self.scorer.score(own.images, self.shown))
-        similarity = F.cosine_similarity(self.network(others), self.without)
         return {
             "right": scores[self.right],
             "own_names": scores["object_acc"],
-            "names": mean_scores(self.scorer.score(others, self.others))["object_acc"],
-            "changed": float((1 - similarity).mean()),
             "hf_energy": measure.hf_energy(as_float(own.images)),
             "diversity": measure.diversity(self.network(seeds).unflatten(0, (-1, SEEDS))),
             "nfe": own.nfe,
         }
 
 
-def train(recipe: str, overrides: Sequence[str], folder: Path, minutes: float, seed: int) -> Path:
+def train(recipe: str, overrides: Sequence[str], folder: Path, cache: Path, minutes: float, seed: int) -> Path:
     """A LoRA of so many minutes of training; an interrupted run continues, a finished one is kept."""
     common = [f"train.max_minutes={minutes}", "train.clock=thread", f"train.steps={ENDLESS}", f"train.seed={seed}"]
-    resolved = load_recipe(recipe, [*common, "train.sample_every=0", "keep_files=1", *overrides])
+    common += ["train.sample_every=0", "keep_files=1", "models.compile=auto", f"data.cache={cache}"]
+    resolved = load_recipe(recipe, [*common, *overrides])
     assert isinstance(resolved, LoraRecipe)
     file = folder / "lora" / f"{resolved.name}.safetensors"
     if not file.exists():
@@ -113,24 +120,31 @@ def training_adapter(options: argparse.Namespace) -> Path:
     """The student's training adapter, which all runs share."""
     changes = (f"model={STUDENT}", "data.own_images={prompts: emoji, count: 500}", "adapter.rank=16")
     rates = ("optim.lora={lr: 1.0e-4, ema_decay: 0.98}", "models={frozen_dtype: fp32}", "train.batch_size=16")
-    return train("training-adapter", [*changes, *rates], options.out / "adapter", options.adapter_minutes, 0)
+    return train(
+        "training-adapter",
+        [*changes, *rates],
+        options.out / "adapter",
+        options.out / "cache",
+        options.adapter_minutes,
+        0,
+    )
 
 
 def train_arm(name: str, subject: str, seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
     """The LoRA file of an arm, and its run."""
     arm, folder = ARMS[name], options.out / subject / f"{folder_name(name)}-{seed}"
-    data = f"data.images={options.out / subject / 'set'}"
+    data, cache = f"data.images={options.out / subject / 'set'}", options.out / "cache"
     files = {}
     if "ADAPTER" in str(arm.overrides):
         files["ADAPTER"] = training_adapter(options)
     if arm.base_share:
-        share = options.minutes * arm.base_share
-        base = options.out / subject / f"base-{seed}"
-        files["BASE_LORA"] = train("micro-lora", [data, f"model={BASE}"], base, share, seed)
+        share, preserved = options.minutes * arm.base_share, PRESERVED if PRESERVED[0] in arm.overrides else ()
+        base = options.out / subject / f"base{'-preserved' if preserved else ''}-{seed}"
+        files["BASE_LORA"] = train("micro-lora", [data, *FLOW_MATCHING, *preserved, *ON_BASE], base, cache, share, seed)
     overrides = [data, *arm.overrides]
     for word, file in files.items():
         overrides = [each.replace(word, str(file)) for each in overrides]
-    return train(arm.recipe, overrides, folder, options.minutes * (1 - arm.base_share), seed), folder
+    return train(arm.recipe, overrides, folder, cache, options.minutes * (1 - arm.base_share), seed), folder
 
 
 def run(name: str, subject: str, seed: int, evaluator: Evaluator, options: argparse.Namespace) -> Figures:
@@ -140,8 +154,8 @@ def run(name: str, subject: str, seed: int, evaluator: Evaluator, options: argpa
         file, folder = train_arm(name, subject, seed, options)
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         found = evaluator.measure(load(STUDENT, CPU, loras={str(file): 1.0}))
-        if BASE in str(ARMS[name].overrides) and not ARMS[name].base_share:
-            many = evaluator.measure(load(BASE, CPU, loras={str(file): 1.0}))
+        if ON_BASE[0] in ARMS[name].overrides:
+            many = evaluator.measure_subject(load(BASE, CPU, loras={str(file): 1.0}))
             found |= {f"many_{key}": value for key, value in many.items()}
         return found | {"steps": last["step"], "minutes": last["seconds"] / 60}
 
@@ -184,7 +198,9 @@ def draw(found: Mapping[str, Sequence[Figures]], reference: Mapping[str, Figures
     for panel, key in zip(panels, ("names", "changed"), strict=True):
         title, factor, _ = METRICS[key]
         for index, (name, seeds) in enumerate(rows(found, reference).items()):
-            points = [(factor * (one[key] or 0), 100 * (one["right"] or 0)) for one in seeds]
+            points = [(factor * (one[key] or 0), 100 * (one["right"] or 0)) for one in seeds if key in one]
+            if not points:
+                continue
             marker = "*" if name in reference else "o"
             panel.plot(*zip(*points, strict=True), marker, color=colormaps["tab20"](index % 20), label=name)
         panel.set_xlabel(title)
@@ -231,18 +247,18 @@ def main() -> None:
         if options.strengths:
             sweep(subject, evaluator, options)
             continue
-        reference = kept(
-            folder / "reference.json",
-            lambda one=evaluator: {"student, no LoRA": one.measure(student), "base, no LoRA": one.measure(load(BASE))},
-        )
         found: dict[str, list[Figures]] = {}
         for seed in options.seeds:
             for name in options.arms:
                 found.setdefault(name, []).append(run(name, subject, seed, evaluator, options))
-                write_text(folder / "figures.json", json.dumps({"reference": reference, "arms": found}, indent=1))
-                title = f"LoRA for a 4-step student: {subject}"
-                write_text(folder / "table.md", markdown(rows(found, reference), METRICS, title))
-            draw(found, reference).savefig(folder / "plot.png", dpi=110)
+        reference = kept(
+            folder / "reference.json",
+            lambda one=evaluator: {"student, no LoRA": one.measure(student), "base, no LoRA": one.measure(load(BASE))},
+        )
+        write_text(folder / "figures.json", json.dumps({"reference": reference, "arms": found}, indent=1))
+        table = markdown(rows(found, reference), METRICS, f"LoRA for a 4-step student: {subject}")
+        write_text(folder / "table.md", table)
+        draw(found, reference).savefig(folder / "plot.png", dpi=110)
 
 
 if __name__ == "__main__":
