@@ -228,7 +228,7 @@ class FamilyConformance(ABC):
         x, sigma, prompts = inputs(model, self.frames)
         assert meta.denoiser(x.to("meta"), sigma.to("meta"), prompts.to("meta")).shape == x.shape
 
-    @pytest.mark.parametrize("train", ["full", "lora"])
+    @pytest.mark.parametrize("train", [pytest.param("full", marks=pytest.mark.slow), "lora"])
     def test_a_distilled_student_opens_in_diffusers(self, model, pipeline_class, tmp_path, train):
         config = GenerationConfig(steps=2, guidance_scale=1.0, height=64, width=64, frames=self.frames)
         teacher = model.with_transformer(model.transformer, config).save(tmp_path / "teacher")

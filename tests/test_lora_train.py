@@ -46,7 +46,7 @@ def by_diffusers(folder, file):
     return (image.permute(1, 2, 0) * 255).round()
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow), "lokr"])
 def test_a_run_resumes_exactly_and_its_file_opens_everywhere(kind, few_step, image_set, tmp_path):
     more = [
         f"model={few_step}",

@@ -94,17 +94,16 @@ EACH_STEP = (*LORA, "models.lora_per_step=true", "method.gradient_steps=all")
 CHECKPOINTED = "models.gradient_checkpointing=true"
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        *((), (CHECKPOINTED,), LORA, (*LORA, CHECKPOINTED), (*LORA, "models.frozen_dtype=fp8", CHECKPOINTED)),
-        *(GAN, MMD, TRAJECTORY, (*GAN, *MMD, *TRAJECTORY), (*TRAJECTORY, *MMD, *LORA), EACH_STEP),
-    ],
-    ids=[
-        *("full", "full, checkpointed", "lora", "lora, checkpointed", "lora on fp8, checkpointed"),
-        *("gan", "mmd", "trajectory", "all three", "lora, trajectory and mmd", "each step"),
-    ],
-)
+FP8 = (*LORA, "models.frozen_dtype=fp8", CHECKPOINTED)
+CASES = {"full": (), "lora, checkpointed": (*LORA, CHECKPOINTED), "lora on fp8, checkpointed": FP8,
+         "all three": (*GAN, *MMD, *TRAJECTORY), "each step": EACH_STEP}  # fmt: skip
+LONGER = {"full, checkpointed": (CHECKPOINTED,), "lora": LORA, "gan": GAN, "mmd": MMD, "trajectory": TRAJECTORY,
+          "lora, trajectory and mmd": (*TRAJECTORY, *MMD, *LORA)}  # fmt: skip
+PARAMS = [pytest.param(more, id=label) for label, more in CASES.items()]
+PARAMS += [pytest.param(more, id=label, marks=pytest.mark.slow) for label, more in LONGER.items()]
+
+
+@pytest.mark.parametrize("more", PARAMS)
 def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
     """Within 2% on a CPU: two real updates of each trainable, after one that creates the optimizer states."""
     fused = lambda query, key, value, backend: dispatch_attention_fn(query, key, value)  # noqa: E731

@@ -95,6 +95,7 @@ def test_stages_with_equal_trajectories_share_a_cache(tiny_folder, tmp_path):
     assert not (tmp_path / "run/stages/2-match/cache").exists()
 
 
+@pytest.mark.slow
 def test_stages_with_other_prompts_have_their_own_cache(tiny_folder, tmp_path):
     recipe = recipe_tree(tiny_folder)
     align, match = recipe["stages"]

@@ -251,7 +251,7 @@ def test_save_minutes_adds_checkpoints(tmp_path: Path) -> None:
     assert [path.name[-1] for path in checkpoint.list_checkpoints(trainer.run.checkpoints)] == ["4", "5", "6"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_signal_saves_a_checkpoint_and_resume_is_bit_exact(tmp_path: Path, number: signal.Signals) -> None:
     """A real process and signal: it saves, prints how to resume, exits with 130; resuming gives the same weights."""
     directory = tmp_path / "stopped"

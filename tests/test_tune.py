@@ -223,6 +223,7 @@ def test_trials_that_fail_have_their_reason_and_the_others_run(tiny_folder: Path
     assert found.best.values["init"] is None
 
 
+@pytest.mark.slow
 def test_a_search_whose_trials_all_fail_ends(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +239,7 @@ def test_a_diverging_trial_fails(tiny_folder: Path, tmp_path: Path) -> None:
     assert found.best is None
 
 
+@pytest.mark.slow
 def test_minutes_give_the_steps_and_end_the_search(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +253,7 @@ def test_minutes_give_the_steps_and_end_the_search(
     assert [(row.state, row.steps, row.taken) for row in more.rows] == [("finished", 3, 3)]
 
 
+@pytest.mark.slow
 def test_another_search_is_refused_and_other_files_stay(tiny_folder: Path, tmp_path: Path) -> None:
     short = {"trials": 1, "trial_steps": 1, "rungs": 1}
     search(tiny_folder, tmp_path / "out", **short)
@@ -261,6 +264,7 @@ def test_another_search_is_refused_and_other_files_stay(tiny_folder: Path, tmp_p
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_distance_to_the_teacher_as_the_objective(tiny_folder: Path, tmp_path: Path) -> None:
     space = "optim.student.lr: {low: 1.0e-4, high: 1.0e-1, log: true}\n"
     found = search(tiny_folder, tmp_path / "out", space, metric="fd_teacher", trials=1, trial_steps=1, rungs=1)

@@ -18,7 +18,7 @@ def choose(
             help="Unseen prompts: a source or a file. [default: emoji for bundled models, else built-in ones]"
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=2, max=64, help="Prompts of the set, and as many unseen ones.")] = 8,
+    count: Annotated[int, typer.Option(min=2, max=64, help="Prompts of the set, and as many unseen ones.")] = 32,
     scorer: Annotated[
         list[str] | None,
         typer.Option(

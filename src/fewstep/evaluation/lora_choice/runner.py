@@ -82,7 +82,7 @@ class ChoiceSettings:
     """
 
     prompts: str | None = None
-    count: int = 8
+    count: int = 32
     scorers: Sequence[str] | None = None
     features: str = "open-nsfw"
     seed: int = 0
