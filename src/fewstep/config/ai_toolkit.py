@@ -251,6 +251,9 @@ def _train(train: _Section, save: _Section, sample: _Section) -> dict[str, Any]:
     precision = train.look_up("dtype", _DTYPES, "bf16")
     if precision == "fp16":
         train.remark("dtype", "fp16", "it overflows in Z-Image; bf16 is taken")
+    if train.take("diff_output_preservation", False):
+        text = "left out; data.preservation is the nearest: the model's own images of other prompts beside the set"
+        train.remark("diff_output_preservation", True, text)
     every = int(sample.take("sample_every", 250))
     accumulation = train.take("gradient_accumulation", train.take("gradient_accumulation_steps", 1))
     train.take("gradient_accumulation_steps")
