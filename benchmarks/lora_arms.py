@@ -33,7 +33,8 @@ class Arm:
 
 # The rate and the rank were chosen on the base with seed 0: ten times the rate and four times the rank of micro-lora's
 # first version learn the style of twice as many images in the same time, and three times this rate loses more names.
-FLOW_MATCHING = ("timesteps.distribution=shift", "adapter.rank=64", "optim.lora.lr=3.0e-3")
+FLOW_MATCHING = (f"model={STUDENT}", "data.preservation=null", "timesteps.distribution=shift", "adapter.rank=64",
+                 "optim.lora.lr=3.0e-3")  # fmt: skip
 PRESERVED = ("data.preservation={prompts: emoji, count: 128, fraction: 0.33}",)
 ON_BASE = (f"model={BASE}",)
 TRANSPORT = (

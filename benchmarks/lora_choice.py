@@ -1,7 +1,7 @@
 """Is the checkpoint that ``fewstep lora choose`` recommends nearly the best? A LoRA of the emoji dataset, whose best
 checkpoint the classifier knows.
 
-    python benchmarks/lora_choice.py --out runs/lora-choice [--recipe micro-lora] [--steps 400] [--every 50]
+    python benchmarks/lora_choice.py --out runs/lora-choice [--steps 400] [--every 50]
         [--prompts 200] [--choice-prompts 32]
 
 The recipe trains a style that the student does not know. ``fewstep lora choose`` sees images of ``--choice-prompts``
@@ -46,12 +46,16 @@ METRICS = {
     "memorization": ("memorization", 1, ".2f"),
 }
 
+#: Plain training of the student, whose files differ much.
+PLAIN = (f"model={STUDENT}", "data.preservation=null", "models.compile=false", "adapter.rank=16")
+PLAIN += ("timesteps.distribution=sigmoid", "optim.lora.lr=1.0e-3")
+
 
 def train(options: argparse.Namespace) -> Path:
     """The run, with a file for every checkpoint; an interrupted one continues."""
     folder = options.out / "run"
     changes = [f"train.steps={options.steps}", f"train.save_every={options.every}", "train.sample_every=0"]
-    recipe = load_recipe(options.recipe, [*changes, f"keep_files={options.steps // options.every}"])
+    recipe = load_recipe("micro-lora", [*PLAIN, *changes, f"keep_files={options.steps // options.every}"])
     assert isinstance(recipe, LoraRecipe)
     if not (folder / "lora" / f"{recipe.name}.safetensors").exists():
         recipe = resolve_precision(recipe, folder, DistContext(device=CPU), overwrite=False)
@@ -69,7 +73,6 @@ def judged(file: Path, evaluator: Evaluator) -> Figures:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/lora-choice"))
-    parser.add_argument("--recipe", default="micro-lora")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--choice-prompts", type=int, default=32, help="of the set, and unseen ones, for the choice")

@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 SHORT = [
     *("models.frozen_dtype=fp32", "train.precision=fp32", "train.batch_size=2", "train.log_every=1"),
     *("train.save_every=2", "train.sample_every=0", "adapter.rank=3", "adapter.alpha=6", "adapter.save_dtype=fp32"),
-    *("optim.lora={lr: 0.02, ema_decay: 0.5}",),
+    *("data.preservation=null", "timesteps.distribution=sigmoid", "models.compile=false"),
+    "optim.lora={lr: 0.02, ema_decay: 0.5}",
 ]
 
 

@@ -113,7 +113,7 @@ def test_self_distillation_sees_the_image_and_resumes_exactly(few_step, image_se
 
 def test_the_target_is_the_copy_s_prediction_with_the_privileged_prompts(few_step, qwen3_vl):
     chosen = f"method={{name: self_distillation, vision_language_model: {qwen3_vl}}}"
-    recipe = load_recipe("micro-lora", ["data.images=set", "models.frozen_dtype=fp32", chosen])
+    recipe = load_recipe("micro-lora", ["data.images=set", "data.preservation=null", "models.compile=false", chosen])
     torch.manual_seed(0)
     models = build_lora_models(recipe, load(few_step, CPU, torch.float32), CPU)
     encoded = models.model.encode(["a", "b"])
@@ -131,7 +131,7 @@ def test_the_target_is_the_copy_s_prediction_with_the_privileged_prompts(few_ste
 
 
 def test_the_plan_counts_the_longer_prompts(few_step, qwen3_vl):
-    words = [f"model={few_step}", "models.frozen_dtype=fp32", "train.batch_size=2"]
+    words = [f"model={few_step}", "data.preservation=null", "train.batch_size=2"]
     blind = plan_lora(load_recipe("micro-lora", [*words, "method={name: self_distillation}"]))
     chosen = f"method={{name: self_distillation, vision_language_model: {qwen3_vl}}}"
     seeing = plan_lora(load_recipe("micro-lora", [*words, chosen]))
