@@ -126,3 +126,14 @@ def test_a_run_is_compared_resumed_and_reported(trained, tmp_path, monkeypatch):
     assert page.count("<img") == 4 * 3 + 4 * 6
     assert "<svg" in page
     assert not (out / ".images").exists()
+
+
+def test_a_lora_of_the_base_is_compared_on_the_student(few_step, tiny_folder, image_set, tmp_path):
+    run_lora(tmp_path / "run", f"model={tiny_folder}", f"data.images={image_set}", "train.steps=2")
+    words = ("lora", "choose", tmp_path / "run", "--count", "2", "--out")
+    succeed(*words, tmp_path / "student", "--model", few_step)
+    printed = succeed(*words, tmp_path / "base")
+    assert "is a multi-step model" in printed.stderr
+    found = {name: json.loads((tmp_path / name / "choice.json").read_text()) for name in ("student", "base")}
+    assert found["student"]["settings"]["model"] == str(few_step)
+    assert found["student"]["checkpoints"]["figures"] != found["base"]["checkpoints"]["figures"]

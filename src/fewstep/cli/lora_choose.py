@@ -12,6 +12,13 @@ from fewstep.cli.options import Device
 
 def choose(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of fewstep lora train.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that the images are drawn with, such as the few-step model for a LoRA of its base. "
+            "[default: the one trained]"
+        ),
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +46,7 @@ def choose(
     from fewstep.outputs import claimed_folder
 
     folder = out or run / "choice"
-    settings = ChoiceSettings(prompts, count, scorer or None, features, seed)
+    settings = ChoiceSettings(model, prompts, count, scorer or None, features, seed)
     with claimed_folder(folder):
         result = choose_checkpoint(run, folder, settings, resolve_device(device))
     for reason in (*result.checkpoints.choice.reasons, *result.strengths.choice.reasons):

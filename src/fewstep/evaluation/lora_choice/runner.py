@@ -24,6 +24,7 @@ from fewstep.inference.params import parse_params
 from fewstep.models.components import resolve_model
 from fewstep.models.generation_config import load_generation_config
 from fewstep.models.lora.bind import read_lora
+from fewstep.models.lora.merge import is_few_step
 from fewstep.models.lora.targets import model_targets
 from fewstep.models.lora.weights import Lora
 from fewstep.models.pipeline import TextToImagePipeline, load
@@ -75,12 +76,14 @@ class Comparison:
 class ChoiceSettings:
     """
     Attributes:
+        model: draws the images, such as the few-step model for a LoRA of its base; None is the one trained.
         prompts: source or file of unseen prompts; None as in :func:`unseen_prompts`.
         count: prompts of each kind.
         scorers: by name; None is every one that needs no checkpoint and applies.
         features: the feature network.
     """
 
+    model: str | None = None
     prompts: str | None = None
     count: int = 32
     scorers: Sequence[str] | None = None
@@ -107,13 +110,14 @@ def choose_checkpoint(folder: Path, out: Path, settings: ChoiceSettings, device:
         raise UserError(f"the report needs {error.name}; pip install 'fewstep[eval]'") from None
     run = read_run(folder)
     known = set_prompts(run.images, settings.count)
-    unseen = unseen_prompts(settings.prompts, run.recipe.model, run.images, settings.count)
+    drawn_with = settings.model or run.recipe.model
+    unseen = unseen_prompts(settings.prompts, drawn_with, run.images, settings.count)
     opened = open_scorers(settings.scorers, device)
     if settings.scorers is not None:
         check_applicable(opened, unseen)
     scorers = [scorer for scorer in opened.values() if applicable_scores(scorer, unseen)]
     network = open_features(settings.features, device)
-    base = resolve_model(run.recipe.model)
+    base = resolve_model(drawn_with)
     targets, config = model_targets(base), load_generation_config(base)
     loras = {step: read_lora(file, targets) for step, file in run.files.items()}
     passes = nfe(config.steps, config.guidance_scale > 0 and not config.guidance_distilled)
@@ -122,14 +126,16 @@ def choose_checkpoint(folder: Path, out: Path, settings: ChoiceSettings, device:
         f"{len(loras)} checkpoints and {len(STRENGTHS) - 1} further strengths, {images} images each: at most "
         f"{sets * images} images, {sets * images * passes} forward passes"
     )
-    model = load(run.recipe.model, device)
+    if settings.model is None and not is_few_step(config):
+        log_line(f"{drawn_with} is a multi-step model; if the LoRA is used on a few-step one, name that with --model")
+    model = load(drawn_with, device)
     _set_resolution(model, run)
     kept = KeptImages(out / KEPT)
     drawing = Drawing(model, known, unseen, settings.seed, network, scorers, kept)
     real = real_figures(run.images, model.generation_config.height, network)
     found = _compare(drawing, run, loras, real, sets * images)
     about = {
-        "model": run.recipe.model,
+        "model": drawn_with,
         "training images": len(run.images.images),
         "prompts of the set": len(known),
         "unseen prompts": len(unseen),
