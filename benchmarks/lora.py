@@ -9,8 +9,8 @@ the base that it starts from included; the training adapter of arm b is made onc
 printed and not counted. All are measured with the student's 4 steps on the same prompts and seeds. ``--plan`` prints
 the time, and stops.
 
-``--strengths`` uses the LoRA of the base (arm c, the first seed's) on the student at each of these strengths instead,
-for strengths.md.
+``--strengths`` uses the preserved LoRA of the base (arm c, the first seed's) on the student at each of these strengths
+instead, for strengths.md.
 
 Finished runs are kept: the same command resumes. ``<out>`` gets table.md, figures.json and plot.png.
 """
@@ -164,7 +164,7 @@ def run(name: str, subject: str, seed: int, evaluator: Evaluator, options: argpa
 
 def sweep(subject: str, evaluator: Evaluator, options: argparse.Namespace) -> None:
     """Measure the base's LoRA on the student at every strength."""
-    folder, name = options.out / subject, "c on the base"
+    folder, name = options.out / subject, "c on the base, preserved"
     file, _ = train_arm(name, subject, options.seeds[0], options)
     found = {
         f"strength {strength:g}": [
