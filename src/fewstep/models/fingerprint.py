@@ -21,6 +21,7 @@ _PATH_KEYS = (
     *(".teacher", ".init", ".vae", ".text_encoder", ".trajectory.cache", ".dpo.votes"),
     *(".model", ".data.images", ".training_adapter", ".method.lora", ".vision_language_model"),
     *(".prompts.source", ".prompts.validation_source", ".prompts.test_source", ".student.step_chooser"),
+    ".method.real_source",
 )
 
 
