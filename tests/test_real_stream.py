@@ -2,15 +2,19 @@
 
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lora_training import image_set
 from PIL import Image
 from real_setup import SHAPE, SIDE, image_bytes, image_of, latent_of, npy, prompt_of, write_latents
 from safetensors.torch import save
 from stream_setup import write_tar
+from wan_setup import save_wan
 
 from fewstep.config.sections import RealStreamSettings
 from fewstep.core.method import Shard
@@ -18,7 +22,11 @@ from fewstep.data import stream_batches
 from fewstep.data.images import to_pil
 from fewstep.data.real_batches import RealBatches
 from fewstep.data.real_stream import open_real_stream, shard_files
+from fewstep.data.training_set.reading import read_training_set
 from fewstep.errors import UserError
+from fewstep.models.pipeline import load
+
+__all__ = ["image_set"]  # a fixture
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +146,17 @@ def test_latents_of_every_precision(tmp_path, tiny, dtype):
         assert torch.equal(real, latent.float())
 
 
+def test_latents_of_videos(tmp_path):
+    model = load(save_wan(tmp_path / "wan"), "cpu")
+    model.set_size(32, 5)
+    shape = model.latent_shape(32, 32, 5)
+    members = [("a.npy", npy(latent_of(3, shape))), ("a.txt", "a fox")]
+    found = batches(source_of(model, write_tar(tmp_path / "a.tar", members), size=1), 1)[0]
+    assert len(shape) == 4
+    assert found.noise.shape == (1, *shape)
+    assert torch.equal(found.real[0], latent_of(3, shape))
+
+
 def test_a_latent_is_read_before_an_image_and_each_prompt_is_a_sample(tmp_path, tiny):
     members = [("a.png", image_bytes(1)), ("a.npy", npy(latent_of(1))), ("a.cls", "3")]
     members += [("a.json", json.dumps({"prompt": ["one 1", "two 1", " "]}))]
@@ -193,6 +212,33 @@ def test_the_shards_of_a_source(tmp_path):
     assert shard_files(str(expected[1])) == expected[1:]
     with pytest.raises(UserError, match=r"\(missing: .*latents-002.tar\)"):
         shard_files(f"{tmp_path}/data/latents-{{000..002}}.tar")
+
+
+def test_the_guide_writes_shards_of_a_training_set(tmp_path, tiny, tiny_folder, image_set, monkeypatch):
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "real-data.md").read_text()
+    code = guide.partition("```python\n")[2].partition("```")[0]
+    for named, own in [("Tongyi-MAI/Z-Image", tiny_folder), ("1024", SIDE), ("runs/set", image_set)]:
+        assert named in code
+        code = code.replace(named, str(own))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    images = read_training_set(image_set).images
+    with torch.no_grad():
+        expected = {one.caption: tiny.encode_images(one.pixels((SIDE, SIDE))[None])[0] for one in images}
+    found = batches(source_of(tiny, tmp_path, size=len(images)), 1)[0]
+    assert sorted(found.texts) == sorted(expected)
+    for text, latent in zip(found.texts, found.real, strict=True):
+        torch.testing.assert_close(latent, expected[text], atol=1e-2, rtol=1e-3)
+
+
+def test_an_archive_of_a_folder_is_a_shard(tmp_path, tiny):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(image_bytes(number))
+        (tmp_path / "photos" / f"{number}.txt").write_text(prompt_of(number))
+    subprocess.run(["tar", "--sort=name", "-cf", "images-000.tar", "photos"], cwd=tmp_path, check=True)
+    found = batches(source_of(tiny, tmp_path / "images-000.tar", size=3), 1)[0]
+    assert sorted(found.texts) == [prompt_of(number) for number in range(3)]
 
 
 @pytest.mark.parametrize("module", ["torchdata.stateful_dataloader", "datasets", "webdataset.tariterators"])

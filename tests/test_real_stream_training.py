@@ -14,6 +14,7 @@ from fewstep.core.method import Shard
 from fewstep.errors import UserError
 from fewstep.methods.base import DataSetup
 from fewstep.methods.dmd.data import dmd_sources
+from fewstep.models.fingerprint import recipe_fingerprints
 from fewstep.plan.estimate import plan
 
 TERMS = "cfg_augmentation: {}, distribution_matching: {}"
@@ -108,3 +109,22 @@ def test_two_processes_resume_exactly(tiny_folder, tmp_path):
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         distill_by_processes(tiny_folder, tmp_path / out, 2, f"train.steps={steps}", *more)
     assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_moved_shards_are_recognized(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_latents(tmp_path / "one")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "one").rename(tmp_path / "moved" / "two")
+    write_latents(tmp_path / "one")
+
+    def fingerprint(source):
+        more = [f"teacher={tiny_folder}", *OPTIONS, *options(tmp_path / "unused", "gan: {}")]
+        more += ["method.real_stream={}", f"method.real_source={source}"]
+        return recipe_fingerprints(load_recipe("micro-aligned", more)).get("method.real_source")
+
+    assert fingerprint("one") == fingerprint("moved/two") is not None
+    write_latents(tmp_path / "one", first=1)
+    assert fingerprint("one") != fingerprint("moved/two")
+    assert fingerprint("teacher") is None
