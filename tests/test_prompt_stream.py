@@ -239,7 +239,7 @@ def test_two_processes_resume_exactly_and_one_cannot_go_on_for_them(tiny_folder,
     more = options(tmp_path / "data", 2)
     distill(tiny_folder, tmp_path / "whole", 2, "train.steps=4", *more)
     distill(tiny_folder, tmp_path / "parts", 2, "train.steps=2", *more)
-    with pytest.raises(AssertionError, match=r"2 processes read the stream of prompts, which 1 cannot resume; start 2"):
+    with pytest.raises(AssertionError, match=r"2 processes read the run's stream, which 1 cannot resume; start 2"):
         distill(tiny_folder, tmp_path / "parts", 1, "train.steps=4", *more)
     distill(tiny_folder, tmp_path / "parts", 2, "train.steps=4", *more)
     assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))

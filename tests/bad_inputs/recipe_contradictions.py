@@ -46,6 +46,12 @@ SECTION = Section(
             with_override("models.rank=4", "rank: no effect on full copies; set models.train: lora"),
             with_override("models.target_modules=[to_q]", "target_modules: no effect on full copies"),
             with_override("student.eta=0.5", "eta: no effect on the euler sampler; set student.sampler: sde"),
+            with_override("method.real_stream.num_workers=2", "method.real_stream: no effect on teacher"),
+            with_overrides(
+                "method.num_real_images: no effect on shards",
+                *("method.real_source=a.tar", "method.num_real_images=9", "method.terms.gan={}"),
+                "optim.discriminator={lr: 0.001}",
+            ),
         ),
         Message(
             "{recipe}: models.lora_per_step: the student's steps must be fixed; leave out student.step_counts and "

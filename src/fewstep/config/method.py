@@ -64,6 +64,11 @@ class MethodConfig(Settings):
         """Whether it trains on the teacher's trajectories, which are sampled before the training."""
         return False
 
+    @property
+    def streams_real(self) -> bool:
+        """Whether it trains on a stream of real samples with prompts of their own."""
+        return False
+
     def metric_names(self, stage: Stage) -> set[str] | None:
         """Every metric that the losses may give, as ``<part>/<name>``; None if they are not known beforehand."""
         return None

@@ -141,6 +141,14 @@ class StreamSettings(Settings):
     )
 
 
+class RealStreamSettings(StreamSettings):
+    """How real latents and images are read from shards."""
+
+    shuffle_buffer: int = Field(
+        default=1000, ge=1, le=10**7, description="Samples that each worker keeps in memory and shuffles together."
+    )
+
+
 class PromptSettings(Settings):
     """Where prompts come from, and which are held out."""
 

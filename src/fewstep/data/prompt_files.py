@@ -78,15 +78,19 @@ def prompt_files(source: str | Path) -> list[Path]:
     path = Path(source)
     if path.is_dir():
         return _folder(path)
-    paths = [path] if path.exists() or "{" not in str(source) else _braces(str(source))
+    paths = [path] if path.exists() or "{" not in str(source) else expand_braces(str(source))
     for each in paths:
         if not each.exists():
             raise UserError(f"{each}: No such file or folder; prompts come from {FORMATS}")
     return paths
 
 
-def _braces(pattern: str) -> list[Path]:
-    """The files of a pattern such as ``shards-{000..099}.tar``."""
+def expand_braces(pattern: str) -> list[Path]:
+    """The files of a pattern such as ``shards-{000..099}.tar``.
+
+    Raises:
+        UserError: its braces do not match, or a package is missing.
+    """
     try:
         from braceexpand import braceexpand
     except ImportError:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fewstep.config.sections import StreamSettings
 from fewstep.core.method import Shard
-from fewstep.core.seeds import generator
 from fewstep.data.prompt_fields import row_prompts
 from fewstep.data.prompt_files import HUB, hub_errors, open_hub, prompt_files, read_texts
 from fewstep.data.prompt_text import comparison_key
 from fewstep.data.shuffled_stream import ShuffledStream
+from fewstep.data.stream_loader import check_packages, stream_loader
 from fewstep.errors import UserError
 from fewstep.models.text import PromptEncoder
 
@@ -51,11 +48,9 @@ class PromptStream:
         Raises:
             UserError: a package is missing, or there is no such source.
         """
-        try:
-            import torchdata.stateful_dataloader  # noqa: F401  # a missing package is found before the models are loaded
-            from datasets import IterableDataset
-        except ImportError:
-            raise UserError("prompts.stream needs torchdata and datasets; pip install 'fewstep[stream]'") from None
+        check_packages("prompts.stream")  # a missing package is found before the models are loaded
+        from datasets import IterableDataset
+
         with hub_errors(self.source):
             if not self.source.startswith(HUB):
                 files = [str(path) for path in prompt_files(self.source)]
@@ -69,20 +64,13 @@ class PromptStream:
         """The prompts of one process, one by one without end; none is another process's or worker's. A mistake in the
         data is an item: see :class:`ShuffledStream`."""
         from datasets.distributed import split_dataset_by_node
-        from torchdata.stateful_dataloader import StatefulDataLoader
 
         rows = split_dataset_by_node(self.rows, shard.rank, shard.world_size)
-        workers = min(self.settings.num_workers, rows.num_shards)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata calls it
-            return StatefulDataLoader(
-                ShuffledStream(rows, self.prompts, self.settings.shuffle_buffer, seed, self.source),
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=PREFETCHED if workers else None,
-                worker_init_fn=_outlive_one_signal,
-                generator=generator("loader", seed),  # else each iteration draws from the training's own generator
-            )
+        stream = ShuffledStream(rows, self.prompts, self.settings.shuffle_buffer, seed, self.source)
+        return stream_loader(stream, seed, self.settings.num_workers, PREFETCHED)
+
+    def text(self, item: str) -> str:
+        return item
 
     def prompts(self, row: Any) -> list[str]:
         """The prompts of a row that are trained on."""
@@ -131,14 +119,3 @@ def _file_rows(files: Sequence[str], column: str) -> Iterator[dict[str, str]]:
     for file in files:
         for text in read_texts(Path(file), column):
             yield {_TEXT: text}
-
-
-def _outlive_one_signal(worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach a worker too: only the second ends it, as the main process still saves a checkpoint
-    after the first."""
-
-    def ignore_once(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ignore_once)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fewstep.config.method import VALIDATION
 from fewstep.config.recipe import DistillRecipe, Stage, StagesRecipe
 from fewstep.config.sections import EvaluateSettings
+from fewstep.data.prompt_text import comparison_key
 from fewstep.data.prompts import PromptSource, StreamPrompts, check_held_out, checked_prompts, open_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.applicability import check_applicable
@@ -28,6 +29,14 @@ def check_training_prompts(recipe: DistillRecipe | StagesRecipe, last: PromptSou
             raise UserError(
                 f"{where}: this stream does not leave out the last stage's validation and test prompts; set "
                 "prompts.validation_source and prompts.test_source as there"
+            )
+    for one in recipe.stages if isinstance(recipe, StagesRecipe) else []:
+        own = sources[f"stage {one.name}, prompts"]
+        left_out = {comparison_key(text) for split in ("validation", "test") for text in own.texts(split)}
+        if one.method.streams_real and not left_out.issuperset(map(comparison_key, measured)):
+            raise UserError(
+                f"stage {one.name}, method.real_source: these samples may have the last stage's validation and test "
+                "prompts; set prompts of this stage as there"
             )
     training = {where: checked_prompts(source) for where, source in sources.items()}
     for one in recipe.stages if isinstance(recipe, StagesRecipe) else [recipe]:

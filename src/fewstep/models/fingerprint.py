@@ -21,6 +21,7 @@ _PATH_KEYS = (
     *(".teacher", ".init", ".vae", ".text_encoder", ".trajectory.cache", ".dpo.votes"),
     *(".model", ".data.images", ".training_adapter", ".method.lora", ".vision_language_model"),
     *(".prompts.source", ".prompts.validation_source", ".prompts.test_source", ".student.step_chooser"),
+    ".method.real_source",
 )
 
 
@@ -97,6 +98,8 @@ def recipe_fingerprints(recipe: Recipe) -> dict[str, str]:
     after they were moved. What is not there is left out."""
     found: dict[str, str] = {}
     for key, value in flat_recipe(recipe.model_dump(mode="json")).items():
+        if value == "teacher" and key.endswith("real_source"):  # the model's samples, not a folder of this name
+            continue
         if isinstance(value, str) and f".{key}".endswith(_PATH_KEYS):
             fingerprint = path_fingerprint(_named_content(key.rpartition(".")[2], component_folder(value)))
             found |= {key: fingerprint} if fingerprint is not None else {}

@@ -25,7 +25,7 @@ def restore_stream(source: BatchSource, found: Checkpoint, dist: DistContext) ->
         states = found.state["stream"]
         if len(states) != dist.world_size:
             raise UserError(
-                f"{found.path}: {len(states)} processes read the stream of prompts, which {dist.world_size} cannot "
+                f"{found.path}: {len(states)} processes read the run's stream, which {dist.world_size} cannot "
                 f"resume; start {len(states)}, or start over with --overwrite"
             )
         source.load_state_dict(states[dist.rank])

@@ -26,8 +26,8 @@ class Unreadable(Exception):
     """An image that cannot be used; the text is the reason."""
 
 
-def open_rgb(file: Path) -> Image.Image:
-    """An image file as upright 8-bit RGB.
+def open_rgb(file: Path | io.BytesIO) -> Image.Image:
+    """An image file, or the content of one, as upright 8-bit RGB.
 
     EXIF's orientation is applied, alpha is flattened onto white, CMYK and images with a color profile are converted to
     sRGB, 16-bit gray is scaled. Of an animation it is the first frame. The file is not changed.

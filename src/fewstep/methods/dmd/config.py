@@ -13,8 +13,10 @@ from pydantic import Field, create_model, model_validator
 from fewstep.config.base import BatchSize, Fraction, Settings, Updates
 from fewstep.config.method import MethodConfig
 from fewstep.config.schedule import Step, resolve_step
-from fewstep.core.registry import loss_terms
+from fewstep.config.sections import RealStreamSettings
+from fewstep.core.registry import image_sources, loss_terms
 from fewstep.core.schedules import Schedule
+from fewstep.data.real_stream import shard_files
 from fewstep.methods.dmd.cold_start import DynaRSSettings
 from fewstep.methods.dmd.refused import check_refused
 from fewstep.methods.dmd.terms.base import LossTerm, TermSettings, WeightingTerm
@@ -101,7 +103,11 @@ class DMDConfig(MethodConfig):
     )
     real_source: str = Field(
         default="teacher",
-        description="Real latents of the terms that need them: teacher, or an image source such as emoji.",
+        description="Real latents of the terms that need them: teacher; an image source such as emoji; or WebDataset "
+        "shards of latents or images with prompts: a .tar file, several as latents-{000..099}.tar, or a folder.",
+    )
+    real_stream: RealStreamSettings = Field(
+        default_factory=RealStreamSettings, description="How shards of real latents or images are read."
     )
     num_real_images: int = Field(
         default=1024,
@@ -133,6 +139,8 @@ class DMDConfig(MethodConfig):
         return found if found or learned else None
 
     def check_files(self) -> None:
+        if self.streams_real:
+            shard_files(self.real_source)
         for name, settings in self.terms.on.items():
             if isinstance(settings, ScoredTermSettings):
                 open_rewards(settings, name, "meta")
@@ -154,6 +162,10 @@ class DMDConfig(MethodConfig):
     @property
     def samples_teacher(self) -> bool:
         return self.measures_real and self.real_source == "teacher"
+
+    @property
+    def streams_real(self) -> bool:
+        return self.measures_real and self.real_source != "teacher" and self.real_source not in image_sources
 
     def fake_score_start_step(self, total_steps: int) -> int:
         return resolve_step(self.fake_score_start, total_steps)
@@ -184,6 +196,16 @@ class DMDConfig(MethodConfig):
                 )
         if self.real_source != "teacher" and not self.measures_real:
             raise ValueError(f"method.real_source {self.real_source}: no term needs real latents; leave it out")
+        if self.streams_real and self.num_real_images != type(self).model_fields["num_real_images"].default:
+            raise ValueError(
+                "method.num_real_images: no effect on shards, which are read whole; set method.real_source to an image "
+                "source, or leave it out"
+            )
+        if not self.streams_real and self.real_stream != RealStreamSettings():
+            raise ValueError(
+                f"method.real_stream: no effect on {self.real_source}; set method.real_source to shards, or leave it "
+                "out"
+            )
         if stage.trajectory.cache is not None and not self.samples_teacher:
             raise ValueError("trajectory.cache: no term uses the teacher's trajectories; leave it out")
         if self.renoise.dyna_rs is not None:

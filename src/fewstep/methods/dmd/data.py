@@ -18,6 +18,9 @@ from fewstep.core.samplers import sample_euler
 from fewstep.data.image_batches import rendered_image_batches
 from fewstep.data.prompt_batches import prompt_batches
 from fewstep.data.prompt_stream import listed, listed_or_first
+from fewstep.data.prompts import open_prompts
+from fewstep.data.real_batches import RealBatches
+from fewstep.data.real_stream import RealStream, open_real_stream
 from fewstep.data.teacher_trajectories import open_trajectory_cache, teacher_batches
 from fewstep.data.text_prompts import encodable
 from fewstep.errors import UserError
@@ -32,7 +35,7 @@ REFERENCE_STEPS = 16  # of the teacher's samples that the student's latents are 
 
 def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     """ "train": prompts alone, or real batches where a term needs them; "real": latents of images with their prompts,
-    the teacher's or an image source's, where any term uses them; and the terms' own."""
+    the teacher's, an image source's or those of shards, where any term uses them; and the terms' own."""
     recipe, config, train = setup.recipe, setup.recipe.method, setup.recipe.train
     assert isinstance(config, DMDConfig)
     sources: dict[str, BatchSource] = {}
@@ -50,6 +53,11 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     if config.samples_teacher:
         cache = open_trajectory_cache(recipe, setup.teacher, setup.cache, setup.prompts)
         sources["real"] = teacher_batches(cache, setup.teacher, train.batch_size, train.seed)
+    elif config.streams_real:
+        stream = _real_stream(setup, config)
+        # a stream is read in order: what measures it and what trains on it each have one of their own
+        measured, trained = (RealBatches(setup.teacher, stream, train.batch_size, train.seed) for _ in range(2))
+        sources |= {"real": measured} | ({"train": trained} if config.requires_real else {})
     elif config.measures_real:
         sources["real"] = rendered_image_batches(
             *(config.real_source, setup.teacher, listed(setup.prompts)),
@@ -60,6 +68,14 @@ def dmd_sources(setup: DataSetup) -> dict[str, BatchSource]:
     for name, settings in config.terms.on.items():
         sources |= loss_terms.get(name).batch_sources(settings, setup)
     return sources
+
+
+def _real_stream(setup: DataSetup, config: DMDConfig) -> RealStream:
+    """The samples of shards, without the samples of the recipe's validation and test prompts."""
+    recipe = setup.recipe
+    prompts = open_prompts(recipe.prompts)
+    held_out = [*prompts.texts("validation"), *prompts.texts("test")]
+    return open_real_stream(setup.teacher, config.real_source, recipe.prompts.column, config.real_stream, held_out)
 
 
 def _prompt_batches_used(recipe: DistillRecipe, config: DMDConfig) -> int:
