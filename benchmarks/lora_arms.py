@@ -31,8 +31,8 @@ class Arm:
     base_share: float = 0.0
 
 
-# The rate and the rank were chosen on the base with seed 0: ten times the rate and four times the rank of micro-lora's
-# first version learn the style of twice as many images in the same time, and three times this rate loses more names.
+# Chosen on the base, preserved, with seed 0 and 2 minutes: names in other prompts are right in 88%; at a rate of 1e-2
+# in 60 to 75%.
 FLOW_MATCHING = (f"model={STUDENT}", "data.preservation=null", "timesteps.distribution=shift", "adapter.rank=64",
                  "optim.lora.lr=3.0e-3")  # fmt: skip
 PRESERVED = ("data.preservation={prompts: emoji, count: 128, fraction: 0.33}",)

@@ -89,7 +89,7 @@ def open_loras(folder: Path, loras: Mapping[str, float], ignore: Sequence[str] =
         if trained_on(lora.metadata) == "base" and is_few_step(config):
             log_line(
                 f"lora: {lora.file}: trained on a multi-step model, and this is a few-step one: try several strengths; "
-                "fewstep's study has 0.6 to 0.8"
+                "fewstep's study has 0.8 to 1"
             )
     return found
 
