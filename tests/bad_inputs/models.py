@@ -34,7 +34,7 @@ SECTION = Section(
             Case("evaluate tiny --prompts prompts.txt --teacher nowhere", "nowhere: no model", _PROMPTS),
             Case("evaluate tiny --prompts prompts.txt --compare a=nowhere", "nowhere: no model", _PROMPTS),
             Case("encode-prompts prompts.txt --out shards --model nowhere", "nowhere: no model", _PROMPTS),
-            Case("convert nowhere --out model", "nowhere: no model"),
+            *(Case(f"{words} nowhere", "nowhere: no model") for words in ("convert --out m", "lora choose r --model")),
             Case("distill mine.yaml -s teacher=nowhere", "nowhere: no model", _PROMPTS | {"mine.yaml": DISTILL}),
             Case(
                 "distill mine.yaml -s evaluate.enabled=true -s evaluate.compare.a=nowhere",

@@ -108,6 +108,8 @@ def choose_checkpoint(folder: Path, out: Path, settings: ChoiceSettings, device:
         from fewstep.evaluation.lora_choice.report import write
     except ModuleNotFoundError as error:
         raise UserError(f"the report needs {error.name}; pip install 'fewstep[eval]'") from None
+    if settings.model is not None:
+        resolve_model(settings.model)  # a mistake here is reported at once
     run = read_run(folder)
     known = set_prompts(run.images, settings.count)
     drawn_with = settings.model or run.recipe.model
