@@ -25,6 +25,13 @@ teacher: tiny
 prompts: {source: prompts.txt}
 num_trajectories: 4
 """
+STAGES = """\
+kind: stages
+name: mine
+teacher: tiny
+evaluate: {enabled: false}
+stages:
+"""
 PROMPTS = "a fox\na bear\na cat\n"
 
 TRANSFORMER = "tiny/transformer/diffusion_pytorch_model.safetensors"

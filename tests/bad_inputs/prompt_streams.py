@@ -5,17 +5,14 @@ from pathlib import Path
 
 from stream_setup import write_tar
 
-from bad_inputs.files import CACHE, DISTILL, PROMPTS
+from bad_inputs.files import CACHE, DISTILL, PROMPTS, STAGES
 from bad_inputs.table import Case, Message, Section
 
 _RECIPE = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
 _STREAM = "-s prompts.stream={}"
-_STAGES = """\
-kind: stages
-name: mine
-teacher: tiny
-evaluate: {enabled: false}
-stages:
+_STAGES = (
+    STAGES
+    + """\
   - name: first
     method: {name: dmd, terms: {cfg_augmentation: {}, distribution_matching: {}}}
     optim: {student: {lr: 0.01}, fake_score: {lr: 0.02}}
@@ -27,6 +24,7 @@ stages:
     train: {steps: 1, batch_size: 2}
     prompts: {source: prompts.txt}
 """
+)
 
 
 def _shard(expected: str, *members: tuple[str, str | bytes]) -> Case:

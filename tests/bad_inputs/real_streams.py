@@ -10,18 +10,15 @@ from safetensors.torch import save
 from stream_setup import write_tar
 from wan_setup import save_wan
 
-from bad_inputs.files import DISTILL, PROMPTS, folder
+from bad_inputs.files import DISTILL, PROMPTS, STAGES, folder
 from bad_inputs.table import Case, Content, Message, Section
 
 _GAN = "-s method.terms.gan={} -s 'optim.discriminator={lr: 0.001}'"
 _FILES: dict[str, Content] = {"mine.yaml": DISTILL, "prompts.txt": PROMPTS}
 _PROMPT = ("1.txt", "a wolf")
-_STAGES = """\
-kind: stages
-name: mine
-teacher: tiny
-evaluate: {enabled: false}
-stages:
+_STAGES = (
+    STAGES
+    + """\
   - name: first
     method: {name: dmd, real_source: a.tar, terms: {cfg_augmentation: {}, mmd: {}}}
     optim: {student: {lr: 0.01}}
@@ -33,6 +30,7 @@ stages:
     train: {steps: 1, batch_size: 2}
     prompts: {source: prompts.txt, validation_source: validation.txt, heldout_fraction: 0}
 """
+)
 
 
 def _source(source: str, expected: str, files: Mapping[str, Content]) -> Case:

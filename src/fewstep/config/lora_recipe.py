@@ -21,11 +21,10 @@ class OwnImagesSettings(Settings):
     count: int = Field(default=1000, ge=1, le=10**6, description="Images, of as many random prompts.")
 
 
-class PreservationSettings(Settings):
+class PreservationSettings(OwnImagesSettings):
     """Prior preservation (DreamBooth, arXiv 2208.12242): images that the model makes without the LoRA, of other
     prompts, are trained on beside the set, so that the model keeps what it knows."""
 
-    prompts: str = Field("emoji", description="Source of the prompts, as prompts.source of a distillation.")
     count: int = Field(default=200, ge=1, le=10**6, description="Images, of as many random prompts.")
     fraction: float = Field(default=0.5, gt=0, lt=1, description="Fraction of the batches that have these images.")
 
