@@ -245,3 +245,15 @@ def test_state_is_restored():
     first.before_step(12), second.before_step(12)
     assert second.open == first.open
     assert second.gate.metrics() == first.gate.metrics()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.9])
+def test_final_states_have_their_share(share):
+    """The others are of intermediate steps alike."""
+    torch.manual_seed(0)
+    adversary = adversary_of(0.0, final_share=share)
+    adversary.before_step(20)
+    pairs, _ = adversary._pairs(batch_of(4000))
+    counts = pairs.step.bincount(minlength=len(SIGMAS) - 1) / 4000
+    expected = [(1 - share) / (len(SIGMAS) - 2)] * (len(SIGMAS) - 2) + [share]
+    torch.testing.assert_close(counts, torch.tensor(expected), rtol=0, atol=0.03)

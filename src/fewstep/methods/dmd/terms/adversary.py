@@ -58,6 +58,9 @@ class AdversarySettings(Settings):
         0.01, description="Deviation of the noise that the penalty adds to real states."
     )
     final_sigma: Share = Field(0.1, description="Noise level at which final states are compared and scored.")
+    final_share: Share = Field(
+        0.5, description="Share of the samples whose final state is compared; of the others one intermediate state."
+    )
     pretraining: Step = Field("50%", description="Step before which the discriminator is trained alone, with replay.")
     replay: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="Share of earlier samples in the discriminator's batches during pretraining."
@@ -168,7 +171,7 @@ class Adversary:
         """A state of each sample's rollout beside a real sample, and which of them are held out; with replay."""
         states = torch.stack(self.scored_states(self.simulate(batch), torch.randn_like(batch.noise)))
         count, device = len(batch), batch.noise.device
-        step = torch.randint(len(states), (count,)).to(device)
+        step = self._drawn_steps(count).to(device)
         replaced, drawn = torch.rand(count) < self.settings.replay, torch.rand(count)
         fresh = Pairs(states[step, torch.arange(count, device=device)], batch.real, step, batch.prompts)
         held_out = torch.tensor([is_held_out(text, self.settings.held_out) for text in batch.texts], device=device)
@@ -178,6 +181,12 @@ class Adversary:
         for kept in self.dist.all_gather_object(fresh[torch.arange(count)[~held_out.cpu()]].to("cpu")):
             self.replay.add(kept)
         return mixed, held_out
+
+    def _drawn_steps(self, count: int) -> Tensor:
+        """The step of the student's whose state is compared, for each sample: [count]. Intermediate states, which are
+        mostly noise, tell the discriminator little."""
+        final = len(self.levels) - 1
+        return torch.where(torch.rand(count) < self.settings.final_share, final, torch.randint(final, (count,)))
 
     def _measure(self, step: Tensor, real: Tensor, fake: Tensor, held_out: Tensor, condition: Tensor) -> None:
         """Keeps the scores of held-out pairs, and the moments of generated samples' scores."""
