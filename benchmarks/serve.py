@@ -16,15 +16,19 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import json
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from fastapi import FastAPI
-from serve_bench import PROMPTS, Server, fewstep_server, post
+from serve_bench import Server, fewstep_server
+from serve_clients import PROMPTS, post
 from serve_soak import soak
 
 from fewstep.data.images import to_pil
@@ -60,19 +64,11 @@ def bare_throughput(pipeline: TextToImagePipeline, steps: int, batch: int) -> fl
 
 
 def under_load(port: int, rate: float, count: int, steps: int) -> tuple[float, list[float]]:
-    """Throughput in images per second, and the latency of each request, with Poisson arrivals."""
-    arrivals = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count))
-    start = time.perf_counter()
-
-    def request(index: int) -> float:
-        time.sleep(max(0.0, start + arrivals[index] - time.perf_counter()))
-        status, _ = post(port, {"prompt": PROMPTS[index % len(PROMPTS)], "seed": index, "steps": steps})
-        assert status == 200, status
-        return time.perf_counter() - start - arrivals[index]
-
-    with ThreadPoolExecutor(count) as threads:
-        latencies = list(threads.map(request, range(count)))
-    return count / (time.perf_counter() - start), latencies
+    """Throughput in images per second, and the latency of each request, with Poisson arrivals from another process."""
+    command = [sys.executable, str(Path(__file__).with_name("serve_clients.py"))]
+    command += [str(each) for each in (port, rate, count, steps)]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    return count / found["seconds"], found["latencies"]
 
 
 def overhead(pipeline: TextToImagePipeline, port: int, steps: int) -> float:

@@ -1,9 +1,7 @@
-"""Servers on a free port of this process, and requests to them, for the benchmarks of the server."""
+"""Servers on a free port of this process, for the benchmarks of the server."""
 
 from __future__ import annotations
 
-import http.client
-import json
 import socket
 import threading
 import time
@@ -16,8 +14,6 @@ from fewstep.serve.app import make_app
 from fewstep.serve.loras import LoraFolder
 from fewstep.serve.service import Service
 from fewstep.serve.settings import ApiKeys, ServeSettings
-
-PROMPTS = ["a noto emoji of a red apple", "a dog", "a fluent emoji of a cat on a green background", "一辆绿色的汽车"]
 
 
 class Server:
@@ -48,13 +44,3 @@ def fewstep_server(
     while not service.ready:
         time.sleep(0.01)
     return server, service
-
-
-def post(port: int, body: dict | bytes) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    content = body if isinstance(body, bytes) else json.dumps(body)
-    connection.request("POST", "/v1/images/generations", content, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    read = answer.status, answer.read()
-    connection.close()
-    return read
