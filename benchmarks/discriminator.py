@@ -53,15 +53,16 @@ def features_of(teacher: TextToImagePipeline, x: Tensor, prompts: list[str]) -> 
     parts = []
     for first in range(0, len(x), 32):
         part, sigma = x[first : first + 32], torch.full((len(x[first : first + 32]),), SETTINGS.final_sigma)
-        encoded = teacher.encoder.encode(prompts[first : first + 32])
+        encoded = teacher.encoder(prompts[first : first + 32])
         parts.append(teacher.denoiser.features(part, sigma, encoded, SETTINGS.depths))
     return torch.cat(parts)
 
 
 def curve(
-    model: nn.Module, score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, lr: float, momentum: float
+    model: nn.Module, score: Callable[[Tensor], Tensor], pairs: tuple[Tensor, Tensor], lr: float, momentum: float
 ) -> str:
     """Held-out and training AUC after each number of updates, as cells of a Markdown table."""
+    real, fake = pairs
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(momentum, 0.99), weight_decay=0)
     trained, cells = 3 * len(real) // 4, []
     for update in range(1, max(UPDATES) + 1):
@@ -73,8 +74,8 @@ def curve(
         if update in UPDATES:
             with torch.no_grad():
                 of_real, of_fake = score_of(score(real)), score_of(score(fake))
-            held_out = float(auc(of_real[trained:], of_fake[trained:]))
-            cells.append(f"{held_out:.2f} ({float(auc(of_real[:trained], of_fake[:trained])):.2f})")
+            held_out, seen = (auc(of_real[rows], of_fake[rows]) for rows in (slice(trained, None), slice(trained)))
+            cells.append(f"{held_out:.2f} ({seen:.2f})")
     return " | ".join(cells)
 
 
@@ -88,11 +89,12 @@ def main() -> None:
     prompts = [texts[index] for index in order[: options.prompts].tolist()]
     teacher, dataset = load("micro"), EmojiDataset.load()
     fake = student_latents(load(options.model), prompts)
-    images = dataset.render([dataset.parse(prompt) for prompt in prompts], torch.Generator().manual_seed(0))
+    specs = [spec for spec in map(dataset.parse, prompts) if spec is not None]
+    images = dataset.render(specs, torch.Generator().manual_seed(0))
     real = torch.cat([teacher.encode_images(part) for part in images.split(64)])
     sigma, eps = torch.full((len(real),), SETTINGS.final_sigma), torch.randn_like(real)
-    noisy = [flow.add_noise(each, sigma, eps) for each in (real, fake)]
-    seen = [features_of(teacher, each, prompts) for each in noisy]
+    noisy = flow.add_noise(real, sigma, eps), flow.add_noise(fake, sigma, eps)
+    seen = features_of(teacher, noisy[0], prompts), features_of(teacher, noisy[1], prompts)
     width = seen[0].shape[-1] // len(SETTINGS.depths)
     print("held-out AUC (on training prompts), by updates")
     print("| | " + " | ".join(map(str, UPDATES)) + " |\n|" + "---|" * (len(UPDATES) + 1))
@@ -103,7 +105,7 @@ def main() -> None:
         def logits(features: Tensor, heads: nn.Module = heads) -> Tensor:
             return heads(features, sigma[: len(features)])
 
-        print(f"| heads, lr {lr:g}, momentum {momentum:g} | {curve(heads, logits, *seen, lr, momentum)} |", flush=True)
+        print(f"| heads, lr {lr:g}, momentum {momentum:g} | {curve(heads, logits, seen, lr, momentum)} |", flush=True)
     torch.manual_seed(0)
     channels = real.shape[1]
     network = nn.Sequential(
@@ -111,7 +113,7 @@ def main() -> None:
         nn.Conv2d(64, 1, 1),
     )
     print(
-        f"| convolution, lr 3e-3, momentum 0.9 | {curve(network, lambda x: network(x).flatten(2), *noisy, 3e-3, 0.9)} |"
+        f"| convolution, lr 3e-3, momentum 0.9 | {curve(network, lambda x: network(x).flatten(2), noisy, 3e-3, 0.9)} |"
     )
 
 

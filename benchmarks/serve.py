@@ -36,6 +36,8 @@ from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline, load
 
+BARE_BATCHES = 10  # of the bare loop, for its throughput
+
 
 def plain_app(pipeline: TextToImagePipeline) -> FastAPI:
     """The server that one writes first: a thread for each request, and a lock around the model."""
@@ -58,9 +60,9 @@ def bare_throughput(pipeline: TextToImagePipeline, steps: int, batch: int) -> fl
     prompts = (PROMPTS * batch)[:batch]
     generate(pipeline, prompts, params)
     start = time.perf_counter()
-    for _ in range(3):
+    for _ in range(BARE_BATCHES):
         generate(pipeline, prompts, params)
-    return 3 * batch / (time.perf_counter() - start)
+    return BARE_BATCHES * batch / (time.perf_counter() - start)
 
 
 def under_load(port: int, rate: float, count: int, steps: int) -> tuple[float, list[float]]:
@@ -97,6 +99,9 @@ def load_test(pipeline: TextToImagePipeline, count: int, steps: int, batch: int,
             p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
             print(f"| {name} | {load_factor:g} | {throughput:.2f} | {p50:.2f} | {p95:.2f} | {p99:.2f} |", flush=True)
         if name == "fewstep, batches":
+            # other guests of the machine change its speed within minutes
+            around = statistics.mean([bare, bare_throughput(pipeline, steps, batch)])
+            print(f"  load {loads[-1]:g} over the bare loop before and after: {throughput / around:.2f} x")
             print(f"  one request over the bare generation: {overhead(pipeline, server.port, steps):.3f} x", flush=True)
         server.stop()
 
