@@ -160,7 +160,8 @@ def test_images_are_decoded_for_rewards_with_gradient(folder):
     latents = torch.randn(2, *model.latent_shape(32, 32), requires_grad=True)
     images = decode_images(model, latents)
     assert images.shape == (2, 3, 32, 32)
-    torch.testing.assert_close(images, model.decode(latents.detach()))
+    # both decode in fp32, in different batches: on a CPU without AVX-512 their sums differ by rounding
+    torch.testing.assert_close(images, model.decode(latents.detach()), rtol=1e-4, atol=1e-4)
     images.sum().backward()
     assert (latents.grad.abs().amax(dim=(1, 2, 3, 4)) > 0).all()
 
