@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dmdr_arms import GROUPS, REWARD
+
 STEPS = (4, 2, 1)
-REWARD = "rewards: [{reward: emoji}]"
 ADVERSARY = "optim.discriminator={lr: 3.0e-3, betas: [0.9, 0.99]}"
 
 #: Constant learning rates: an arm's training has no known end.
@@ -52,15 +53,12 @@ def decoupled(steps: int) -> list[str]:
     return [f"method.terms={{{distillation(steps)}}}"]
 
 
-def dmd2(steps: int) -> list[str]:
-    return [
-        f"method.terms={{{distillation(steps)}, gan: {{weight: 0.3}}}}",
-        *("method.renoise.schedule=shared", "method.fake_score_updates=5", *adversary(steps)),
-    ]
-
-
 def gan(steps: int) -> list[str]:
     return [f"method.terms={{{distillation(steps)}, gan: {{weight: 0.3}}}}", *adversary(steps)]
+
+
+def dmd2(steps: int) -> list[str]:
+    return [*gan(steps), "method.renoise.schedule=shared", "method.fake_score_updates=5"]
 
 
 def dmdr(steps: int) -> list[str]:
@@ -77,7 +75,8 @@ def adversarial(term: str, settings: str) -> Callable[[int], list[str]]:
         return [
             f"student={{steps: {steps}, sampler: sde, eta: 0.9}}",
             f"method.terms={{{distillation(steps)}, {term}: {{{settings}{trained}, {gate}}}}}",
-            *("method.group_size=4", *adversary(steps)),
+            *GROUPS,
+            *adversary(steps),
         ]
 
     return overrides

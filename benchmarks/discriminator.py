@@ -92,6 +92,7 @@ def main() -> None:
     specs = [spec for spec in map(dataset.parse, prompts) if spec is not None]
     images = dataset.render(specs, torch.Generator().manual_seed(0))
     real = torch.cat([teacher.encode_images(part) for part in images.split(64)])
+    torch.manual_seed(0)
     sigma, eps = torch.full((len(real),), SETTINGS.final_sigma), torch.randn_like(real)
     noisy = flow.add_noise(real, sigma, eps), flow.add_noise(fake, sigma, eps)
     seen = features_of(teacher, noisy[0], prompts), features_of(teacher, noisy[1], prompts)

@@ -5,7 +5,7 @@
 
 ``load``: the bare batched loop sets the scale. Then, at fractions of its throughput, requests arrive at random times
 (Poisson) at three servers in this process: fewstep's with batches, fewstep's without (one image at a time), and a plain
-one, FastAPI with a lock around the pipeline, as one writes it in an hour.
+one, FastAPI with a lock around the pipeline, as one writes it in an hour. The clients are another process.
 
 ``soak``: random sizes, steps, seeds and LoRA files; some clients cancel a stream, are killed, or send nonsense. Every
 image is compared with the one of ``fewstep generate`` to the bit; memory is shown at the start and after each quarter.
