@@ -14,11 +14,11 @@ from diffusers import (
 from language_models import micro_tokenizer, random_model
 
 
-def save_flux2(folder: Path, is_distilled: bool = False, **scheduler: object) -> Path:
+def save_flux2(folder: Path, is_distilled: bool = False, heads: int = 3, **scheduler: object) -> Path:
     """Written by diffusers. The text encoder has as many layers as the released one's features are taken from."""
     torch.manual_seed(0)
     transformer = Flux2Transformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=3,
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=heads,
         joint_attention_dim=96, timestep_guidance_channels=32, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
     )  # fmt: skip
     for parameter in transformer.parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from fewstep.data.text_prompts import encodable
 from fewstep.inference.generate import generate
 from fewstep.inference.params import SamplingParams
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
-from fewstep.methods.models_setup import Models, build_models, check_models
+from fewstep.methods.models_setup import Models, build_models, check_models, check_processes
 from fewstep.models.components import resolve_model
 from fewstep.models.pipeline import TextToImagePipeline, load
 from fewstep.models.step_adapters import check_one_transformer
@@ -72,6 +72,7 @@ def open_inputs(recipe: DistillRecipe, dist: DistContext, encoded: Path | None) 
     Args:
         encoded: folder for encoded prompts that do not fit into memory.
     """
+    check_processes(recipe, dist.world_size)
     torch.manual_seed(recipe.train.seed)
     source = open_prompts(recipe.prompts)  # before the teacher is loaded: a mistake here is reported at once
     dtype = torch.float32 if recipe.models.frozen_dtype == "fp32" else torch.bfloat16
@@ -100,12 +101,12 @@ def make_trainer(
 
     Arguments as for :func:`distill`.
     """
-    dist = dist or DistContext()
+    dist = replace(dist or DistContext(), context_parallel=recipe.models.context_parallel)
     method_class: type[DistillMethod] = methods.get(recipe.method.name)
     torch.manual_seed(recipe.train.seed)
     trajectories = cache or run.directory / "cache"
     if dist.world_size > 1 and recipe.method.samples_teacher and recipe.trajectory.cache is None:
-        fill_trajectory_cache(recipe, inputs.teacher, trajectories, inputs.prompts, dist.shard, dist.barrier)
+        fill_trajectory_cache(recipe, inputs.teacher, trajectories, inputs.prompts, dist.process, dist.barrier)
     with dist.main_process_first():
         data = DataSetup(recipe, inputs.teacher, inputs.prompts, trajectories)
         sources = method_class.batch_sources(data)

@@ -1,5 +1,7 @@
 """Values in recipes that are possible, but not beside the others."""
 
+from wan_setup import save_wan
+
 from bad_inputs.overrides import FILES, caching_with, with_override, with_overrides
 from bad_inputs.table import Case, Message, Section
 
@@ -59,6 +61,31 @@ SECTION = Section(
             "Each step has a LoRA of its own, for its own noise level.",
             with_overrides("models.lora_per_step: the student's steps", *_STEP_LORAS, "student.step_counts=[2, 4]"),
             with_overrides("steps must be fixed", *_STEP_LORAS, "student.timestep_sampling=continuous"),
+        ),
+        Message(
+            "{recipe}: models: compile: not with models.context_parallel; leave one of the two out",
+            "Compiled blocks that exchange tokens were never tried.",
+            with_overrides("compile: not with", "models.compile=true", "models.context_parallel=2"),
+        ),
+        Message(
+            "models.context_parallel {number} does not divide the number of processes, {count}",
+            "Start the command with `torchrun`; groups of that many processes share each sample.",
+            Case("distill mine.yaml -s models.context_parallel=2", "processes, 1", FILES),
+            Case("plan mine.yaml -s models.context_parallel=2 --gpus 3", "processes, 3", FILES),
+        ),
+        Message(
+            "models.context_parallel: {transformer} cannot divide its tokens; leave it out",
+            "Wan 2.1 and FLUX.2 [klein] can.",
+            Case("plan mine.yaml -s models.context_parallel=2 --gpus 2", "ZImageTransformer2DModel cannot", FILES),
+        ),
+        Message(
+            "models.context_parallel {number} does not divide the transformer's {count} attention heads",
+            "Each process computes the attention of its own heads.",
+            Case(
+                "plan mine.yaml -s teacher=wan -s models.context_parallel=3 --gpus 3",
+                "context_parallel 3 does not divide the transformer's 2",
+                FILES | {"wan": save_wan},
+            ),
         ),
         Message(
             "{recipe}: method.fake_score_ema_to_student needs one adapter of the student: leave out "

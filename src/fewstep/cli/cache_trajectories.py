@@ -26,6 +26,8 @@ def cache(
         raise wrong_kind(resolved, recipe)
     folder = out or Path("runs") / resolved.name
     with init_distributed(device) as dist:
-        make_cache(resolved, folder, overwrite=overwrite, device=dist.device, process=dist.shard, barrier=dist.barrier)
+        make_cache(
+            resolved, folder, overwrite=overwrite, device=dist.device, process=dist.process, barrier=dist.barrier
+        )
     if dist.is_main_process:
         typer.echo(folder)

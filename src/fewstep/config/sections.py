@@ -209,12 +209,17 @@ class ModelsSettings(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute each block in the backward pass instead of keeping its activations."
     )
+    context_parallel: int = Field(
+        default=1, ge=1, le=1024, description="Processes that share each sample, each with a part of its tokens."
+    )
 
     @model_validator(mode="after")
     def _check_adapter_keys(self) -> ModelsSettings:
         for key in ("rank", "fake_score_rank", "lora_alpha", "target_modules", "lora_per_step"):
             if self.train == "full" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: no effect on full copies; set models.train: lora, or leave it out")
+        if self.context_parallel > 1 and self.compile is True:
+            raise ValueError("compile: not with models.context_parallel; leave one of the two out")
         return self
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,10 +20,12 @@ from fewstep.core.compiler import check_compiler, compiles
 from fewstep.core.dtensor import full_state_dict
 from fewstep.core.method import Shard
 from fewstep.core.precision import uses_bf16
+from fewstep.errors import UserError
 from fewstep.methods.student_init import LORA, load_adapters, load_init
 from fewstep.models.adapter_files import adapter_state_dict, write_merged
 from fewstep.models.adapters import AdapterDenoiser, add_adapter, copy_adapter, is_adapter_key
 from fewstep.models.components import load_component, resolve_model
+from fewstep.models.context_parallel import ContextParallel
 from fewstep.models.denoiser import TransformerDenoiser
 from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.linear_layers import matching_linears
@@ -34,6 +37,12 @@ from fewstep.training.distributed import DistContext
 from fewstep.training.optim import check_optimizer
 
 STUDENT = "student"
+
+
+class Prepare(Protocol):
+    """Compiles, checkpoints, divides and shards a denoiser as a recipe says."""
+
+    def __call__(self, denoiser: TransformerDenoiser, trained: bool = True) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -121,12 +130,15 @@ def check_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> None:
     """Find what :func:`build_models` would refuse, before any data is made for them.
 
     Raises:
-        UserError: an ending in ``models.target_modules`` matches no layer, or there is no compiler.
+        UserError: an ending in ``models.target_modules`` matches no layer, there is no compiler, or the transformer
+            cannot be divided among ``models.context_parallel`` processes.
     """
     if recipe.models.train == "lora" and recipe.models.target_modules is not None:
         matching_linears(teacher.transformer, recipe.models.target_modules, "models.target_modules")
     if recipe.models.compile is True:
         check_compiler(teacher.device, "models.compile")
+    if recipe.models.context_parallel > 1:
+        teacher.denoiser.check_context_parallel(recipe.models.context_parallel)
 
 
 def build_models(
@@ -148,9 +160,11 @@ def build_models(
     dist, settings = dist or DistContext(), recipe.models
     check_processes(recipe, dist.world_size)
     mesh = dist.mesh(recipe.train.fsdp_shard_size) if dist.world_size > 1 else None
+    context = ContextParallel(dist.context_mesh["ring", "ulysses"]) if dist.context_parallel > 1 else None
+    prepare = partial(_prepare, recipe, mesh, context)
     if settings.train == "full":
-        return _full_copies(recipe, teacher, extra, copies, mesh)
-    return _adapters(recipe, teacher, extra, copies, mesh)
+        return _full_copies(recipe, teacher, extra, copies, prepare)
+    return _adapters(recipe, teacher, extra, copies, prepare)
 
 
 def check_processes(recipe: DistillRecipe, count: int) -> None:
@@ -159,9 +173,13 @@ def check_processes(recipe: DistillRecipe, count: int) -> None:
     Raises:
         UserError: batches that cannot be divided, or an optimizer that works with one process only.
     """
+    if count % recipe.models.context_parallel:
+        raise UserError(
+            f"models.context_parallel {recipe.models.context_parallel} does not divide the number of processes, {count}"
+        )
     if count == 1:
         return
-    Shard(world_size=count).rows(recipe.train.batch_size)
+    Shard(world_size=count // recipe.models.context_parallel).rows(recipe.train.batch_size)
     for part, optim in recipe.optim.items():
         check_optimizer(part, optim, count)
 
@@ -171,7 +189,7 @@ def _full_copies(
     teacher: TextToImagePipeline,
     extra: Sequence[str],
     copies: Sequence[str],
-    mesh: DeviceMesh | None,
+    prepare: Prepare,
 ) -> Models:
     # each is sharded before the next is made: all of them need not fit unsharded
     transformer = copy.deepcopy(teacher.transformer).float()
@@ -181,16 +199,16 @@ def _full_copies(
     kept: dict[str, nn.Module] = {}
     for name in copies:
         kept[name] = frozen = teacher.family.denoiser(copy.deepcopy(transformer)).requires_grad_(False)
-        _prepare(frozen, recipe, mesh, trained=False)
-    _prepare(student.denoiser.requires_grad_(True), recipe, mesh)
+        prepare(frozen, trained=False)
+    prepare(student.denoiser.requires_grad_(True))
     trained: dict[str, nn.Module] = {}
     for name in extra:
         denoiser = teacher.family.denoiser(copy.deepcopy(teacher.transformer).float()).requires_grad_(True)
-        _prepare(denoiser, recipe, mesh)
+        prepare(denoiser)
         trained[name] = denoiser
     if recipe.models.frozen_dtype == "fp8":
         quantize_fp8_(teacher.transformer, teacher.family.quantizable_modules)
-    _prepare(teacher.denoiser, recipe, mesh, trained=False)
+    prepare(teacher.denoiser, trained=False)
     return Models(teacher, student, trained, shares_base=False, teacher_path=recipe.teacher, copies=kept)
 
 
@@ -199,7 +217,7 @@ def _adapters(
     teacher: TextToImagePipeline,
     extra: Sequence[str],
     copies: Sequence[str],
-    mesh: DeviceMesh | None,
+    prepare: Prepare,
 ) -> Models:
     settings, transformer = recipe.models, teacher.transformer
     alpha = settings.lora_alpha or settings.rank
@@ -220,12 +238,7 @@ def _adapters(
             copy_adapter(transformer, source, target)
     if settings.frozen_dtype == "fp8":
         quantize_fp8_(transformer, teacher.family.quantizable_modules)
-    if compiles(settings.compile, teacher.device):
-        teacher.denoiser.compile_repeated_blocks()
-    if settings.gradient_checkpointing:
-        teacher.denoiser.enable_gradient_checkpointing()
-    if mesh is not None:
-        shard_denoiser(teacher.denoiser, mesh, uses_bf16(recipe.train.precision, teacher.device))
+    prepare(teacher.denoiser)
     student = teacher.with_transformer(transformer, student_generation_config(recipe, teacher), student=True)
     sigmas = flow.sigmas_from_timesteps(recipe.student.levels, teacher.shift)
 
@@ -241,13 +254,19 @@ def _adapters(
 
 
 def _prepare(
-    denoiser: TransformerDenoiser, recipe: DistillRecipe, mesh: DeviceMesh | None, trained: bool = True
+    recipe: DistillRecipe,
+    mesh: DeviceMesh | None,
+    context: ContextParallel | None,
+    denoiser: TransformerDenoiser,
+    trained: bool = True,
 ) -> None:
-    """Compile, checkpoint and shard a denoiser as the recipe says."""
-    if compiles(recipe.models.compile, denoiser.transformer.device):
+    """Compile, checkpoint, divide and shard a denoiser as the recipe says."""
+    if compiles(recipe.models.compile, denoiser.transformer.device) and context is None:
         denoiser.compile_repeated_blocks()
     if recipe.models.gradient_checkpointing and trained:
         denoiser.enable_gradient_checkpointing()
+    if context is not None:
+        denoiser.enable_context_parallel(context)
     if mesh is not None:
         shard_denoiser(denoiser, mesh, uses_bf16(recipe.train.precision, denoiser.transformer.device))
 

@@ -17,6 +17,7 @@ from fewstep.core.denoiser import MIDDLE
 from fewstep.errors import UserError
 from fewstep.models.ahead_of_time import AheadOfTime
 from fewstep.models.block import TransformerBlock
+from fewstep.models.context_parallel import ContextParallel, check_heads
 from fewstep.models.layer_cache import CacheSettings, LayerCache
 
 RECOMPILE_LIMIT = 64  # compiled versions of the block
@@ -31,17 +32,21 @@ class TransformerDenoiser(nn.Module, ABC):
 
     Attributes:
         can_reuse_layers: whether ``forward`` uses ``layer_cache``.
+        can_split_tokens: whether ``forward`` and ``features`` use ``context_parallel``.
+        context_parallel: the processes that share each sample, see :meth:`enable_context_parallel`.
         layer_cache: of the sampling at work, see :meth:`reuse_layers`.
         ahead_of_time: the compiled package that ``forward`` uses, see ``ahead_of_time.load_package``.
     """
 
     can_reuse_layers = False
+    can_split_tokens = False
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
         self.layer_cache: LayerCache | None = None
         self.ahead_of_time: AheadOfTime | None = None
+        self.context_parallel: ContextParallel | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts) -> Tensor:
@@ -104,6 +109,24 @@ class TransformerDenoiser(nn.Module, ABC):
             UserError: as for ``velocity_from_text``.
         """
         raise UserError(f"aot: {type(self).__name__} cannot be compiled ahead of time; use compile")
+
+    def enable_context_parallel(self, context: ContextParallel) -> None:
+        """Compute a part of each sample's tokens; all processes of the group call the denoiser with equal inputs.
+
+        Raises:
+            UserError: the family cannot do that, or its heads cannot be divided evenly.
+        """
+        self.check_context_parallel(context.size)
+        context.apply(self.transformer)
+        self.context_parallel = context
+
+    def check_context_parallel(self, size: int) -> None:
+        """Raises: UserError if ``size`` processes cannot share a sample."""
+        if not self.can_split_tokens:
+            raise UserError(
+                f"models.context_parallel: {type(self.transformer).__name__} cannot divide its tokens; leave it out"
+            )
+        check_heads(self.transformer, size)
 
     def get_blocks(self) -> list[TransformerBlock]:
         """The units of sharding, offloading, checkpointing and compilation, in the transformer's order."""

@@ -31,7 +31,7 @@ def meta_teacher(recipe: DistillRecipe, folder: Path) -> TextToImagePipeline:
 
 def meta_models(recipe: DistillRecipe, teacher: TextToImagePipeline) -> Models:
     """The models of a distillation on the meta device; :class:`DryRun` applies gradient checkpointing."""
-    plain = recipe.models.model_copy(update={"compile": False, "gradient_checkpointing": False})
+    plain = recipe.models.model_copy(update={"compile": False, "gradient_checkpointing": False, "context_parallel": 1})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         changed = recipe.model_copy(update={"init": None, "models": plain})
         method = recipe.method

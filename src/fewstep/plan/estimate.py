@@ -37,6 +37,9 @@ LOADING, COPYING, ENCODING = "loading the teacher", "copying the models", "encod
 TRAJECTORIES = "sampling the teacher's trajectories"
 STEP, PREVIEW, EVALUATION = "training step", "sampling previews", "evaluation at the end"
 
+#: Components of a training step that are divided among the GPUs that share each sample.
+OF_SAMPLES = ("saved activations", "temporaries")
+
 BASE = "base"  # the weights that LoRA adapters share
 
 #: Settings that save memory, in the order in which they are suggested.
@@ -83,7 +86,8 @@ class Plan:
 
 
 def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda") -> Plan:
-    """The plan of a recipe for each of ``gpus`` GPUs that shard the weights.
+    """The plan of a recipe for each of ``gpus`` GPUs that shard the weights. With ``models.context_parallel`` the
+    memory of samples is divided evenly; what each GPU holds of all tokens is left out.
 
     Args:
         device_type: whose kernels and autocast are emulated.
@@ -92,7 +96,10 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
         UserError: there is no such teacher, its configuration cannot be read, or so many GPUs cannot train the recipe.
     """
     check_processes(recipe, gpus)
+    shared = recipe.models.context_parallel
     teacher = meta_teacher(recipe, BUNDLED_CONFIGS.get(recipe.teacher) or resolve_model(recipe.teacher))
+    if shared > 1:
+        teacher.denoiser.check_context_parallel(shared)
     config, teacher_bytes = teacher.generation_config, bytes_of(teacher.transformer)
     encoding = encoding_bytes(teacher)
     counts = ParamCounts.of(teacher.denoiser)
@@ -110,7 +117,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
         for module in (models.student.denoiser, *models.extra.values(), *models.copies.values()):
             nn.Module.to(module, torch.bfloat16)
     with torch.random.fork_rng(devices=[]):  # the losses draw noise
-        dry_run = DryRun(recipe, models, -(-recipe.train.batch_size // gpus), device_type, bf16)
+        dry_run = DryRun(recipe, models, -(-recipe.train.batch_size * shared // gpus), device_type, bf16)
         trained = {part.name: count_parameters(part.module) for part in dry_run.method.trainables}
         states = state_bytes(recipe.optim, trained)
         held = {name: size / sharing(name) for name, size in {**weights, **states}.items() if size}
@@ -125,7 +132,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
         found.peaks = {
             LOADING: {"teacher": teacher_bytes} | encoding,
             ENCODING: {name: size / sharing(name) for name, size in weights.items()} | encoding,
-            STEP: held | dry_run.step(),
+            STEP: held | {name: size / (shared if name in OF_SAMPLES else 1) for name, size in dry_run.step().items()},
             PREVIEW: held | dry_run.preview(),
         }
         if recipe.method.samples_teacher and recipe.trajectory.cache is None:
@@ -138,7 +145,7 @@ def plan(recipe: DistillRecipe, gpus: int = 1, device_type: DeviceType = "cuda")
                 for name in ("teacher", "student", *recipe.evaluate.compare)
             }
             found.peaks[EVALUATION] = whole | dry_run.evaluation(dtype)
-        flops = dry_run.flops()
+        flops = dry_run.flops() / shared
     if not models.shares_base:  # one whole copy, before it is sharded
         found.peaks[COPYING] = {
             "teacher": teacher_bytes,

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -33,11 +33,16 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class DistContext:
-    """The rank and device of this process among `world_size`; by default the only one."""
+    """The rank and device of this process among `world_size`; by default the only one.
+
+    Attributes:
+        context_parallel: processes in a row that compute the same rows of every batch, each a part of their tokens.
+    """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    context_parallel: int = 1
 
     @property
     def is_main_process(self) -> bool:
@@ -46,11 +51,16 @@ class DistContext:
     @property
     def shard(self) -> Shard:
         """This process's part of every batch."""
+        return Shard(self.rank // self.context_parallel, self.world_size // self.context_parallel)
+
+    @property
+    def process(self) -> Shard:
+        """This process's part of what no two processes should do."""
         return Shard(self.rank, self.world_size)
 
     def global_rng(self) -> AbstractContextManager[object]:
         """A context in which random draws are this process's rows of those of the whole batch."""
-        return GlobalBatchRNG(self.shard) if self.world_size > 1 else nullcontext()
+        return GlobalBatchRNG(self.shard) if self.shard.world_size > 1 else nullcontext()
 
     def all_reduce_mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Means over the processes; all must have the same names."""
@@ -84,11 +94,17 @@ class DistContext:
         dist.all_gather_object(found, value)
         return found
 
+    def all_gather_rows(self, value: Value) -> list[Value]:
+        """The value of every process that has rows of its own of a batch, in their order, on all of them."""
+        return self.all_gather_object(value)[:: self.context_parallel]
+
     def all_gather(self, rows: Tensor) -> Tensor:
         """All processes' rows of a batch, in order, with gradient: for losses that are not a mean over samples."""
-        if self.world_size == 1:
+        if self.shard.world_size == 1:
             return rows
-        return torch.cat(all_gather(rows.contiguous()))
+        group = dist.group.WORLD if self.context_parallel == 1 else self.context_mesh["data"].get_group()
+        whole: Tensor = _AllGather.apply(rows, group)  # type: ignore[no-untyped-call]
+        return whole
 
     def sync_unsharded_grads(self, weights: Iterable[Tensor]) -> None:
         """Averages the gradients of unsharded weights over the processes; FSDP averages the others."""
@@ -119,6 +135,19 @@ class DistContext:
         if self.world_size > 1:
             dist.barrier()
 
+    @cached_property
+    def context_mesh(self) -> DeviceMesh:
+        """The processes by rows of a batch and by tokens of a sample; diffusers names the latter.
+
+        Raises:
+            UserError: ``context_parallel`` does not divide the number of processes.
+        """
+        size = self.context_parallel
+        if self.world_size % size:
+            raise UserError(f"models.context_parallel {size} does not divide the {self.world_size} processes")
+        names = ("data", "ring", "ulysses")
+        return init_device_mesh(self.device.type, (self.world_size // size, 1, size), mesh_dim_names=names)
+
     def mesh(self, group: int | None = None) -> DeviceMesh:
         """All processes as one dimension; or, with `group`, replicas each sharded over `group` processes (hybrid
         sharding).
@@ -133,6 +162,23 @@ class DistContext:
         return init_device_mesh(
             self.device.type, (self.world_size // group, group), mesh_dim_names=("replicate", "shard")
         )
+
+
+class _AllGather(torch.autograd.Function):
+    """The rows of all processes of a group. Torch's own has no gradient in a part of gloo's processes (2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows.contiguous()) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
 
 
 @contextmanager

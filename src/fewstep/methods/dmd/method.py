@@ -109,7 +109,7 @@ class DMD(DistillMethod):
     def build(cls, setup: MethodSetup) -> Self:
         recipe, models, config = setup.recipe, setup.models, setup.recipe.method
         assert isinstance(config, DMDConfig)
-        check_whole_groups(recipe.train.batch_size, config.group_size, setup.dist.world_size)
+        check_whole_groups(recipe.train.batch_size, config.group_size, setup.dist.shard.world_size)
         teacher, student = models.teacher, recipe.student
         schedule = config.renoise
         levels = {} if schedule.dyna_rs is None else {"dm_levels": schedule.dyna_rs.resolve(recipe.train.steps)}

@@ -24,6 +24,7 @@ class Flux2Denoiser(TransformerDenoiser):
     """
 
     transformer: Flux2Transformer2DModel
+    can_split_tokens = True
 
     def __init__(self, transformer: Flux2Transformer2DModel) -> None:
         super().__init__(transformer)
@@ -53,21 +54,30 @@ class Flux2Denoiser(TransformerDenoiser):
         self, counts: Sequence[int], x: Tensor, sigma: Tensor, prompts: EncodedPrompts
     ) -> tuple[list[Tensor], Tensor]:
         """Image tokens [B, L, D] after each of ``counts`` layers, and the embedded sigma [B, D]."""
-        model, after = self.transformer, list[Tensor]()
+        model, context, after = self.transformer, self.context_parallel, list[Tensor]()
         temb = model.time_guidance_embed(sigma.to(model.dtype) * TIMESTEPS, None)
         of_image, of_text = model.double_stream_modulation_img(temb), model.double_stream_modulation_txt(temb)
         of_both = model.single_stream_modulation(temb)
         image = model.x_embedder(x.to(model.dtype).flatten(2).transpose(1, 2))
         text = model.context_embedder(prompts.features.to(model.dtype))
-        tokens = text.shape[1]
-        rotary = model.pos_embed(positions(tokens, x.shape[2], x.shape[3], x.device))
+        places = positions(text.shape[1], x.shape[2], x.shape[3], x.device)
+        if context is not None:
+            parts = (context.split(part, 0) for part in (places[: text.shape[1]], places[text.shape[1] :]))
+            text, image, places = context.split(text), context.split(image), torch.cat(list(parts))
+        tokens, rotary = text.shape[1], model.pos_embed(places)
+
+        def keep(image: Tensor, count: int) -> None:
+            if count in counts:
+                whole = image if context is None else context.join(image)
+                after.extend([whole] * counts.count(count))
+
         for count, block in enumerate(model.transformer_blocks[: counts[-1]], 1):
             text, image = block(image, text, of_image, of_text, rotary)
-            after += [image] * counts.count(count)
+            keep(image, count)
         both, first = torch.cat([text, image], dim=1), len(model.transformer_blocks)
         for count, block in enumerate(model.single_transformer_blocks[: max(counts[-1] - first, 0)], first + 1):
             both = block(both, None, of_both, rotary)
-            after += [both[:, tokens:]] * counts.count(count)
+            keep(both[:, tokens:], count)
         return after, temb
 
 

@@ -26,6 +26,7 @@ class WanDenoiser(TransformerDenoiser):
     """
 
     transformer: WanTransformer3DModel
+    can_split_tokens = True
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__(transformer)
@@ -55,14 +56,18 @@ class WanDenoiser(TransformerDenoiser):
         self, counts: Sequence[int], x: Tensor, sigma: Tensor, prompts: EncodedPrompts
     ) -> tuple[list[Tensor], Tensor]:
         """The video's tokens [B, L, D] after each of ``counts`` layers, and the embedded sigma [B, D]."""
-        model = self.transformer
+        model, context = self.transformer, self.context_parallel
         rotary = tuple(part.to(x.device) for part in model.rope(x))  # on the CPU where weights are on the meta device
         text = F.pad(prompts.features, (0, 0, 0, TOKENS - prompts.features.shape[1])).to(model.dtype)
         temb, modulation, text, _ = model.condition_embedder(sigma * TIMESTEPS, text)
         modulation = modulation.unflatten(1, (6, -1))
         video = model.patch_embedding(x.to(model.dtype)).flatten(2).transpose(1, 2).contiguous()
+        if context is not None:
+            video, rotary = context.split(video), tuple(context.split(part) for part in rotary)
         after = []
         for count, block in enumerate(model.blocks[: counts[-1]], 1):
             video = block(video, text, modulation, rotary)
-            after += [video] * counts.count(count)
+            if count in counts:
+                whole = video if context is None else context.join(video)
+                after += [whole] * counts.count(count)
         return after, temb

@@ -178,7 +178,7 @@ class Adversary:
         if self.step >= self.pretraining or fresh.fake.is_meta:
             return fresh, held_out
         mixed = self.replay.mix(fresh, replaced & ~held_out.cpu(), drawn)
-        for kept in self.dist.all_gather_object(fresh[torch.arange(count)[~held_out.cpu()]].to("cpu")):
+        for kept in self.dist.all_gather_rows(fresh[torch.arange(count)[~held_out.cpu()]].to("cpu")):
             self.replay.add(kept)
         return mixed, held_out
 
