@@ -1,4 +1,4 @@
-"""Single files of Stable Diffusion 3, Lumina-Image-2.0 and FLUX.2, against diffusers' own converters."""
+"""Single files of Stable Diffusion 3, Lumina-Image-2.0, FLUX.2 and Wan 2.1, against diffusers' own converters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sd3_setup import save_sd3
 from torch import Tensor
 from typer.testing import CliRunner
+from wan_setup import save_wan
 
 from fewstep.cli.main import app
 from fewstep.errors import UserError
@@ -26,9 +27,9 @@ QUERIES, KEYS = 48, 24  # rows of a tiny Lumina 2
 Weights = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", params=["sd3", "lumina2", "flux2"])
+@pytest.fixture(scope="module", params=["sd3", "lumina2", "flux2", "wan"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    save = {"sd3": save_sd3, "lumina2": save_lumina2, "flux2": save_flux2}[request.param]
+    save = {"sd3": save_sd3, "lumina2": save_lumina2, "flux2": save_flux2, "wan": save_wan}[request.param]
     return save(tmp_path_factory.mktemp(request.param))
 
 
@@ -45,6 +46,8 @@ def converted(file: Weights, folder: Path, monkeypatch: pytest.MonkeyPatch) -> W
         return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(file)
     if resolve_family(folder).pipeline_class == "Flux2KleinPipeline":
         return single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(file)
+    if resolve_family(folder).pipeline_class == "WanPipeline":
+        return single_file_utils.convert_wan_transformer_to_diffusers(file)
     split = torch.split
     sizes = [QUERIES, KEYS, KEYS]
     monkeypatch.setattr(torch, "split", lambda tensor, _, dim: split(tensor, sizes, dim))
@@ -79,10 +82,27 @@ def test_diffusers_names_in_one_file_are_read(folder: Path, weights: Weights, tm
 def test_the_file_of_another_size_is_refused(folder: Path, tmp_path: Path) -> None:
     model, family = load(folder), resolve_family(folder)
     file = write_transformer(model.transformer, tmp_path / "model.safetensors", family, "original")
-    key = next(name for name in load_file(file) if "qkv.weight" in name)
+    key = next(name for name in load_file(file) if name.endswith(("qkv.weight", ".q.weight")))
     save_file(load_file(file) | {key: torch.zeros(6, 48)}, file)
-    with pytest.raises(UserError, match=r"model.safetensors: .*qkv.weight has 6 rows, expected (48|72|96)"):
+    wanted = r"qkv.weight has 6 rows, expected (48|72|96)|attn2.to_q.weight is .6, 48., expected .24, 24."
+    with pytest.raises(UserError, match=f"model.safetensors: .*({wanted})"):
         read_transformer(file, family, model.transformer.config)
+
+
+def test_a_lora_with_the_original_names_is_read(folder: Path, weights: Weights, tmp_path: Path) -> None:
+    model, family = load(folder), resolve_family(folder)
+    original = family.key_layouts["original"].to_format(weights)
+    key = next(name for name in original if name.endswith(("qkv.weight", ".q.weight")))
+    down, up = torch.randn(2, original[key].shape[1]), torch.randn(original[key].shape[0], 2)
+    layer = "diffusion_model." + key.removesuffix(".weight")
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, lora)
+    save_file(original | {key: original[key] + up @ down}, tmp_path / "changed.safetensors")
+    expected = read_transformer(tmp_path / "changed.safetensors", family, model.transformer.config).state_dict()
+    merged = load(folder, loras={str(lora): 1.0}).transformer.state_dict()
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name])
 
 
 def test_the_command_converts_there_and_back(folder: Path, weights: Weights, tmp_path: Path) -> None:

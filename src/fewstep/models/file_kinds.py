@@ -12,6 +12,7 @@ from fewstep.errors import UserError
 _SUPPORTED = "a Z-Image or Lumina transformer"
 _SD3, _SD3_DIFFUSERS = "a Stable Diffusion 3 transformer", "a Stable Diffusion 3 transformer in diffusers' layout"
 _FLUX, _FLUX_DIFFUSERS = "a FLUX or HunyuanVideo transformer", "a FLUX transformer in diffusers' layout"
+_WAN = "a Wan transformer"
 _FP8 = "scaled fp8"
 _MERGE = "give it with --lora beside its base model, or merge it: fewstep lora merge MODEL FILE --out FOLDER"
 
@@ -55,7 +56,7 @@ _FAMILIES: Mapping[tuple[str, ...], str] = {
     ("transformer_blocks.", ".norm1_context."): _SD3_DIFFUSERS,
     ("input_blocks.", "middle_block."): "a Stable Diffusion U-Net",
     ("down_blocks.", "time_embedding."): "a Stable Diffusion U-Net in diffusers' layout",
-    ("blocks.", ".cross_attn."): "a Wan transformer",
+    ("blocks.", ".cross_attn."): _WAN,
     ("blocks.", ".adaln_modulation_self_attn."): "a Cosmos transformer",
     ("transformer_blocks.", "caption_projection."): "a PixArt or SANA transformer",
     ("controlnet_",): "a ControlNet",
@@ -76,6 +77,7 @@ CONVERTIBLE = frozenset(
         _SD3_DIFFUSERS,
         _FLUX,
         _FLUX_DIFFUSERS,
+        _WAN,
         _quantized(_FP8),
         _quantized("ComfyUI"),
         _SIGNATURES[b"GGUF"],

@@ -20,6 +20,7 @@ from fewstep.models.generation_config import GenerationConfig
 from fewstep.models.pretrained import build_module, load_pretrained, save_lora
 from fewstep.models.wan import vae as wan_vae
 from fewstep.models.wan.denoiser import WanDenoiser
+from fewstep.models.wan.keys import KEY_LAYOUTS
 from fewstep.models.wan.prompts import TOKENS, WanPromptEncoder
 from fewstep.models.wan.schedule import open_scheduler, shift_of, sigmas_of, student_scheduler
 
@@ -40,6 +41,7 @@ class WanFamily(ModelFamily):
     patch_size = 2
     lora_target_modules = BLOCK_LINEARS
     quantizable_modules = BLOCK_LINEARS
+    key_layouts = KEY_LAYOUTS
 
     def load_module(self, name: str, path: Path, dtype: Any) -> tuple[nn.Module, LoadingInfo]:
         if name == "transformer":
