@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from reward_setup import Quadratic
 from tiny import fit, tiny_trainer
+from watch_setup import WATCH_FEATURES, WATCHED
 
 from fewstep import api
 from fewstep.config.sections import BestSettings, WatchSettings
-from fewstep.core.registry import feature_networks, rewards
 from fewstep.errors import UserError
 from fewstep.evaluation.plots import relative_curves
 from fewstep.evaluation.validation import Validator, validation_metrics
@@ -19,28 +17,6 @@ from fewstep.training.alerts import AlertMonitor, DivergenceRule
 from fewstep.training.best import new_best
 
 RULE = DivergenceRule("reward", "other", 0.95, 20, "hacked")
-
-
-@rewards.register("test_dark")
-def dark() -> Quadratic:
-    """Best where an image is black."""
-    return Quadratic(0.0)
-
-
-@rewards.register("test_light")
-def light() -> Quadratic:
-    return Quadratic(1.0)
-
-
-@feature_networks.register("test_pixels")
-class PixelFeatures:
-    """The mean color and its deviation: enough for distances, in no time."""
-
-    name = "test_pixels"
-
-    def __call__(self, images, progress=None):
-        pixels = images.float().flatten(1, 2) / 255
-        return torch.cat([pixels.mean(1), pixels.std(1)], dim=1)
 
 
 def alerts(lines, rule=RULE):
@@ -140,11 +116,10 @@ PROMPTS = [f"a noto emoji of a red apple on a {color} background" for color in (
 
 def test_the_watch_measures_rewards_diversity_and_distance(tiny):
     settings = WatchSettings(diversity_prompts=2, diversity_seeds=2, teacher_steps=2)
-    trained = {"test_dark": 2.0, "test_light": -1.0}
-    validator = Validator(PROMPTS, ["emoji"], trained, "test_pixels", settings)
+    validator = Validator(PROMPTS, ["emoji"], WATCHED, WATCH_FEATURES, settings)
     validate = validator(tiny, tiny)
     found = validate()
-    assert set(found) == set(validation_metrics(PROMPTS, ["emoji"], trained, "test_pixels"))
+    assert set(found) == set(validation_metrics(PROMPTS, ["emoji"], WATCHED, WATCH_FEATURES))
     assert found[REWARD] == pytest.approx(2 * found["val/reward_test_dark"] - found["val/reward_test_light"])
     assert found["val/diversity"] > 0
     assert found["val/fd_teacher[test_pixels]"] > 0  # its own images at other steps and guidance
@@ -160,10 +135,10 @@ def test_what_is_trained_on_does_not_measure_the_result():
 
 def test_with_a_discriminator_as_the_reward_the_same_is_measured_but_no_reward(tiny):
     settings = WatchSettings(diversity_prompts=2, diversity_seeds=2, teacher_steps=2)
-    validator = Validator(PROMPTS, ["emoji"], {}, "test_pixels", settings)
+    validator = Validator(PROMPTS, ["emoji"], {}, WATCH_FEATURES, settings)
     found = validator(tiny, tiny)()
     assert validator.watches
-    assert set(found) == set(validation_metrics(PROMPTS, ["emoji"], {}, "test_pixels"))
+    assert set(found) == set(validation_metrics(PROMPTS, ["emoji"], {}, WATCH_FEATURES))
     assert REWARD not in found
     assert {"val/diversity", "val/fd_teacher[test_pixels]"} <= set(found)
     recipe = api.load_recipe("micro-advdmd-4")

@@ -19,7 +19,7 @@ from fewstep.data.prompt_stream import PromptStream, listed_or_first
 from fewstep.data.prompts import open_prompts, training_prompts
 from fewstep.data.teacher_trajectories import fill_trajectory_cache
 from fewstep.data.text_prompts import encodable
-from fewstep.inference.generate import generate
+from fewstep.inference.divided import Divided
 from fewstep.inference.params import SamplingParams
 from fewstep.methods.base import DataSetup, DistillMethod, MethodSetup
 from fewstep.methods.models_setup import Models, build_models, check_models, check_processes
@@ -46,8 +46,10 @@ class Validator(Protocol):
         """Alarms on its metrics."""
         ...
 
-    def __call__(self, student: TextToImagePipeline, teacher: TextToImagePipeline) -> Callable[[], Mapping[str, float]]:
-        """A function that returns metrics of the student's present weights."""
+    def __call__(
+        self, student: TextToImagePipeline, teacher: TextToImagePipeline, divided: Divided
+    ) -> Callable[[], Mapping[str, float]]:
+        """A function that returns metrics of the student's present weights, measured by all processes together."""
         ...
 
 
@@ -114,6 +116,7 @@ def make_trainer(
     setup = MethodSetup(recipe, models, inputs.teacher.encode([""]), sources, inputs.prompts, dist)
     method = method_class.build(setup)
     models.student.enable_model_cpu_offload()
+    divided = Divided(dist.shard, dist.all_gather_rows)
     every = recipe.evaluate.validate_every if validator is not None else 0
     shown = inputs.validation or listed_or_first(inputs.prompts, PREVIEW_IMAGES, models.student.encoder)
     rules: list[Rule] = [*method_class.alert_rules, *(validator.alert_rules() if validator and every else ())]
@@ -123,8 +126,8 @@ def make_trainer(
         run,
         train=recipe.train,
         optim=recipe.optim,
-        preview=make_preview(models.student, shown[:PREVIEW_IMAGES]),
-        validate=validator(models.student, models.teacher) if validator is not None and every else None,
+        preview=make_preview(models.student, shown[:PREVIEW_IMAGES], divided=divided),
+        validate=validator(models.student, models.teacher, divided) if validator is not None and every else None,
         validate_every=every,
         validate_first=validator is not None and validator.watches,
         alert_rules=rules,
@@ -165,11 +168,14 @@ def distill(
 
 
 def make_preview(
-    student: TextToImagePipeline, prompts: Sequence[str], params: SamplingParams | None = None
+    student: TextToImagePipeline,
+    prompts: Sequence[str],
+    params: SamplingParams | None = None,
+    divided: Divided | None = None,
 ) -> Callable[[int], Image.Image]:
     """A function of the step that returns a grid of images: equal prompts and seeds, the student's present weights."""
 
     def preview(step: int) -> Image.Image:
-        return grid(generate(student, prompts, params).images, columns=8)
+        return grid((divided or Divided()).generate(student, prompts, params), columns=8)
 
     return preview

@@ -14,7 +14,7 @@ from fewstep.atomic import write_tensors
 from fewstep.data.images import middle_frame
 from fewstep.evaluation.feature_networks import FeatureNetwork, with_network
 from fewstep.evaluation.metrics import frechet_distance
-from fewstep.inference.generate import generate
+from fewstep.inference.divided import Divided
 from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.progress import log_line
@@ -31,6 +31,7 @@ class TeacherDistance:
     Args:
         steps: of the teacher; None is its generation config's.
         file: keeps the features of the teacher's images; None keeps them in memory.
+        divided: the processes that make the teacher's images.
     """
 
     def __init__(
@@ -40,13 +41,15 @@ class TeacherDistance:
         network: FeatureNetwork,
         steps: int | None = None,
         file: Path | None = None,
+        divided: Divided | None = None,
     ) -> None:
         self.network = network
         if file is not None and file.exists():
             self.features = load_file(file)["features"]
             return
         log_line(f"the teacher's images of {len(prompts)} validation prompts, once")
-        self.features = network(middle_frame(generate(teacher, prompts, SamplingParams(steps=steps)).images))
+        images = middle_frame((divided or Divided()).generate(teacher, prompts, SamplingParams(steps=steps)))
+        self.features = network(images)
         if file is not None:
             write_tensors(file, {"features": self.features})
 

@@ -13,8 +13,9 @@ from fewstep.evaluation.applicability import applicable_scores, mean_scores
 from fewstep.evaluation.feature_networks import DEFAULT
 from fewstep.evaluation.images import as_float
 from fewstep.evaluation.watch import RewardWatch, check_untrained, hacking_rules, watch_metrics
-from fewstep.inference.generate import generate
+from fewstep.inference.divided import Divided
 from fewstep.models.pipeline import TextToImagePipeline
+from fewstep.rewards.protocol import Scorer
 from fewstep.rewards.scorers import open_scorers
 from fewstep.training.alerts import Rule
 
@@ -34,7 +35,7 @@ class Validator:
     """Called with a student and its teacher it returns a function without arguments, which samples the prompts with the
     student's present weights and returns ``val/*``: the mean scores, saturation and high-frequency energy; where
     a reward is trained on, also what :class:`fewstep.evaluation.watch.RewardWatch` measures. Of videos the frame in the
-    middle is measured.
+    middle is measured. Several processes (``divided``) make their shares of the images and scores.
 
     Args:
         prompts: at least one.
@@ -78,21 +79,31 @@ class Validator:
         scores = [key for one in open_scorers(self.scorers).values() for key in applicable_scores(one, self.prompts)]
         return hacking_rules([f"val/{key}" for key in scores], self.watch, fixed=bool(self.rewards))
 
-    def __call__(self, student: TextToImagePipeline, teacher: TextToImagePipeline) -> Callable[[], dict[str, float]]:
+    def __call__(
+        self, student: TextToImagePipeline, teacher: TextToImagePipeline, divided: Divided | None = None
+    ) -> Callable[[], dict[str, float]]:
+        divided = divided or Divided()
         opened = open_scorers(self.scorers, student.device).values()
         watch = None
         if self.rewards is not None:
-            watch = RewardWatch(student, teacher, self.prompts, self.rewards, self.features, self.watch)
+            watch = RewardWatch(student, teacher, self.prompts, self.rewards, self.features, self.watch, divided)
 
         def validate() -> dict[str, float]:
-            images = middle_frame(generate(student, self.prompts).images)
+            images = middle_frame(divided.generate(student, self.prompts))
             pixels = as_float(images)
             scores: dict[str, float] = {}
             for scorer in opened:
-                scores |= mean_scores(scorer.score(images, self.prompts))
+                scores |= mean_scores(divided_scores(scorer, images, self.prompts, divided))
             scores |= {"saturation": measure.saturation(pixels), "hf_energy": measure.hf_energy(pixels)}
             scores |= self.further(images) if self.further is not None else {}
             found = {f"val/{key}": value for key, value in scores.items()}
             return found | (watch(images) if watch is not None else {})
 
         return validate
+
+
+def divided_scores(scorer: Scorer, images: Tensor, prompts: Sequence[str], divided: Divided) -> dict[str, Tensor]:
+    """A scorer's scores of images, each process's share by itself; every score is float [N]."""
+    rows = divided.rows(len(prompts))
+    own = scorer.score(images[rows], [prompts[row] for row in rows])
+    return {key: divided.join(values, len(prompts)) for key, values in own.items()}

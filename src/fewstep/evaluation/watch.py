@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,11 +15,12 @@ from fewstep.evaluation import metrics as measure
 from fewstep.evaluation.feature_networks import DEFAULT, open_features
 from fewstep.evaluation.images import as_float
 from fewstep.evaluation.teacher_distance import TeacherDistance, distance_name
-from fewstep.inference.generate import generate
+from fewstep.inference.divided import Divided
 from fewstep.inference.params import SamplingParams
 from fewstep.models.pipeline import TextToImagePipeline
 from fewstep.rewards.guarded import guarded_scores
 from fewstep.rewards.open import open_reward
+from fewstep.rewards.protocol import Reward
 from fewstep.training.alerts import AlertRule, DivergenceRule, Rule
 
 REWARD, DIVERSITY = "val/reward", "val/diversity"
@@ -60,6 +60,7 @@ class RewardWatch:
     Args:
         rewards: "name" or "name:argument" -> weight; none where a discriminator is the reward.
         features: the feature network of diversity and distance.
+        divided: the processes that make images, features and scores.
 
     Raises:
         UserError: a reward or the network cannot be opened.
@@ -73,17 +74,22 @@ class RewardWatch:
         rewards: Mapping[str, float],
         features: str,
         settings: WatchSettings,
+        divided: Divided | None = None,
     ) -> None:
+        self.divided = divided or Divided()
         self.student, self.teacher, self.prompts, self.settings = student, teacher, list(prompts), settings
         self.weights = dict(zip(_names(rewards), rewards.values(), strict=True))
         opened = [open_reward(spec, student.device) for spec in rewards]
         self.rewards = dict(zip(self.weights, opened, strict=True))
         self.network = open_features(features, student.device)
+        self._distance: TeacherDistance | None = None
 
-    @cached_property
-    def distance(self) -> TeacherDistance:
-        """To the teacher; its images are made at the first validation."""
-        return TeacherDistance(self.teacher, self.prompts, self.network, self.settings.teacher_steps)
+    def distance(self, features: Tensor) -> dict[str, float]:
+        """To the teacher, whose images are made at the first validation."""
+        if self._distance is None:
+            steps = self.settings.teacher_steps
+            self._distance = TeacherDistance(self.teacher, self.prompts, self.network, steps, divided=self.divided)
+        return self._distance.of_features(features)
 
     def __call__(self, images: Tensor) -> dict[str, float]:
         """``val/reward`` (the weighted sum of the rewards' means, if any), each reward's mean where there are several,
@@ -93,26 +99,32 @@ class RewardWatch:
             images: uint8 [N, H, W, 3], of the prompts.
         """
         pixels = as_float(images).to(self.student.device)
-        means = {}
-        for name, reward in self.rewards.items():
-            scores, _ = guarded_scores(reward, pixels, self.prompts, _MICRO_BATCH)
-            means[name] = float(scores.nanmean())
+        means = {name: float(self._scores(reward, pixels).nanmean()) for name, reward in self.rewards.items()}
         found = {REWARD: sum(self.weights[name] * mean for name, mean in means.items())} if means else {}
         if len(means) > 1:
             found |= {f"{REWARD}_{name}": mean for name, mean in means.items()}
-        features = self.network(images)
+        features = self._features(images)
         found[DIVERSITY] = measure.diversity(self._seed_features(features))
         if len(images) > 1:
-            found |= {f"val/{name}": value for name, value in self.distance.of_features(features).items()}
+            found |= {f"val/{name}": value for name, value in self.distance(features).items()}
         return found
+
+    def _scores(self, reward: Reward, pixels: Tensor) -> Tensor:
+        def own(rows: list[int]) -> Tensor:
+            return guarded_scores(reward, pixels[rows], [self.prompts[row] for row in rows], _MICRO_BATCH)[0]
+
+        return self.divided.apply(own, len(pixels))
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.divided.apply(lambda rows: self.network(images[rows]), len(images))
 
     def _seed_features(self, features: Tensor) -> Tensor:
         """[P, S, D] of several seeds of the first prompts, of which the main images are the first."""
         some = self.prompts[: self.settings.diversity_prompts]
         more = [prompt for prompt in some for _ in range(self.settings.diversity_seeds - 1)]
         params = SamplingParams(seed=image_seed(0, len(self.prompts)))
-        images = middle_frame(generate(self.student, more, params).images)
-        others = self.network(images).unflatten(0, (len(some), -1))
+        images = middle_frame(self.divided.generate(self.student, more, params))
+        others = self._features(images).unflatten(0, (len(some), -1))
         return torch.cat([features[: len(some), None], others], dim=1)
 
 
