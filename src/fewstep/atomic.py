@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -118,6 +119,12 @@ def sync(path: Path) -> None:
 
 def _set_default_mode(file: Path) -> None:
     """Give a file the permissions of any new file: safetensors writes files that only their owner can read."""
+    file.chmod(0o666 & ~_umask())
+
+
+@cache
+def _umask() -> int:
+    """Of this process; read once, as reading it sets it for a moment, in all threads."""
     umask = os.umask(0o077)
     os.umask(umask)
-    file.chmod(0o666 & ~umask)
+    return umask

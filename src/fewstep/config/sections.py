@@ -60,6 +60,10 @@ class TrainSettings(Settings):
     sample_every: int = Field(default=0, ge=0, description="Steps between preview images; 0 makes none.")
     save_every: int = Field(default=200, ge=1, description="Steps between checkpoints; the last step always makes one.")
     save_minutes: float | None = Field(default=None, gt=0, description="Also a checkpoint after this many minutes.")
+    async_checkpoints: bool = Field(
+        default=False,
+        description="Copy what a checkpoint holds to the CPU's memory and write it while the training continues.",
+    )
     max_checkpoints: int = Field(default=2, ge=1, description="Checkpoints to keep; older ones are deleted.")
     keep_best: BestSettings | None = Field(
         default=None, description="Also keeps the checkpoint with the best logged value of a metric."

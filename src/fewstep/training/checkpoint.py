@@ -92,7 +92,7 @@ def save(
     try:
         with atomic_folder(target) if dist.is_main_process else nullcontext():
             dist.barrier()
-            dcp.write(aside, groups)
+            dcp.write(aside, groups, dist.group)
             if dist.is_main_process:
                 (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             dist.barrier()

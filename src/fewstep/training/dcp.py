@@ -3,8 +3,7 @@ processes reads them again. In safetensors files, without the pickled index that
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,18 +30,24 @@ class _ShardReader(HuggingFaceStorageReader):
         self.fs = _Shards()
 
 
-def write(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+def write(
+    folder: Path, groups: Mapping[str, Mapping[str, Tensor]], process_group: dist.ProcessGroup | None = None
+) -> None:
     """Write this process's part of named groups of tensors, as ``shard-*.safetensors`` in an existing folder.
 
     Every process calls it. Raises: dcp.CheckpointException, on every process, if one cannot write.
+
+    Args:
+        process_group: of all processes, over which they agree; None is the default one.
     """
     flat = {
         _key(group, name): tensor.detach().contiguous()
         for group, tensors in groups.items()
         for name, tensor in tensors.items()
     }
-    with _one_process_is_fine():
-        dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=_alone())
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _one_process_is_fine()
+    dcp.save(flat, storage_writer=writer, process_group=process_group, no_dist=_alone())
 
 
 def shapes(folder: Path, group: str) -> dict[str, torch.Size]:
@@ -64,20 +69,17 @@ def load_into(folder: Path, group: str, live: Mapping[str, Tensor]) -> None:
     if not live:
         return
     targets = {_key(group, name): tensor.detach() for name, tensor in live.items()}
-    with _one_process_is_fine():
-        dcp.load(targets, storage_reader=_ShardReader(folder), no_dist=_alone())
+    _one_process_is_fine()
+    dcp.load(targets, storage_reader=_ShardReader(folder), no_dist=_alone())
 
 
 def _alone() -> bool:
     return not dist.is_initialized()
 
 
-@contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    """Without DCP's warning about a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _one_process_is_fine() -> None:
+    """Turns off DCP's warning about a single process; for good, as a thread must not restore the process's filters."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _index(folder: Path, group: str) -> dict[str, TensorStorageMetadata]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,12 +37,14 @@ class DistContext:
 
     Attributes:
         context_parallel: processes in a row that compute the same rows of every batch, each a part of their tokens.
+        group: of all processes, over which they talk; None is the default one.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     context_parallel: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -67,7 +69,7 @@ class DistContext:
         if self.world_size == 1:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=self.group)
         return dict(zip(metrics, (values / self.world_size).tolist(), strict=True))
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ class DistContext:
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def all_reduce_max(self, *values: float) -> list[float]:
@@ -83,7 +85,7 @@ class DistContext:
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
     def all_gather_object(self, value: Value) -> list[Value]:
@@ -91,7 +93,7 @@ class DistContext:
         if self.world_size == 1:
             return [value]
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def all_gather_rows(self, value: Value) -> list[Value]:
@@ -102,7 +104,7 @@ class DistContext:
         """All processes' rows of a batch, in order, with gradient: for losses that are not a mean over samples."""
         if self.shard.world_size == 1:
             return rows
-        group = dist.group.WORLD if self.context_parallel == 1 else self.context_mesh["data"].get_group()
+        group = self.group or dist.group.WORLD if self.context_parallel == 1 else self.context_mesh["data"].get_group()
         whole: Tensor = _AllGather.apply(rows, group)  # type: ignore[no-untyped-call]
         return whole
 
@@ -112,14 +114,14 @@ class DistContext:
             return
         for weight in weights:
             if weight.grad is not None and not isinstance(weight.grad, DTensor):
-                dist.all_reduce(weight.grad)
+                dist.all_reduce(weight.grad, group=self.group)
                 weight.grad /= self.world_size
 
     def broadcast(self, module: nn.Module) -> None:
         """Copies the main process's weights of an unsharded module to the others."""
         if self.world_size > 1:
             for tensor in module.state_dict().values():
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor, 0, group=self.group)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
@@ -133,7 +135,11 @@ class DistContext:
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def beside(self) -> DistContext:
+        """The same processes with a gloo group of their own, for another thread. Every process calls it."""
+        return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
     @cached_property
     def context_mesh(self) -> DeviceMesh:

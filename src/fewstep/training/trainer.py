@@ -18,6 +18,7 @@ from fewstep.progress import log_line, training_display
 from fewstep.training import checkpoint
 from fewstep.training.alerts import Alert, AlertMonitor, Rule
 from fewstep.training.best import Best, missing_metric, new_best
+from fewstep.training.checkpoint_writer import CheckpointWriter
 from fewstep.training.distributed import DistContext
 from fewstep.training.malloc import retain_freed_memory
 from fewstep.training.rng_state import rng_state, set_rng_state
@@ -64,6 +65,7 @@ class Trainer:
         self.dist, self._until = dist or DistContext(), train.steps  # until: of the present `fit`
         self._notice = log_line if self.dist.is_main_process else lambda _: None
         self.train_states = [TrainState(part, optim[part.name], train, self.dist) for part in method.trainables]
+        self._writer = CheckpointWriter(self.dist, train.async_checkpoints)
         self.step = self.position = 0  # finished steps, used batches
         self.seconds = 0.0  # of training, over all sessions
         self.now = time.thread_time if train.clock == "thread" else time.monotonic
@@ -91,8 +93,9 @@ class Trainer:
         if self.done:
             return
         self._alerts = AlertMonitor(self.alert_rules, self.step, self.first)
-        stopping, start = 0.0, self.now() - self.seconds
+        start = self.now() - self.seconds
         with ExitStack() as stack:
+            stack.callback(self._writer.wait)
             name, notes = self.run.recipe.name, {part.name: part.loss_meaning for part in self.method.trainables}
             display = training_display(name, self.step, self.train.steps, self.train.log_every, notes)
             shown = stack.enter_context(display) if self.dist.is_main_process else None
@@ -112,11 +115,9 @@ class Trainer:
                     shown.update(self.step, losses)
                 self._after_step()
                 if stopping:
-                    break
-        if stopping:
-            self._save()
-            at = f"{self.step}/{self.train.steps}"
-            raise KeyboardInterrupt(f"saved step {at}; resume with: {self.run.resume_command}")
+                    self._save()
+                    at = f"{self.step}/{self.train.steps}"
+                    raise KeyboardInterrupt(f"saved step {at}; resume with: {self.run.resume_command}")
 
     @property
     def done(self) -> bool:
@@ -229,12 +230,13 @@ class Trainer:
             self._save()
             raise UserError(f"{self.run.directory}: stopped at step {self.step} by an alert: {alert}")
         if self.train.on_alert == "rollback":
+            self._writer.wait()
             good = checkpoint.rollback(self.run.checkpoints, alert.since, self.dist)
             if good is None:
                 raise UserError(f"{self.run.directory}: no checkpoint is left from before the alert: {alert}")
             self._load_state(good)
             self.ended = True
-            self._write_checkpoint()  # for a resumed run, which would otherwise take the same steps again
+            self._save(again=True)  # for a resumed run, which would otherwise take the same steps again
             self._notice(f"rolled back to step {self.step}; the training ends here")
 
     @contextmanager
@@ -243,12 +245,10 @@ class Trainer:
         with torch.random.fork_rng(), torch.no_grad(), eager(), self.ema_weights():
             yield
 
-    def _save(self) -> None:
-        """Writes a checkpoint, unless the last one is of this step."""
-        if self.step != self._saved[0]:
-            self._write_checkpoint()
-
-    def _write_checkpoint(self) -> None:
+    def _save(self, again: bool = False) -> None:
+        """Writes a checkpoint; one of the same step only if it is written again."""
+        if self.step == self._saved[0] and not again:
+            return
         groups: dict[str, Mapping[str, Tensor]] = {
             "random": rng_state(self.dist.device),
             "method": self.method.state_dict(),
@@ -265,8 +265,8 @@ class Trainer:
             "first": self.first,
             "ended": self.ended,
         }
-        protect = [] if self.best is None else [self.best.step]
-        checkpoint.save(self.run.checkpoints, self.step, groups, values, self.train.max_checkpoints, protect, self.dist)
+        kept, protect = self.train.max_checkpoints, [] if self.best is None else [self.best.step]
+        self._writer.write(self.run.checkpoints, self.step, groups, values, kept, protect)
         self._saved = (self.step, time.monotonic())
         if self.on_save is not None:
             with self._evaluating():
