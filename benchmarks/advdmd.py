@@ -102,7 +102,10 @@ def train(arm: Arm, steps: int, seed: int, folder: Path, options: argparse.Names
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     aucs = [line["discriminator/auc"] for line in lines if "discriminator/auc" in line]
-    opened = [line[key] for line in lines for key in line if key.startswith("student/adv") and key.endswith("_open")]
+    gates = [
+        key for key in lines[-1] if (key.startswith("student/adv") and key.endswith("_open")) or key == "surrogate/open"
+    ]
+    opened = [line[key] for line in lines for key in gates if key in line]
     return {
         "steps": lines[-1]["step"],
         "minutes": lines[-1]["seconds"] / 60,

@@ -75,6 +75,10 @@ def test_choosing_pays_only_where_prompts_tell(told):
     means = torch.where(hard[:, None], torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 1.0, 1.0]))
     scores = means[:, :, None] + 0.05 * torch.randn(800, 3, 2, generator=generator)
     chooser, study = train_on_features(features, scores, COUNTS, "")
+    cheaper, spent = train_on_features(features, scores, COUNTS, "", budget=1.8)
+    assert spent.steps == pytest.approx(1.8, abs=0.3)
+    assert spent.pays is told
+    assert cheaper.threshold >= chooser.threshold
     if told:
         assert study.pays
         assert study.steps < 3

@@ -38,6 +38,13 @@ SECTION = Section(
             Case(f"{_TRAIN} --counts few", "--counts few", _PROMPTS),
         ),
         Message(
+            "--mean-steps {number}: give a number between {least} and {most}, those of --counts",
+            "A mean lies between the least and the most.",
+            Case(f"{_TRAIN} --mean-steps 8", "--mean-steps 8: give a number between 1 and 8", _PROMPTS),
+            Case(f"{_TRAIN} --counts 2,4 --mean-steps 1", "--mean-steps 1: give a number between 2 and 4", _PROMPTS),
+            Case(f"{_TRAIN} --mean-steps nan", "--mean-steps nan", _PROMPTS),
+        ),
+        Message(
             "--num-prompts: {source} has {number} prompts, fewer than {wanted}",
             "Give more prompts, or ask for fewer: at least 40.",
             Case(_TRAIN, "--num-prompts", _PROMPTS),

@@ -25,6 +25,9 @@ def train(
     reward: Annotated[str, typer.Option(metavar="NAME[:ARGUMENT]", help="What scores the images.")],
     column: Column = "prompt",
     counts: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of steps, ascending.")] = "1,2,4,8",
+    mean_steps: Annotated[
+        float | None, typer.Option(help="Mean steps of a prompt; unset saves as many as cost no quality.")
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=40, help="Random prompts; a quarter of them is held out.")] = 400,
     seeds: Annotated[int, typer.Option(min=2, max=64, help="Images of each prompt and number of steps.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts.")] = 0,
@@ -38,7 +41,13 @@ def train(
     from fewstep.core.seeds import generator
     from fewstep.data.prompts import open_prompts
     from fewstep.errors import UserError
-    from fewstep.evaluation.step_training import check_counts, print_study, score_counts, train_chooser
+    from fewstep.evaluation.step_training import (
+        check_budget,
+        check_counts,
+        print_study,
+        score_counts,
+        train_chooser,
+    )
     from fewstep.inference.step_chooser import STEP_CHOOSER
     from fewstep.models.components import BUNDLED_MODELS, resolve_model
     from fewstep.models.pipeline import load
@@ -47,6 +56,7 @@ def train(
     from fewstep.rewards.scorers import RewardScorer
 
     wanted, folder = check_counts(counts), resolve_model(model)
+    check_budget(mean_steps, wanted)
     if model in BUNDLED_MODELS:
         raise UserError(f"{model}: a bundled model; copy its folder ({folder}) and give the copy")
     if (folder / STEP_CHOOSER).exists() and not overwrite:
@@ -59,6 +69,7 @@ def train(
     chosen = [texts[index] for index in order]
     pipeline = load(model, device)
     scorer = RewardScorer(open_reward(reward, pipeline.device), pipeline.device)
-    chooser, study = train_chooser(pipeline, chosen, score_counts(pipeline, chosen, wanted, seeds, scorer), wanted)
+    scores = score_counts(pipeline, chosen, wanted, seeds, scorer)
+    chooser, study = train_chooser(pipeline, chosen, scores, wanted, mean_steps)
     print_study(study, reward)
     typer.echo(chooser.save(folder))

@@ -70,25 +70,27 @@ class NearestReal:
         """The network of the gallery, opened when a prompt of the dataset is scored."""
         return open_features(self.network_name)
 
-    def nearest(self, images: Tensor, backgrounds: Sequence[str]) -> Tensor:
-        """The index [N] of the object that is nearest to each image.
-
-        Nearest is the largest cosine of features minus the mean of the gallery, among the drawings on the same
-        background.
+    def similarities(self, images: Tensor, backgrounds: Sequence[str]) -> Tensor:
+        """The similarity of each image to each object, [N, objects]: the largest cosine of features, minus the mean of
+        the gallery, with the object's drawings on the same background.
 
         Args:
             images: uint8 [N, H, W, 3].
             backgrounds: each prompt's background.
         """
         features = self.network(images)
-        nearest = torch.zeros(len(images), dtype=torch.long)
+        found = torch.empty(len(images), len(self.dataset.objects))
         for background in set(backgrounds):
             rows = [row for row, each in enumerate(backgrounds) if each == background]
             real = self.gallery[background]
             mean = real.mean(0)
             cosine = F.normalize(features[rows] - mean, dim=1) @ F.normalize(real - mean, dim=1).T
-            nearest[rows] = cosine.argmax(1) % len(self.dataset.objects)
-        return nearest
+            found[rows] = cosine.unflatten(1, (-1, len(self.dataset.objects))).amax(dim=1)
+        return found
+
+    def nearest(self, images: Tensor, backgrounds: Sequence[str]) -> Tensor:
+        """The index [N] of the object that is nearest to each image; arguments as for :meth:`similarities`."""
+        return self.similarities(images, backgrounds).argmax(dim=1)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """nearest_real_acc, float [N]: 1 where the nearest real emoji is of the prompt's object, NaN where the prompt

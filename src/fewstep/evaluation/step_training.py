@@ -92,13 +92,18 @@ def score_counts(
 
 
 def train_chooser(
-    pipeline: TextToImagePipeline, prompts: Sequence[str], scores: Tensor, counts: Sequence[int]
+    pipeline: TextToImagePipeline,
+    prompts: Sequence[str],
+    scores: Tensor,
+    counts: Sequence[int],
+    budget: float | None = None,
 ) -> tuple[StepChooser, StepStudy]:
     """A chooser, and how it does on prompts that it was not trained on: the last quarter of them.
 
     Args:
         prompts: in random order.
         scores: as :func:`score_counts` gives them.
+        budget: mean steps on held-out prompts, which the threshold does not exceed; None: it saves steps without loss.
 
     Raises:
         UserError: there are too few prompts.
@@ -106,24 +111,29 @@ def train_chooser(
     if len(prompts) < LEAST_PROMPTS:
         raise UserError(f"{len(prompts)} prompts: give at least {LEAST_PROMPTS}")
     features = prompt_features(pipeline.encoder, prompts)
-    return train_on_features(features, scores, counts, template_hash(pipeline.encoder))
+    return train_on_features(features, scores, counts, template_hash(pipeline.encoder), budget=budget)
 
 
 def train_on_features(
-    features: Tensor, scores: Tensor, counts: Sequence[int], made_by: str
+    features: Tensor,
+    scores: Tensor,
+    counts: Sequence[int],
+    made_by: str,
+    noise: float | None = None,
+    budget: float | None = None,
 ) -> tuple[StepChooser, StepStudy]:
-    """As :func:`train_chooser`, for pooled features [N, D]."""
+    """As :func:`train_chooser`, for pooled features [N, D]; ``noise`` None is that of the scores' seeds."""
     held_out = len(features) // 4
-    noise = seed_noise(scores)
+    noise = seed_noise(scores) if noise is None else noise
     labels = step_labels(scores, noise)
     fitted = [fit(features[:-held_out], labels[:-held_out], counts, decay, made_by) for decay in DECAYS]
     best = max(fitted, key=lambda one: _likelihood(one, features[-held_out:], labels[-held_out:]))
     rest, judged = features[-held_out:], scores[-held_out:]
-    chooser = replace(best, threshold=_threshold(best, rest, judged, noise))
+    chooser = replace(best, threshold=_threshold(best, rest, judged, noise, budget))
     chosen = torch.empty(held_out, dtype=torch.long)
     for own in (slice(0, None, 2), slice(1, None, 2)):  # each half by the threshold of the other
         other = slice(1 - (own.start or 0), None, 2)
-        threshold = _threshold(best, rest[other], judged[other], noise)
+        threshold = _threshold(best, rest[other], judged[other], noise, budget)
         chosen[own] = _indices(replace(best, threshold=threshold), rest[own])
     steps = mean_steps(counts, chosen)
     study = StepStudy(
@@ -148,9 +158,15 @@ def _indices(chooser: StepChooser, features: Tensor) -> Tensor:
     return torch.tensor([chooser.counts.index(count) for count in chooser.choose(features)])
 
 
-def _threshold(chooser: StepChooser, features: Tensor, scores: Tensor, noise: float) -> float:
+def _threshold(chooser: StepChooser, features: Tensor, scores: Tensor, noise: float, budget: float | None) -> float:
     """The largest threshold with which the mean score is within the noise of a mean over these prompts of that at the
-    most steps; the least one if none is."""
+    most steps; the least one if none is. With a budget, the least threshold with at most these mean steps; the largest
+    one if none has."""
+    if budget is not None:
+        cost = {
+            one: mean_steps(chooser.counts, _indices(replace(chooser, threshold=one), features)) for one in THRESHOLDS
+        }
+        return min((one for one in THRESHOLDS if cost[one] <= budget), default=THRESHOLDS[-1])
     allowed = float(scores[:, -1].mean()) - noise / len(scores) ** 0.5
     fine = [
         threshold
@@ -195,3 +211,11 @@ def check_counts(text: str) -> list[int]:
     if len(counts) < 2 or counts[0] < 1 or counts != sorted(set(counts)):
         raise UserError(f"--counts {text}: give at least two ascending numbers of steps, such as 1,2,4,8")
     return counts
+
+
+def check_budget(budget: float | None, counts: Sequence[int]) -> None:
+    """Raises: UserError if mean steps are not between the least and the most of ``counts``."""
+    if budget is not None and not counts[0] < budget < counts[-1]:
+        raise UserError(
+            f"--mean-steps {budget:g}: give a number between {counts[0]} and {counts[-1]}, those of --counts"
+        )
