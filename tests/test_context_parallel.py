@@ -10,6 +10,7 @@ import pytest
 import torch
 from flux2_setup import save_flux2
 from process_runs import assert_close, distill, launcher, weights
+from sd3_setup import save_sd3
 from test_distribution import losses
 from wan_setup import save_wan
 
@@ -40,7 +41,8 @@ def recipe(folder, *more):
 
 
 @pytest.mark.parametrize(
-    ("family", "frames"), [pytest.param("wan", 1, marks=pytest.mark.slow), ("wan", 5), ("klein", 1)]
+    ("family", "frames"),
+    [("tiny_folder", 1), pytest.param("wan", 1, marks=pytest.mark.slow), ("wan", 5), ("klein", 1)],
 )
 def test_values_and_gradients_are_those_of_one_process(request, tmp_path, family, frames):
     processes, folder = 2, request.getfixturevalue(family)
@@ -57,13 +59,22 @@ def test_values_and_gradients_are_those_of_one_process(request, tmp_path, family
 
 @pytest.mark.parametrize(
     ("processes", "more"),
-    [(2, ()), pytest.param(2, ("models={train: lora, rank: 4}",), marks=pytest.mark.slow),
+    [(2, ()), pytest.param(2, ("models={train: lora, rank: 4, gradient_checkpointing: true}",), marks=pytest.mark.slow),
      pytest.param(4, ("method.terms.mmd={}",), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_training_takes_the_steps_of_one_process(wan, tmp_path, processes, more):
-    more = ("train.steps=2", *SMALL, *TRAJECTORIES, *more)
-    distill(wan, tmp_path / "alone", 1, *more)
-    distill(wan, tmp_path / "several", processes, *more, "models.context_parallel=2")
+    compare(wan, tmp_path, processes, *SMALL, *TRAJECTORIES, *more)
+
+
+@pytest.mark.slow
+def test_training_of_zimage_takes_the_steps_of_one_process(tiny_folder, tmp_path):
+    compare(tiny_folder, tmp_path, 2, "method.terms.gan={}", "optim.discriminator={lr: 1.0e-3}", *TRAJECTORIES)
+
+
+def compare(folder, tmp_path, processes, *more):
+    """Two steps of one process, and of several of which each two share samples."""
+    distill(folder, tmp_path / "alone", 1, "train.steps=2", *more)
+    distill(folder, tmp_path / "several", processes, "train.steps=2", *more, "models.context_parallel=2")
     torch.testing.assert_close(losses(tmp_path / "several"), losses(tmp_path / "alone"), atol=1e-5, rtol=1e-4)
     assert_close(weights(tmp_path / "several"), weights(tmp_path / "alone"))
 
@@ -73,15 +84,16 @@ def test_rows_are_those_of_the_group(recwarn):
     assert groups == [slice(0, 4)] * 3 + [slice(4, 8)] * 3
 
 
-def test_what_cannot_be_divided_is_refused(wan, tiny_folder):
+def test_what_cannot_be_divided_is_refused(wan, tmp_path):
+    sd3 = save_sd3(tmp_path / "sd3")
     with pytest.raises(UserError, match=r"models.context_parallel 2 does not divide the number of processes, 1"):
         check_processes(recipe(wan, "models.context_parallel=2"), 1)
     with pytest.raises(UserError, match=r"train.batch_size 32 is not a multiple of the 3 processes"):
         check_processes(recipe(wan, "models.context_parallel=2"), 6)
     with pytest.raises(UserError, match="context_parallel 3 does not divide the transformer's 2 attention heads"):
         check_models(recipe(wan, "models.context_parallel=3"), load(wan))
-    with pytest.raises(UserError, match="ZImageTransformer2DModel cannot divide its tokens; leave it out"):
-        check_models(recipe(tiny_folder, "models.context_parallel=2"), load(tiny_folder))
+    with pytest.raises(UserError, match="SD3Transformer2DModel cannot divide its tokens; leave it out"):
+        check_models(recipe(sd3, "models.context_parallel=2"), load(sd3))
     with pytest.raises(UserError, match=r"compile: not with models\.context_parallel"):
         recipe(wan, "models.context_parallel=2", "models.compile=true")
 

@@ -1,5 +1,6 @@
 """Values in recipes that are possible, but not beside the others."""
 
+from sd3_setup import save_sd3
 from wan_setup import save_wan
 
 from bad_inputs.overrides import FILES, caching_with, with_override, with_overrides
@@ -75,8 +76,12 @@ SECTION = Section(
         ),
         Message(
             "models.context_parallel: {transformer} cannot divide its tokens; leave it out",
-            "Wan 2.1 and FLUX.2 [klein] can.",
-            Case("plan mine.yaml -s models.context_parallel=2 --gpus 2", "ZImageTransformer2DModel cannot", FILES),
+            "Z-Image, Wan 2.1 and FLUX.2 [klein] can.",
+            Case(
+                "plan mine.yaml -s teacher=sd3 -s models.context_parallel=2 --gpus 2",
+                "SD3Transformer2DModel cannot",
+                FILES | {"sd3": save_sd3},
+            ),
         ),
         Message(
             "models.context_parallel {number} does not divide the transformer's {count} attention heads",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fewstep.errors import UserError
@@ -53,31 +53,20 @@ class ContextParallel:
         tokens: Tensor = _Join.apply(part, dim, self.mesh[GROUP].get_group())  # type: ignore[no-untyped-call]
         return tokens
 
-    def apply(self, transformer: Any) -> None:
-        """Let the attention of a diffusers transformer exchange tokens for heads.
-
-        Raises:
-            UserError: its heads cannot be divided evenly.
-        """
+    def apply(self, modules: nn.Module) -> None:
+        """Let the attention in modules of a diffusers transformer exchange tokens for heads, whose number is a multiple
+        of ``size``."""
         from diffusers import ContextParallelConfig
         from diffusers.models._modeling_parallel import ParallelConfig
 
-        check_heads(transformer, self.size)
         config = ParallelConfig(ContextParallelConfig(ulysses_degree=self.size))
         # enable_parallelism also divides the transformer's inputs, which its denoiser does here, and needs a GPU
         device = torch.device(self.mesh.device_type)
         config.setup(dist.get_rank(), dist.get_world_size(), device, mesh=self.mesh)
-        for module in transformer.modules():
+        for module in modules.modules():
             processor = getattr(module, "processor", None)
             if processor is not None and hasattr(processor, "_parallel_config"):
                 processor._parallel_config = config
-
-
-def check_heads(transformer: Any, size: int) -> None:
-    """Raises: UserError if the attention's heads cannot be divided among ``size`` processes."""
-    heads = int(transformer.config["num_attention_heads"])
-    if heads % size:
-        raise UserError(f"models.context_parallel {size} does not divide the transformer's {heads} attention heads")
 
 
 def _all_parts(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:

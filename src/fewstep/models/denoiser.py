@@ -17,7 +17,7 @@ from fewstep.core.denoiser import MIDDLE
 from fewstep.errors import UserError
 from fewstep.models.ahead_of_time import AheadOfTime
 from fewstep.models.block import TransformerBlock
-from fewstep.models.context_parallel import ContextParallel, check_heads
+from fewstep.models.context_parallel import ContextParallel
 from fewstep.models.layer_cache import CacheSettings, LayerCache
 
 RECOMPILE_LIMIT = 64  # compiled versions of the block
@@ -64,6 +64,16 @@ class TransformerDenoiser(nn.Module, ABC):
     @abstractmethod
     def feature_dim(self) -> int:
         """Dimension D of the ``features`` of one layer."""
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return int(self.transformer.config["num_attention_heads"])
+
+    @property
+    def split_modules(self) -> nn.Module:
+        """The part of the transformer that computes divided tokens with ``context_parallel``."""
+        return self.transformer
 
     @contextmanager
     def cache_text_tokens(self) -> Iterator[None]:
@@ -117,7 +127,7 @@ class TransformerDenoiser(nn.Module, ABC):
             UserError: the family cannot do that, or its heads cannot be divided evenly.
         """
         self.check_context_parallel(context.size)
-        context.apply(self.transformer)
+        context.apply(self.split_modules)
         self.context_parallel = context
 
     def check_context_parallel(self, size: int) -> None:
@@ -126,7 +136,10 @@ class TransformerDenoiser(nn.Module, ABC):
             raise UserError(
                 f"models.context_parallel: {type(self.transformer).__name__} cannot divide its tokens; leave it out"
             )
-        check_heads(self.transformer, size)
+        if self.heads % size:
+            raise UserError(
+                f"models.context_parallel {size} does not divide the transformer's {self.heads} attention heads"
+            )
 
     def get_blocks(self) -> list[TransformerBlock]:
         """The units of sharding, offloading, checkpointing and compilation, in the transformer's order."""

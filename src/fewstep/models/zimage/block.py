@@ -57,18 +57,25 @@ def self_attention(attention: Attention, x: Tensor, freqs: Tensor) -> Tensor:
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (project(x).unflatten(-1, (attention.heads, -1)) for project in projections)
     query, key = (apply_rope(rms_norm(x, n), freqs) for x, n in ((query, attention.norm_q), (key, attention.norm_k)))
-    mixed = attention_fn(query, key, value, attention.processor._attention_backend)
+    processor = attention.processor
+    mixed = attention_fn(query, key, value, processor._attention_backend, processor._parallel_config)
     return attention.to_out[0](mixed.flatten(2))
 
 
-def attention_fn(query: Tensor, key: Tensor, value: Tensor, backend: str | None = None) -> Tensor:
-    """Softmax attention over [B, L, heads, head_dim] by one of diffusers' backends; None is the globally set one."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+def attention_fn(
+    query: Tensor, key: Tensor, value: Tensor, backend: str | None = None, parallel_config: Any = None
+) -> Tensor:
+    """Softmax attention over [B, L, heads, head_dim] by one of diffusers' backends; None is the globally set one.
+
+    Args:
+        parallel_config: diffusers', where processes have parts of the tokens.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and parallel_config is None:
         # The backward pass of the CPU's fused bf16 kernel makes a training step take 1.5 times as long.
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         return (scores.softmax(dim=-1).type_as(value) @ value).transpose(1, 2)
-    return dispatch_attention_fn(query, key, value, backend=backend)
+    return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:

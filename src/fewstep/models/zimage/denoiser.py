@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.conditioning import EncodedPrompts
 from fewstep.core.denoiser import MIDDLE
@@ -45,6 +45,7 @@ class ZImageDenoiser(TransformerDenoiser):
 
     transformer: ZImageTransformer2DModel
     can_reuse_layers = True
+    can_split_tokens = True
 
     def __init__(self, transformer: ZImageTransformer2DModel) -> None:
         super().__init__(transformer)
@@ -81,6 +82,14 @@ class ZImageDenoiser(TransformerDenoiser):
     @property
     def feature_dim(self) -> int:
         return int(self.transformer.config["dim"])
+
+    @property
+    def heads(self) -> int:
+        return int(self.transformer.config["n_heads"])
+
+    @property
+    def split_modules(self) -> nn.Module:
+        return self.transformer.layers  # the refiners compute all tokens
 
     def features(self, x: Tensor, sigma: Tensor, prompts: EncodedPrompts, depths: Sequence[float] = MIDDLE) -> Tensor:
         """Features of the image tokens after some layers: [B, H/2 * W/2, len(depths) D] in fp32."""
@@ -127,6 +136,9 @@ class ZImageDenoiser(TransformerDenoiser):
             key: of the samples in the layer cache.
         """
         joined, adaln_cond = self._join(x, sigma, text, freqs)
+        context = self.context_parallel
+        if context is not None:
+            joined, freqs = context.split(joined), context.split(freqs, 0)
 
         def run(tokens: Tensor, layers: slice, rows: Tensor | None) -> Tensor:
             cond = adaln_cond if rows is None else adaln_cond[rows]
@@ -138,6 +150,8 @@ class ZImageDenoiser(TransformerDenoiser):
             joined = run(joined, slice(None), None)
         else:
             joined = self.layer_cache(key, joined, sigma, run)
+        if context is not None:
+            joined = context.join(joined)
         return self._read_velocity(joined, adaln_cond, x)
 
     def graph_example(self, batch: int, shape: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -166,12 +180,15 @@ class ZImageDenoiser(TransformerDenoiser):
         counts = [math.ceil(depth * len(self.transformer.layers)) for depth in depths]
         freqs = self._rope_freqs(x, caption)
         joined, adaln_cond = self._join(x, sigma, self._cached_text(prompts, caption, freqs[-caption:]), freqs)
-        tokens = x.shape[2] * x.shape[3] // PATCH_SIZE**2
+        tokens, context = x.shape[2] * x.shape[3] // PATCH_SIZE**2, self.context_parallel
+        if context is not None:
+            joined, freqs = context.split(joined), context.split(freqs, 0)
         after: dict[int, Tensor] = {}
         for number, block in enumerate(self.transformer.layers[: max(counts)], start=1):
             joined = block(joined, freqs, adaln_cond)
             if number in counts:
-                after[number] = joined[:, :tokens].float()
+                whole = joined if context is None else context.join(joined)
+                after[number] = whole[:, :tokens].float()
         return torch.cat([after[count] for count in counts], dim=-1)
 
     def _rope_freqs(self, x: Tensor, caption: int) -> Tensor:
