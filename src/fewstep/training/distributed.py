@@ -143,16 +143,9 @@ class DistContext:
 
     @cached_property
     def context_mesh(self) -> DeviceMesh:
-        """The processes by rows of a batch and by tokens of a sample; diffusers names the latter.
-
-        Raises:
-            UserError: ``context_parallel`` does not divide the number of processes.
-        """
-        size = self.context_parallel
-        if self.world_size % size:
-            raise UserError(f"models.context_parallel {size} does not divide the {self.world_size} processes")
-        names = ("data", "ring", "ulysses")
-        return init_device_mesh(self.device.type, (self.world_size // size, 1, size), mesh_dim_names=names)
+        """The processes by rows of a batch and by tokens of a sample; diffusers names the latter."""
+        shape = (self.shard.world_size, 1, self.context_parallel)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
 
     def mesh(self, group: int | None = None) -> DeviceMesh:
         """All processes as one dimension; or, with `group`, replicas each sharded over `group` processes (hybrid
