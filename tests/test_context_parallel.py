@@ -42,7 +42,12 @@ def recipe(folder, *more):
 
 @pytest.mark.parametrize(
     ("family", "frames"),
-    [("tiny_folder", 1), pytest.param("wan", 1, marks=pytest.mark.slow), ("wan", 5), ("klein", 1)],
+    [
+        ("tiny_folder", 1),
+        pytest.param("wan", 1, marks=pytest.mark.slow),
+        ("wan", 5),
+        pytest.param("klein", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_values_and_gradients_are_those_of_one_process(request, tmp_path, family, frames):
     processes, folder = 2, request.getfixturevalue(family)

@@ -106,7 +106,7 @@ PARAMS += [pytest.param(more, id=label, marks=pytest.mark.slow) for label, more 
 @pytest.mark.parametrize("more", PARAMS)
 def test_step_takes_the_planned_memory(tiny_folder, more, monkeypatch):
     """Within 2% on a CPU: two real updates of each trainable, after one that creates the optimizer states."""
-    fused = lambda query, key, value, backend: dispatch_attention_fn(query, key, value)  # noqa: E731
+    fused = lambda query, key, value, *_: dispatch_attention_fn(query, key, value)  # noqa: E731
     monkeypatch.setattr("fewstep.models.zimage.block.attention_fn", fused)  # in bf16 too, as on a GPU
     monkeypatch.setattr("fewstep.plan.passes.DRAWS", 1)  # passes are not compared here
     recipe = recipe_of(tiny_folder, "train.precision=fp32", "resolution=128", *more)
