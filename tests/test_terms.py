@@ -17,6 +17,7 @@ from fewstep.core.samplers import sample_euler
 from fewstep.data.batch import DistillBatch
 from fewstep.data.teacher_trajectories import teacher_trajectory
 from fewstep.errors import UserError
+from fewstep.methods.adversarial.heads import DiscriminatorHeads
 from fewstep.methods.base import DataSetup
 from fewstep.methods.dmd.data import dmd_sources
 from fewstep.methods.dmd.renoise import Renoise
@@ -31,10 +32,10 @@ RENOISE = Renoise("hybrid", 3.0)
 
 
 class Pixels:
-    """A feature extractor whose tokens are the noisy pixels."""
+    """A feature extractor whose tokens are the noisy pixels, at each depth."""
 
-    def features(self, x, sigma, prompts):
-        return x.flatten(2).transpose(1, 2)
+    def features(self, x, sigma, prompts, depths=(0.5,)):
+        return x.flatten(2).transpose(1, 2).repeat(1, 1, len(depths))
 
 
 def sample_of(x0):
@@ -114,15 +115,21 @@ def test_mmd_brings_a_shifted_student_back():
     assert abs(offset.item()) < 0.4
 
 
-def gan_on_pixels(x0=None, **options):
+def gan_on_pixels(x0=None, depths=None, **options):
     """A GAN whose fresh student samples are standard normal, or the given ones."""
     head = DiscriminatorHead(2)
+    if depths is not None:
+        head, options = DiscriminatorHeads(2, len(depths)), options | {"depths": depths}
     return GAN(Pixels(), head, RENOISE, lambda batch: torch.randn(64, 2, 2, 2) if x0 is None else x0, **options)
 
 
-def test_gan_losses_reach_their_own_part_alone():
+DEPTHS = pytest.mark.parametrize("depths", [None, (0.25, 0.75)], ids=["middle", "heads"])
+
+
+@DEPTHS
+def test_gan_losses_reach_their_own_part_alone(depths):
     x = torch.randn(8, 2, 2, 2, requires_grad=True)
-    gan = gan_on_pixels(x.detach())
+    gan = gan_on_pixels(x.detach(), depths)
     gan.loss(sample_of(x), batch_of(8)).backward()
     assert x.grad.abs().sum() > 0
     assert all(p.grad is None for p in gan.head.parameters())
@@ -137,7 +144,8 @@ def test_gan_losses_reach_their_own_part_alone():
 
 def train_discriminator(gan, steps):
     """Against real latents 2 above the student's; returns the metrics of every step."""
-    gan.head.norm = nn.Identity()  # with two features a layer norm would leave only their order
+    for head in getattr(gan.head, "heads", [gan.head]):
+        head.norm = nn.Identity()  # with two features a layer norm would leave only their order
     optimizer = torch.optim.Adam(gan.head.parameters(), lr=0.01)
     history = []
     for _ in range(steps):
@@ -149,9 +157,10 @@ def train_discriminator(gan, steps):
     return history
 
 
-def test_gan_moves_the_student_to_the_real_latents():
+@DEPTHS
+def test_gan_moves_the_student_to_the_real_latents(depths):
     torch.manual_seed(0)
-    gan = gan_on_pixels(r1_weight=1.0)
+    gan = gan_on_pixels(depths=depths, r1_weight=1.0)
     accuracy = [metrics["accuracy"].item() for metrics in train_discriminator(gan, 150)]
     assert sum(accuracy[-20:]) / 20 > 0.7
     x = torch.randn(64, 2, 2, 2, requires_grad=True)
@@ -199,7 +208,7 @@ RUN = [
 
 @pytest.mark.parametrize("source", [pytest.param("teacher", marks=pytest.mark.slow), "emoji"])
 def test_a_run_with_every_term_resumes_exactly(tiny_folder, tmp_path, source):
-    terms = f"{TERMS}, mean_variance: {{weight: 0.1}}, mmd: {{weight: 0.1}}, gan: {{weight: 0.1}}"
+    terms = f"{TERMS}, mean_variance: {{weight: 0.1}}, mmd: {{weight: 0.1}}, gan: {{weight: 0.1, depths: [0.5, 1]}}"
     more = [f"teacher={tiny_folder}", f"method.real_source={source}", f"method.terms={{{terms}}}"]
     more += ["optim.discriminator={lr: 1.0e-3}"]
     api.distill("micro-aligned", tmp_path / "whole", overrides=[*RUN, *more, "train.steps=2"])

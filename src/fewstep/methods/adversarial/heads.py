@@ -7,11 +7,23 @@ what separates the two distributions changes with it. Layout and sizes are ours.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 FREQUENCIES = 8  # of the embedding of sigma
+
+
+def _ascending(depths: list[float]) -> list[float]:
+    if depths != sorted(set(depths)):
+        raise ValueError(f"{depths}: give ascending shares")
+    return depths
+
+
+#: Shares of the teacher's layers after which there is a head.
+Depths = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class DiscriminatorHeads(nn.Module):

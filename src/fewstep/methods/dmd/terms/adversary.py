@@ -24,7 +24,7 @@ from fewstep.core.samplers import SamplerStep
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.adversarial.conditions import condition_of
 from fewstep.methods.adversarial.gate import Gate
-from fewstep.methods.adversarial.heads import DiscriminatorHeads, score_of
+from fewstep.methods.adversarial.heads import Depths, DiscriminatorHeads, score_of
 from fewstep.methods.adversarial.losses import Loss, discriminator_loss, gradient_penalty
 from fewstep.methods.adversarial.replay import Pairs, Replay
 from fewstep.methods.dmd.terms.base import TermSetup
@@ -42,13 +42,12 @@ MOMENTS_WINDOW = 1024  # generated samples at a step, for their mean and deviati
 ADVERSARY_METRICS = {f"discriminator/{name}" for name in ("accuracy", "r1", "auc", "auc_low")}
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Depth = Annotated[float, Field(gt=0, le=1)]
 
 
 class AdversarySettings(Settings):
     """The discriminator, and the gate before its use as a reward."""
 
-    depths: Annotated[list[Depth], Field(min_length=1)] = Field(
+    depths: Depths = Field(
         [0.25, 0.5, 0.75], description="Shares of the teacher's layers, ascending, after which there is a head."
     )
     hidden: BatchSize = Field(128, description="Width of the heads.")
@@ -80,8 +79,6 @@ class AdversarySettings(Settings):
     def check(self, term: str, stage: Stage, method: DMDConfig) -> None:
         """Raises: ValueError if the settings contradict each other or another term."""
         key = f"method.terms.{term}.adversary"
-        if self.depths != sorted(set(self.depths)):
-            raise ValueError(f"{key}.depths {self.depths}: give ascending shares")
         if self.least_pairs > self.window:
             raise ValueError(f"{key}.least_pairs {self.least_pairs} is above window {self.window}: it would never open")
         start = resolve_step(self.pretraining, stage.train.steps)

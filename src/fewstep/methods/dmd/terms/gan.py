@@ -1,12 +1,13 @@
-"""The GAN term: a small discriminator head on the frozen teacher's middle layer.
+"""The GAN term: small discriminator heads on the frozen teacher's layers.
 
-DMD2 (arXiv 2405.14867, section 4.3), with noise on what is classified. The penalty is the approximate R1 of APT
-(arXiv 2501.08316, eq. 4), which needs no second derivatives. Real samples are data, or the teacher's.
+DMD2 (arXiv 2405.14867, section 4.3), with noise on what is classified: one head on the middle layer, or AdvDMD's heads
+on several, with a logit for each token. The penalty is the approximate R1 of APT (arXiv 2501.08316, eq. 4), which needs
+no second derivatives. Real samples are data, or the teacher's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Self
 
 import torch
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewstep.core import flow
-from fewstep.core.denoiser import FeatureExtractor
+from fewstep.core.denoiser import MIDDLE, FeatureExtractor
 from fewstep.core.method import Trainable
 from fewstep.core.registry import loss_terms
 from fewstep.data.batch import DistillBatch
+from fewstep.methods.adversarial.heads import Depths, DiscriminatorHeads
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.base import RegularizerTerm, StudentSample, TermSettings, TermSetup
 
 
 class DiscriminatorHead(nn.Module):
-    """Features [B, L, D] -> logits [B]; positive is real."""
+    """Features [B, L, D] -> logits [B]; positive is real. The noise level ``sigma`` is not used: the features depend on
+    it."""
 
     def __init__(self, width: int, hidden: int = 128) -> None:
         super().__init__()
@@ -33,13 +36,18 @@ class DiscriminatorHead(nn.Module):
         self.inner = nn.Linear(width, hidden)
         self.out = nn.Linear(hidden, 1)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, sigma: Tensor) -> Tensor:
         return self.out(F.silu(self.inner(self.norm(features)))).mean(dim=(1, 2))
 
 
 class GANSettings(TermSettings):
     """Settings of the GAN term."""
 
+    depths: Depths | None = Field(
+        None,
+        description="Shares of the teacher's layers, ascending, after each of which there is a head with a logit for "
+        "each token, as in AdvDMD; null is one head and one logit on the middle layer.",
+    )
     r1_weight: Annotated[float, Field(ge=0)] = Field(100.0, description="Weight of the approximate R1 penalty.")
     r1_sigma: Annotated[float, Field(gt=0)] = Field(
         0.01, description="Deviation of the noise that the penalty adds to real latents."
@@ -50,7 +58,8 @@ class GANSettings(TermSettings):
 class GAN(RegularizerTerm):
     """
     extractor: the teacher; its parameters take no gradient, its input does.
-    head: the discriminator. sample: batch -> fresh student samples, without gradient.
+    head: the discriminator, on the features after ``depths``; a mean is taken over all logits of a sample.
+    sample: batch -> fresh student samples, without gradient.
     """
 
     Settings = GANSettings
@@ -60,13 +69,15 @@ class GAN(RegularizerTerm):
     def __init__(
         self,
         extractor: FeatureExtractor,
-        head: DiscriminatorHead,
+        head: DiscriminatorHead | DiscriminatorHeads,
         renoise: Renoise,
         sample: Callable[[DistillBatch], Tensor],
         r1_weight: float = 100.0,
         r1_sigma: float = 0.01,
         start_step: int = 0,
+        depths: Sequence[float] = MIDDLE,
     ) -> None:
+        self.depths = depths
         self.extractor, self.head, self.renoise, self.sample = extractor, head, renoise, sample
         self.r1_weight, self.r1_sigma, self.start_step = r1_weight, r1_sigma, start_step
 
@@ -77,20 +88,22 @@ class GAN(RegularizerTerm):
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
         assert isinstance(settings, GANSettings)
-        head = DiscriminatorHead(setup.teacher.denoiser.feature_dim).to(setup.teacher.device)
-        setup.dist.broadcast(head)
+        teacher, depths = setup.teacher.denoiser, settings.depths
+        width = teacher.feature_dim
+        head = DiscriminatorHead(width) if depths is None else DiscriminatorHeads(width, len(depths))
+        setup.dist.broadcast(head.to(setup.teacher.device))
         start = setup.config.fake_score_start_step(setup.total_steps)
-        teacher = setup.teacher.denoiser
-        return cls(teacher, head, setup.renoise, setup.sample, settings.r1_weight, settings.r1_sigma, start)
+        penalty = settings.r1_weight, settings.r1_sigma
+        return cls(teacher, head, setup.renoise, setup.sample, *penalty, start, depths or MIDDLE)
 
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
         """The student's: ``softplus(-D(x0))``, non-saturating."""
         assert sample is not None
         sigma = self.renoise.sample_sigma(sample.x0)
         noisy = flow.add_noise(sample.x0, sigma, torch.randn_like(sample.x0))
-        features = self.extractor.features(noisy, sigma, batch.prompts)
+        features = self.extractor.features(noisy, sigma, batch.prompts, self.depths)
         frozen = {name: weight.detach() for name, weight in self.head.named_parameters()}
-        return F.softplus(-functional_call(self.head, frozen, features)).mean()
+        return F.softplus(-functional_call(self.head, frozen, (features, sigma))).mean()
 
     def trainables(self) -> list[Trainable]:
         return [
@@ -109,11 +122,12 @@ class GAN(RegularizerTerm):
         perturbed = real + self.r1_sigma * torch.randn_like(real)
         with torch.no_grad():
             features = [
-                self.extractor.features(flow.add_noise(x, sigma, eps), sigma, batch.prompts)
+                self.extractor.features(flow.add_noise(x, sigma, eps), sigma, batch.prompts, self.depths)
                 for x in (x0, real, perturbed)
             ]
-        d_fake, d_real, d_perturbed = (self.head(each) for each in features)
+        d_fake, d_real, d_perturbed = (self.head(each, sigma) for each in features)
         penalty = (d_real - d_perturbed).square().mean()
         loss = F.softplus(d_fake).mean() + F.softplus(-d_real).mean() + self.r1_weight * penalty
-        accuracy = ((d_fake < 0).float().mean() + (d_real > 0).float().mean()) / 2
+        fake, judged = (each.detach().reshape(len(x0), -1).mean(dim=1) for each in (d_fake, d_real))
+        accuracy = ((fake < 0).float().mean() + (judged > 0).float().mean()) / 2
         return loss, {"accuracy": accuracy, "r1": penalty.detach()}
