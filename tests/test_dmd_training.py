@@ -55,6 +55,16 @@ def test_timesteps_of_a_rollout():
     assert last.mean().item() == pytest.approx(0.25, abs=0.02)  # the least of three uniform draws
 
 
+def test_the_first_step_is_trained_as_often_as_its_weight_says():
+    torch.manual_seed(0)
+    for weight, share in ((0.0, 0.0), (3.0, 0.5), (1.0, 0.25)):
+        alone = [len(sample_rollout_timesteps(LEVELS, "fixed", weight)) == 1 for _ in range(2000)]
+        assert sum(alone) / len(alone) == pytest.approx(share, abs=0.04)
+    assert sample_rollout_timesteps(LEVELS[:1], "fixed", 0.0) == [1.0]
+    never = StudentSampler(Gaussian(), LEVELS, SHIFT, first_step_weight=0.0)
+    assert all(float(never(batch_of()).anchor[0]) < 1 for _ in range(50))
+
+
 def test_a_student_of_several_step_counts_is_sampled_at_the_levels_of_each():
     counts = [1, 2, 4]
     sampler = StudentSampler(Gaussian(), LEVELS, SHIFT, trained_levels=[flow.uniform_timesteps(n) for n in counts])

@@ -64,6 +64,12 @@ SECTION = Section(
             with_overrides("steps must be fixed", *_STEP_LORAS, "student.timestep_sampling=continuous"),
         ),
         Message(
+            "{recipe}: method.first_step_weight: {...}",
+            "The first step has a loss of its own beside those of the later ones.",
+            with_overrides("no effect on a student of 1 step", "method.first_step_weight=2", "student.steps=1"),
+            with_override("method.first_step_weight=0", "at 0 nothing trains the first step"),
+        ),
+        Message(
             "{recipe}: models: compile: not with models.context_parallel; leave one of the two out",
             "Compiled blocks that exchange tokens were never tried.",
             with_overrides("compile: not with", "models.compile=true", "models.context_parallel=2"),

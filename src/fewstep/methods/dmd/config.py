@@ -91,6 +91,11 @@ class DMDConfig(MethodConfig):
         default="last",
         description="Steps of the student's rollout that gradients reach; all: each is computed once more for it.",
     )
+    first_step_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
+        default=1.0,
+        description="How often the first step's prediction is trained for its own loss, relative to that of each later "
+        "step; 0 needs gradient_steps: all.",
+    )
     fake_score_updates: Updates = Field(default=5, description="Updates of the fake score for each of the student.")
     fake_score_start: Step = Field(
         default=0, description="Step at which the fake score (and a discriminator) start training: before DM does."
@@ -208,6 +213,7 @@ class DMDConfig(MethodConfig):
             )
         if stage.trajectory.cache is not None and not self.samples_teacher:
             raise ValueError("trajectory.cache: no term uses the teacher's trajectories; leave it out")
+        self._check_first_step(stage)
         if self.renoise.dyna_rs is not None:
             self.renoise.dyna_rs.resolve(steps)
         for settings, _ in active.values():
@@ -232,6 +238,16 @@ class DMDConfig(MethodConfig):
                     raise ValueError(
                         f"method.fake_score_start: the fake score starts at step {start}, after {name} at step {first}"
                     )
+
+    def _check_first_step(self, stage: Stage) -> None:
+        if self.first_step_weight == 1:
+            return
+        if max(map(len, stage.student.trained_levels)) == 1:
+            raise ValueError("method.first_step_weight: no effect on a student of 1 step; leave it out")
+        if self.first_step_weight == 0 and self.gradient_steps == "last":
+            raise ValueError(
+                "method.first_step_weight: at 0 nothing trains the first step; set method.gradient_steps to all"
+            )
 
     def _check_groups(self, batch_size: int, trained: Mapping[str, object]) -> None:
         if batch_size % self.group_size:

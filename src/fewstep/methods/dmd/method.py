@@ -119,6 +119,7 @@ class DMD(DistillMethod):
             *(student.timestep_sampling, student.sampler, student.eta),
             trained_levels=student.trained_levels,
             gradient_steps=config.gradient_steps,
+            first_step_weight=config.first_step_weight,
         )
         null = setup.null
         term_setup = TermSetup(

@@ -23,13 +23,21 @@ GradientSteps = Literal["last", "all"]
 MIN_TIMESTEP = 0.01  # of random levels: a prediction from below it is nearly the identity
 
 
-def sample_rollout_timesteps(anchors: Sequence[float], schedule: AnchorSchedule) -> list[float]:
+def sample_rollout_timesteps(
+    anchors: Sequence[float], schedule: AnchorSchedule, first_step_weight: float = 1.0
+) -> list[float]:
     """The pre-shift levels of one rollout, from 1 down; the student is trained at the last of them.
 
-    "fixed": the first k of the student's anchors, k uniform. "continuous": also k levels, of which only the first is 1;
-    the others are drawn from U(0, 1) and sorted (the dynamic schedule of CDM, arXiv 2605.06376, section 3).
+    "fixed": the first k of the student's anchors. "continuous": also k levels, of which only the first is 1; the others
+    are drawn from U(0, 1) and sorted (the dynamic schedule of CDM, arXiv 2605.06376, section 3). k is uniform, but that
+    k = 1 is ``first_step_weight`` times as likely as each other.
     """
-    count = int(torch.randint(len(anchors), ())) + 1
+    if first_step_weight == 1 or len(anchors) == 1:
+        count = int(torch.randint(len(anchors), ())) + 1
+    else:
+        weights = torch.ones(len(anchors))
+        weights[0] = first_step_weight
+        count = int(torch.multinomial(weights, 1)) + 1
     if schedule == "fixed":
         return list(anchors[:count])
     with shared_draws():  # levels of the whole batch, not one for each sample

@@ -30,6 +30,7 @@ class StudentSampler:
         gradient_steps: "last": gradients reach the last step of a rollout alone; "all": every step.
         trained_levels: likewise for each number of steps that it is trained for, one of which is drawn for each batch;
             None is ``levels`` alone.
+        first_step_weight: how often the first step's own prediction is trained, relative to each later one's.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class StudentSampler:
         eta: float = 1.0,
         trained_levels: Sequence[Sequence[float]] | None = None,
         gradient_steps: GradientSteps = "last",
+        first_step_weight: float = 1.0,
     ) -> None:
         self.student, self.levels, self.shift = student, list(levels), shift
         self.timestep_sampling, self.sampler, self.eta = timestep_sampling, sampler, eta
-        self.gradient_steps = gradient_steps
+        self.gradient_steps, self.first_step_weight = gradient_steps, first_step_weight
         self.trained_levels = [self.levels] if trained_levels is None else [list(each) for each in trained_levels]
 
     @property
@@ -60,7 +62,7 @@ class StudentSampler:
             levels = next(each for each in self.trained_levels if len(each) == batch.steps)
         elif len(self.trained_levels) > 1:
             levels = self.trained_levels[int(torch.randint(len(self.trained_levels), ()))]
-        anchors = sample_rollout_timesteps(levels, self.timestep_sampling)
+        anchors = sample_rollout_timesteps(levels, self.timestep_sampling, self.first_step_weight)
         sigmas = [flow.shift_sigma(u, self.shift) for u in anchors]
         z = self._simulate(batch, sigmas)
         sigma = torch.full((len(z),), sigmas[-1], device=z.device)
