@@ -2,10 +2,11 @@
 
     python benchmarks/few_steps.py --out runs/few-steps [--arms "any, 4x" "8 steps" ...] [--seeds 0] [--updates 100]
 
-All train by Decoupled-DMD. Students of one number of steps start from the bundled one and take ``--updates`` updates;
-so do the arms "any", the second with 4 times as many, which is what the four others take together. The ways to train 2
-steps start from the teacher and take twice as many. Each student is measured at its numbers of steps on test prompts,
-as in advdmd.py, whose evaluation this is.
+All train by Decoupled-DMD, those of "trajectories" on the teacher's trajectories first, as the recipe ``micro-any``.
+Students of one number of steps start from the bundled one and take ``--updates`` updates; so do the arms "any", the
+"4x" ones with 4 times as many, which is what the four others take together. The ways to train 2 steps start from the
+teacher and take twice as many. Each student is measured at its numbers of steps on test prompts, as in advdmd.py, whose
+evaluation this is.
 
 Finished runs are kept: the same command resumes. ``<out>`` gets table.md and figures.json. Set OMP_NUM_THREADS=1 to
 run two at once.
@@ -30,6 +31,10 @@ from fewstep.models.pipeline import load
 
 COUNTS = (1, 2, 4, 8)
 SHOWN = {**{key: each for key, each in METRICS.items() if key not in ("auc", "open")}, "minutes": ("minutes", 1, ".1f")}
+TURBO = (
+    *("method.terms.cfg_augmentation.guidance_scale=1.5", "optim.student.lr=3.0e-4", "optim.fake_score.lr=4.0e-4"),
+    "train.batch_size=16",
+)
 LORA = ("models={train: lora, rank: 32, compile: auto}", "optim.student.lr=1.0e-3", "optim.fake_score.lr=1.2e-3")
 
 
@@ -38,18 +43,34 @@ class Arm:
     """
     counts: numbers of steps that the student is trained for.
     updates: relative to those of the others.
+    recipe, base: that it is trained by, and its overrides in all arms of that recipe.
     """
 
     counts: tuple[int, ...]
     updates: int = 1
     init: str = "micro-turbo"
     overrides: tuple[str, ...] = ()
+    recipe: str = "micro-turbo"
+    base: tuple[str, ...] = TURBO
+
+
+def trajectories(counts: tuple[int, ...], updates: int = 1) -> Arm:
+    """On trajectories of 16 teacher steps, whose states are those of the most steps."""
+    return Arm(
+        counts,
+        updates,
+        overrides=(f"trajectory.teacher_steps_per_student_step={16 // counts[-1]}",),
+        recipe="micro-any",
+        base=(),
+    )
 
 
 ARMS = {
     **{title("one", count): Arm((count,)) for count in COUNTS},
     "any": Arm(COUNTS),
     "any, 4x": Arm(COUNTS, 4),
+    **{title("one, trajectories", count): trajectories((count,)) for count in COUNTS},
+    "any, trajectories, 4x": trajectories(COUNTS, 4),
     "full copies, 2 steps": Arm((2,), 2, "null"),
     "LoRA, 2 steps": Arm((2,), 2, "null", LORA),
     "LoRA for each step, 2 steps": Arm((2,), 2, "null", (*LORA, "models.lora_per_step=true")),
@@ -65,14 +86,13 @@ def student_settings(counts: tuple[int, ...]) -> str:
 def train(arm: Arm, seed: int, folder: Path, options: argparse.Namespace) -> Figures:
     """Trains an arm; its updates, and its minutes of a thread."""
     api.distill(
-        "micro-turbo",
+        arm.recipe,
         folder,
         overrides=[
             *("train.sample_every=0", "evaluate.enabled=false", "evaluate.validate_every=0", f"init={arm.init}"),
-            *("train.clock=thread", "models.compile=auto", "train.batch_size=16", "train.save_every=100"),
+            *("train.clock=thread", "models.compile=auto", "train.save_every=100"),
             *(f"train.seed={seed}", f"train.steps={arm.updates * options.updates}"),
-            *("method.terms.cfg_augmentation.guidance_scale=1.5", "optim.student.lr=3.0e-4"),
-            *("optim.fake_score.lr=4.0e-4", student_settings(arm.counts), *arm.overrides),
+            *(*arm.base, student_settings(arm.counts), *arm.overrides),
         ],
     )
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])

@@ -53,7 +53,7 @@ def dmd(
         )
         found["distribution_matching"] = matching, dm
     if more:
-        found["trajectory_mse"] = TrajectoryMSE(student, sampler.sigmas), more
+        found["trajectory_mse"] = TrajectoryMSE(student, sampler.trained_sigmas), more
     for make in terms:
         name, term, weight = make(sampler)
         found[name] = term, weight

@@ -245,8 +245,8 @@ def test_trajectory_mse_is_zero_for_the_guided_teacher(tiny, tiny_folder, tmp_pa
     sigmas = flow.get_sigmas(2, tiny.shift)
     teacher = ClassifierFreeGuidance(tiny.denoiser, tiny.encode([""]), 1 + tiny.generation_config.guidance_scale)
     with torch.no_grad():
-        guided = TrajectoryMSE(teacher, sigmas).loss(None, batch)
-        unguided = TrajectoryMSE(tiny.denoiser, sigmas).loss(None, batch)
+        guided = TrajectoryMSE(teacher, [sigmas]).loss(None, batch)
+        unguided = TrajectoryMSE(tiny.denoiser, [sigmas]).loss(None, batch)
         sampled = sample_euler(teacher, batch.noise, sigmas, batch.prompts)
     torch.testing.assert_close(batch.real, sampled, atol=2e-2, rtol=2e-3)  # cached in fp16
     assert guided.item() < 1e-3 * unguided.item()
@@ -260,7 +260,7 @@ def test_trajectory_mse_trains_every_step_of_the_student():
     teacher, student = Gaussian(), Gaussian(offset=1.0)
     noise, prompts = torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
     states = teacher_trajectory(teacher, noise, flow.uniform_timesteps(4), 1, 3.0, prompts)
-    term, optimizer = TrajectoryMSE(student, flow.get_sigmas(4, 3.0)), torch.optim.Adam(student.parameters(), lr=0.1)
+    term, optimizer = TrajectoryMSE(student, [flow.get_sigmas(4, 3.0)]), torch.optim.Adam(student.parameters(), lr=0.1)
     for _ in range(60):
         optimizer.zero_grad()
         term.loss(None, DistillBatch(noise, prompts, states)).backward()

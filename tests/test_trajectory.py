@@ -6,15 +6,22 @@ import pytest
 import torch
 from gaussian import SHAPE, Gaussian, prompts_of
 
+from fewstep.config.load import load_recipe
 from fewstep.config.recipe import CacheRecipe
 from fewstep.core import flow
 from fewstep.core.method import Shard
-from fewstep.core.samplers import sample_euler
+from fewstep.core.samplers import iterate, sample_euler
 from fewstep.data.batch import DistillBatch
-from fewstep.data.teacher_trajectories import cache_fingerprint, make_cache, subdivide, teacher_trajectory
+from fewstep.data.teacher_trajectories import (
+    cache_fingerprint,
+    make_cache,
+    open_trajectory_cache,
+    subdivide,
+    teacher_trajectory,
+)
 from fewstep.data.trajectories import INDEX, TrajectoryCache, read_index, shard_file
 from fewstep.errors import UserError
-from fewstep.methods.trajectory import TrajectoryDistillation
+from fewstep.methods.trajectory import TrajectoryDistillation, drawn_sigmas, trajectory_mse
 from fewstep.models.noise import initial_noise
 from fewstep.models.pipeline import load
 
@@ -61,14 +68,14 @@ def test_loss_is_zero_for_the_same_trajectory_and_falls_for_another():
     teacher, noise, prompts = Gaussian(), torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
     states = teacher_trajectory(teacher, noise, ANCHORS, 1, SHIFT, prompts)
     sigmas = flow.sigmas_from_timesteps(ANCHORS, SHIFT)
-    same, metrics = TrajectoryDistillation(Gaussian(), sigmas).compute_student_loss(
+    same, metrics = TrajectoryDistillation(Gaussian(), [sigmas]).compute_student_loss(
         DistillBatch(noise, prompts, states)
     )
     assert same.item() == pytest.approx(0.0, abs=1e-10)
     assert set(metrics) == {f"trajectory_mse_{k}" for k in (1, 2, 3, 4)}
 
     student = Gaussian(offset=1.0)
-    method = TrajectoryDistillation(student, sigmas)
+    method = TrajectoryDistillation(student, [sigmas])
     optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
     losses = []
     for _ in range(60):
@@ -79,6 +86,39 @@ def test_loss_is_zero_for_the_same_trajectory_and_falls_for_another():
         losses.append(loss.item())
     assert losses[-1] < 0.01 * losses[0]
     assert student.offset.item() == pytest.approx(0.0, abs=0.05)
+
+
+def test_a_student_of_several_step_counts_is_trained_at_each():
+    """Fewer steps are held to those of the teacher's states that lie at their levels."""
+    teacher, noise, prompts = Gaussian(), torch.randn(64, *SHAPE), prompts_of([1.0] * 64)
+    states = teacher_trajectory(teacher, noise, ANCHORS, 1, SHIFT, prompts)
+    batch, schedules = DistillBatch(noise, prompts, states), [flow.get_sigmas(count, SHIFT) for count in (1, 2, 4)]
+    found = trajectory_mse(Gaussian(), batch, schedules[1])
+    by_hand = [step.x_next for step in iterate(Gaussian(), noise, schedules[1], prompts)]
+    expected = [(x - states[:, k]).square().mean() for x, k in zip(by_hand, (1, 3), strict=True)]
+    torch.testing.assert_close(found, dict(zip((2, 4), expected, strict=True)))
+
+    student = Gaussian(offset=1.0)
+    method, drawn = TrajectoryDistillation(student, schedules), set()
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
+    for _ in range(40):
+        loss, metrics = method.compute_student_loss(batch)
+        drawn.add(tuple(metrics))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    names = [tuple(f"trajectory_mse_{k}" for k in each) for each in ((4,), (2, 4), (1, 2, 3, 4))]
+    assert drawn == set(names)
+    dry = DistillBatch(noise.to("meta"), prompts, states)
+    assert drawn_sigmas(schedules, dry) == schedules[2]
+
+
+def test_a_cache_has_states_for_every_step_count(tiny_folder, tmp_path):
+    counts = ["student={steps: 1, step_counts: [1, 2]}", f"teacher={tiny_folder}", "method={name: trajectory}"]
+    counts += ["optim.fake_score=null", "trajectory={num_trajectories: 4, teacher_steps_per_student_step: 1}"]
+    recipe = load_recipe("micro-1", counts)
+    cache = open_trajectory_cache(recipe, load(tiny_folder), tmp_path / "cache", ["a fox", "a bear"])
+    assert cache.read([0])[0].shape[1] == 2
 
 
 def test_cache_holds_the_teachers_states(tiny_folder, tmp_path):

@@ -64,6 +64,13 @@ SECTION = Section(
             with_overrides("steps must be fixed", *_STEP_LORAS, "student.timestep_sampling=continuous"),
         ),
         Message(
+            "{recipe}: {what} compares states of {most} steps: each of student.step_counts must divide {most}",
+            "A trajectory has states at the levels of the most steps.",
+            with_overrides(
+                "must divide 8", "student={steps: 8, step_counts: [3, 8]}", "method.terms.trajectory_mse={}"
+            ),
+        ),
+        Message(
             "{recipe}: method.first_step_weight: {...}",
             "The first step has a loss of its own beside those of the later ones.",
             with_overrides("no effect on a student of 1 step", "method.first_step_weight=2", "student.steps=1"),

@@ -71,6 +71,18 @@ class StudentSettings(Settings):
         return [flow.uniform_timesteps(count) for count in self.step_counts]
 
     @property
-    def follows_teacher_trajectory(self) -> bool:
-        """Whether a cached trajectory has states at the student's levels: evenly spaced ones, and Euler steps."""
-        return self.timesteps is None and self.sampler == "euler"
+    def trajectory_steps(self) -> int:
+        """Steps of the student that a cached trajectory has states for: the most that it is trained for."""
+        return max(len(levels) for levels in self.trained_levels)
+
+    def check_trajectory(self, what: str) -> None:
+        """Raises: ValueError if a cached trajectory has no states at the student's levels: they must be evenly spaced,
+        and reached by Euler steps."""
+        if self.timesteps is not None or self.sampler != "euler":
+            raise ValueError(
+                f"{what} needs evenly spaced timesteps and the euler sampler: leave student.timesteps and "
+                "student.sampler out"
+            )
+        most = self.trajectory_steps
+        if any(most % len(levels) for levels in self.trained_levels):
+            raise ValueError(f"{what} compares states of {most} steps: each of student.step_counts must divide {most}")

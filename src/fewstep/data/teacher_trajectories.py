@@ -186,7 +186,7 @@ def open_trajectory_cache(
         UserError: the recipe's cache is of another teacher or schedule, or incomplete, or has prompts that the recipe
             holds out.
     """
-    settings, steps = recipe.trajectory, recipe.student.steps
+    settings, steps = recipe.trajectory, recipe.student.trajectory_steps
     guidance = settings.guidance_scale
     if guidance is None:
         guidance = teacher.generation_config.guidance_scale
@@ -218,7 +218,7 @@ def fill_trajectory_cache(
         name=recipe.name,
         teacher=recipe.teacher,
         prompts=recipe.prompts,
-        steps=recipe.student.steps,
+        steps=recipe.student.trajectory_steps,
         teacher_steps_per_student_step=settings.teacher_steps_per_student_step,
         guidance_scale=settings.guidance_scale,
         num_trajectories=settings.num_trajectories,

@@ -3,7 +3,8 @@
 The regression of arXiv 2101.02388 (knowledge distillation of deterministic samplers) for all states of the rollout:
 ``sum_k ||x_k_student - x_k_teacher||^2``. Student and teacher start from the same noise; each state of the student is
 compared with the teacher's at that noise level, and gradients flow through the whole rollout. It is stable and fast,
-and no sharper than the mean of the teacher's possible outputs.
+and no sharper than the mean of the teacher's possible outputs. A student of several numbers of steps is trained at one
+of them in each update.
 """
 
 from __future__ import annotations
@@ -38,26 +39,35 @@ class TrajectoryConfig(MethodConfig):
         return True
 
     def metric_names(self, stage: Stage) -> set[str]:
-        return {f"student/trajectory_mse_{k}" for k in range(1, stage.student.steps + 1)}
+        return {f"student/trajectory_mse_{k}" for k in range(1, stage.student.trajectory_steps + 1)}
 
     def check(self, stage: Stage) -> None:
-        if not stage.student.follows_teacher_trajectory:
-            raise ValueError(
-                "method trajectory needs evenly spaced timesteps and the euler sampler: leave student.timesteps and "
-                "student.sampler out"
-            )
+        stage.student.check_trajectory("method trajectory")
 
 
-def trajectory_mse(student: Denoiser, batch: DistillBatch, sigmas: Sequence[float]) -> list[Tensor]:
-    """Mean squared distance of each of the student's states from the teacher's, K scalars with gradient.
+def trajectory_mse(student: Denoiser, batch: DistillBatch, sigmas: Sequence[float]) -> dict[int, Tensor]:
+    """Mean squared distance of each of the student's states from the teacher's, K scalars with gradient, by the number
+    of the teacher's state from 1.
 
     Args:
-        batch: with the teacher's states.
+        batch: with N states of the teacher, a multiple of K; every N/K-th is compared.
         sigmas: the student's K noise levels from 1 down, with the terminal 0.
     """
     assert batch.states is not None
-    steps = iterate(student, batch.noise, sigmas, batch.prompts)
-    return [(step.x_next - batch.states[:, step.index]).square().mean() for step in steps]
+    stride = batch.states.shape[1] // (len(sigmas) - 1)
+    found = {}
+    for step in iterate(student, batch.noise, sigmas, batch.prompts):
+        state = (step.index + 1) * stride
+        found[state] = (step.x_next - batch.states[:, state - 1]).square().mean()
+    return found
+
+
+def drawn_sigmas(schedules: Sequence[Sequence[float]], batch: DistillBatch) -> Sequence[float]:
+    """One of the noise levels that the student is trained at, all as likely; in a dry run those of the most steps,
+    which take the most memory."""
+    if batch.noise.is_meta:
+        return max(schedules, key=len)
+    return schedules[int(torch.randint(len(schedules), ()))] if len(schedules) > 1 else schedules[0]
 
 
 @methods.register("trajectory")
@@ -65,11 +75,12 @@ class TrajectoryDistillation(DistillMethod):
     """Trains the student alone, on batches with the teacher's states.
 
     Args:
-        sigmas: the student's noise levels from 1 down, with the terminal 0.
+        schedules: for each number of steps that the student is trained for, its noise levels from 1 down, with the
+            terminal 0.
     """
 
-    def __init__(self, student: nn.Module, sigmas: Sequence[float]) -> None:
-        self.student, self.sigmas = student, sigmas
+    def __init__(self, student: nn.Module, schedules: Sequence[Sequence[float]]) -> None:
+        self.student, self.schedules = student, schedules
         self.trainables = [
             Trainable(
                 *("student", student, self.compute_student_loss),
@@ -90,11 +101,11 @@ class TrajectoryDistillation(DistillMethod):
     @classmethod
     def build(cls, setup: MethodSetup) -> Self:
         shift = setup.models.teacher.shift
-        sigmas = flow.sigmas_from_timesteps(setup.recipe.student.levels, shift)
-        return cls(setup.models.student.denoiser, sigmas)
+        schedules = [flow.sigmas_from_timesteps(levels, shift) for levels in setup.recipe.student.trained_levels]
+        return cls(setup.models.student.denoiser, schedules)
 
     def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over steps of the mean squared distance of the states, and each of them as a metric."""
-        distances = trajectory_mse(self.student, batch, self.sigmas)
-        metrics = {f"trajectory_mse_{k}": distance.detach() for k, distance in enumerate(distances, start=1)}
-        return torch.stack(distances).sum(), metrics
+        distances = trajectory_mse(self.student, batch, drawn_sigmas(self.schedules, batch))
+        metrics = {f"trajectory_mse_{state}": distance.detach() for state, distance in distances.items()}
+        return torch.stack(list(distances.values())).sum(), metrics

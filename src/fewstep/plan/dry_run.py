@@ -60,7 +60,7 @@ class DryRun:
             if recipe.models.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
         noise = meta_noise(teacher, batch_size)
-        states = noise[:, None].expand(-1, recipe.student.steps, *noise.shape[1:])
+        states = noise[:, None].expand(-1, recipe.student.trajectory_steps, *noise.shape[1:])
         self.batch = DistillBatch(noise, meta_prompts(teacher, batch_size), states, [""] * batch_size)
 
         def source(position: int, shard: Shard) -> DistillBatch:

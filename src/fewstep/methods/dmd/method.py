@@ -110,9 +110,8 @@ class DMD(DistillMethod):
         recipe, models, config = setup.recipe, setup.models, setup.recipe.method
         assert isinstance(config, DMDConfig)
         check_whole_groups(recipe.train.batch_size, config.group_size, setup.dist.shard.world_size)
-        teacher, student = models.teacher, recipe.student
-        schedule = config.renoise
-        levels = {} if schedule.dyna_rs is None else {"dm_levels": schedule.dyna_rs.resolve(recipe.train.steps)}
+        teacher, student, schedule, steps = models.teacher, recipe.student, config.renoise, recipe.train.steps
+        levels = {} if schedule.dyna_rs is None else {"dm_levels": schedule.dyna_rs.resolve(steps)}
         renoise = Renoise(schedule.schedule, teacher.shift, schedule.sigma_min, schedule.sigma_max, **levels)
         sampler = StudentSampler(
             *(models.student.denoiser, student.levels, teacher.shift),
@@ -121,18 +120,18 @@ class DMD(DistillMethod):
             gradient_steps=config.gradient_steps,
             first_step_weight=config.first_step_weight,
         )
-        null = setup.null
         term_setup = TermSetup(
             config=config,
             teacher=teacher,
             student=models.student.denoiser,
             extra=models.extra,
             copies=models.copies,
-            null=null,
+            null=setup.null,
             renoise=renoise,
             sigmas=sampler.sigmas,
+            trained_sigmas=sampler.trained_sigmas,
             batch_size=recipe.train.batch_size,
-            total_steps=recipe.train.steps,
+            total_steps=steps,
             sources=setup.sources,
             dist=setup.dist,
             sample=sampler.fresh,
@@ -141,10 +140,10 @@ class DMD(DistillMethod):
         )
         terms = {
             name: WeightedTerm(loss_terms.get(name).build(settings, term_setup), weight)
-            for name, (settings, weight) in config.terms.active(recipe.train.steps).items()
+            for name, (settings, weight) in config.terms.active(steps).items()
         }
         reference = teacher_latent_stats(setup) if recipe.train.on_alert != "off" else {}
-        return cls(teacher.denoiser, sampler, null, renoise, terms, recipe.train.steps, reference, config.group_size)
+        return cls(teacher.denoiser, sampler, setup.null, renoise, terms, steps, reference, config.group_size)
 
     def before_step(self, step: int) -> None:
         self.step = step

@@ -55,6 +55,11 @@ class StudentSampler:
         """The student's noise levels after the shift, with the terminal 0."""
         return flow.sigmas_from_timesteps(self.levels, self.shift)
 
+    @property
+    def trained_sigmas(self) -> list[list[float]]:
+        """``sigmas`` for each number of steps that it is trained for."""
+        return [flow.sigmas_from_timesteps(levels, self.shift) for levels in self.trained_levels]
+
     def __call__(self, batch: DistillBatch) -> StudentSample:
         """Samples with gradient through the last prediction, or all of them."""
         levels = self.trained_levels[0]

@@ -80,5 +80,6 @@ class LoraTrajectory(LoraMethod):
             states = teacher_trajectory(
                 self.teacher, batch.noise, self.levels, self.substeps, self.shift, batch.prompts
             )
-        distances = trajectory_mse(self.student, DistillBatch(batch.noise, batch.prompts, states), self.sigmas)
+        compared = DistillBatch(batch.noise, batch.prompts, states)
+        distances = list(trajectory_mse(self.student, compared, self.sigmas).values())
         return torch.stack(distances).mean(), {"last_state_mse": distances[-1].detach()}

@@ -93,6 +93,7 @@ class TermSetup:
         copies: frozen copies of the student as it is when the training begins, by name.
         null: the encoded empty prompt, a batch of one.
         sigmas: the student's noise levels from 1 down, with the terminal 0.
+        trained_sigmas: likewise for each number of steps that it is trained for.
         count_passes: only denoiser passes are counted, nothing else need be computed.
         sources: the method's batch sources. sample: batch -> fresh student samples x0, without gradient.
         endpoint: batch -> samples x0 at the end of the student's whole rollout, with gradient through its last step.
@@ -106,6 +107,7 @@ class TermSetup:
     null: EncodedPrompts
     renoise: Renoise
     sigmas: Sequence[float]
+    trained_sigmas: Sequence[Sequence[float]]
     batch_size: int
     total_steps: int
     sources: Mapping[str, BatchSource]

@@ -16,7 +16,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.registry import loss_terms
 from fewstep.data.batch import DistillBatch
 from fewstep.methods.dmd.terms.base import RegularizerTerm, StudentSample, TermSettings, TermSetup
-from fewstep.methods.trajectory import trajectory_mse
+from fewstep.methods.trajectory import drawn_sigmas, trajectory_mse
 
 if TYPE_CHECKING:
     from fewstep.config.recipe import Stage
@@ -29,25 +29,22 @@ class TrajectoryMSESettings(TermSettings):
     def check(self, stage: Stage, method: DMDConfig) -> None:
         if method.real_source != "teacher":
             raise ValueError("method.terms.trajectory_mse needs method.real_source: teacher")
-        if not stage.student.follows_teacher_trajectory:
-            raise ValueError(
-                "method.terms.trajectory_mse needs evenly spaced timesteps and the euler sampler: leave "
-                "student.timesteps and student.sampler out, or leave the term out"
-            )
+        stage.student.check_trajectory("method.terms.trajectory_mse")
 
 
 @loss_terms.register("trajectory_mse")
 class TrajectoryMSE(RegularizerTerm):
     """
-    sigmas: the student's noise levels from 1 down, with the terminal 0.
+    schedules: for each number of steps that the student is trained for, its noise levels from 1 down, with the
+        terminal 0.
     """
 
     Settings = TrajectoryMSESettings
     requires_real = True
     uses_sample = False
 
-    def __init__(self, student: Denoiser, sigmas: Sequence[float]) -> None:
-        self.student, self.sigmas = student, sigmas
+    def __init__(self, student: Denoiser, schedules: Sequence[Sequence[float]]) -> None:
+        self.student, self.schedules = student, schedules
 
     @classmethod
     def metric_names(cls, settings: TermSettings) -> set[str]:
@@ -55,7 +52,8 @@ class TrajectoryMSE(RegularizerTerm):
 
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
-        return cls(setup.student, setup.sigmas)
+        return cls(setup.student, setup.trained_sigmas)
 
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
-        return torch.stack(trajectory_mse(self.student, batch, self.sigmas)).sum()
+        distances = trajectory_mse(self.student, batch, drawn_sigmas(self.schedules, batch))
+        return torch.stack(list(distances.values())).sum()
