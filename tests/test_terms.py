@@ -22,7 +22,7 @@ from fewstep.methods.base import DataSetup
 from fewstep.methods.dmd.data import dmd_sources
 from fewstep.methods.dmd.renoise import Renoise
 from fewstep.methods.dmd.terms.base import StudentSample
-from fewstep.methods.dmd.terms.gan import GAN, DiscriminatorHead
+from fewstep.methods.dmd.terms.gan import GAN, DiscriminatorHead, GANSettings
 from fewstep.methods.dmd.terms.mean_variance import MeanVariance, mean_variance
 from fewstep.methods.dmd.terms.mmd import FeatureMMD, feature_mmd
 from fewstep.methods.dmd.terms.trajectory_mse import TrajectoryMSE
@@ -117,13 +117,12 @@ def test_mmd_brings_a_shifted_student_back():
 
 def gan_on_pixels(x0=None, depths=None, **options):
     """A GAN whose fresh student samples are standard normal, or the given ones."""
-    head = DiscriminatorHead(2)
-    if depths is not None:
-        head, options = DiscriminatorHeads(2, len(depths)), options | {"depths": depths}
-    return GAN(Pixels(), head, RENOISE, lambda batch: torch.randn(64, 2, 2, 2) if x0 is None else x0, **options)
+    head = DiscriminatorHead(2) if depths is None else DiscriminatorHeads(2, len(depths))
+    settings = GANSettings(depths=depths, **options)
+    return GAN(Pixels(), head, RENOISE, lambda batch: torch.randn(64, 2, 2, 2) if x0 is None else x0, settings)
 
 
-DEPTHS = pytest.mark.parametrize("depths", [None, (0.25, 0.75)], ids=["middle", "heads"])
+DEPTHS = pytest.mark.parametrize("depths", [None, [0.25, 0.75]], ids=["middle", "heads"])
 
 
 @DEPTHS
@@ -166,6 +165,15 @@ def test_gan_moves_the_student_to_the_real_latents(depths):
     x = torch.randn(64, 2, 2, 2, requires_grad=True)
     gan.loss(sample_of(x), batch_of(64)).backward()
     assert (x.grad < 0).float().mean() > 0.95  # a descent step moves up
+
+
+def test_gan_compares_up_to_its_highest_noise_level():
+    x = torch.zeros(2000, 1)
+    bounded = gan_on_pixels(sigma_max=0.3).sample_sigma(x)
+    assert bounded.max().item() == pytest.approx(0.3, abs=0.01)
+    assert bounded.min().item() == pytest.approx(RENOISE.low, abs=0.01)
+    free = gan_on_pixels().sample_sigma(x)
+    assert free.median().item() == pytest.approx(0.75, abs=0.04)  # u = 1/2 at shift 3
 
 
 def test_r1_penalty_flattens_the_discriminator():

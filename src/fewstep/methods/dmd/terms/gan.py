@@ -7,7 +7,7 @@ no second derivatives. Real samples are data, or the teacher's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Self
 
 import torch
@@ -48,6 +48,11 @@ class GANSettings(TermSettings):
         description="Shares of the teacher's layers, ascending, after each of which there is a head with a logit for "
         "each token, as in AdvDMD; null is one head and one logit on the middle layer.",
     )
+    sigma_max: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Highest noise level at which images are compared, within renoise's: what is sharp shows at low "
+        "ones, what is drawn at high ones.",
+    )
     r1_weight: Annotated[float, Field(ge=0)] = Field(100.0, description="Weight of the approximate R1 penalty.")
     r1_sigma: Annotated[float, Field(gt=0)] = Field(
         0.01, description="Deviation of the noise that the penalty adds to real latents."
@@ -72,14 +77,13 @@ class GAN(RegularizerTerm):
         head: DiscriminatorHead | DiscriminatorHeads,
         renoise: Renoise,
         sample: Callable[[DistillBatch], Tensor],
-        r1_weight: float = 100.0,
-        r1_sigma: float = 0.01,
+        settings: GANSettings,
         start_step: int = 0,
-        depths: Sequence[float] = MIDDLE,
     ) -> None:
-        self.depths = depths
         self.extractor, self.head, self.renoise, self.sample = extractor, head, renoise, sample
-        self.r1_weight, self.r1_sigma, self.start_step = r1_weight, r1_sigma, start_step
+        self.settings, self.start_step = settings, start_step
+        self.depths = settings.depths or MIDDLE
+        self.highest = flow.unshift_sigma(settings.sigma_max, renoise.shift)
 
     @classmethod
     def metric_names(cls, settings: TermSettings) -> set[str]:
@@ -93,13 +97,16 @@ class GAN(RegularizerTerm):
         head = DiscriminatorHead(width) if depths is None else DiscriminatorHeads(width, len(depths))
         setup.dist.broadcast(head.to(setup.teacher.device))
         start = setup.config.fake_score_start_step(setup.total_steps)
-        penalty = settings.r1_weight, settings.r1_sigma
-        return cls(teacher, head, setup.renoise, setup.sample, *penalty, start, depths or MIDDLE)
+        return cls(teacher, head, setup.renoise, setup.sample, settings, start)
+
+    def sample_sigma(self, x: Tensor) -> Tensor:
+        """One sigma for each sample of ``x`` [B, ...]: bounded before the shift, as in the renoise schedules."""
+        return self.renoise.sigma(self.highest * torch.rand_like(x.flatten(1)[:, 0]))
 
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
         """The student's: ``softplus(-D(x0))``, non-saturating."""
         assert sample is not None
-        sigma = self.renoise.sample_sigma(sample.x0)
+        sigma = self.sample_sigma(sample.x0)
         noisy = flow.add_noise(sample.x0, sigma, torch.randn_like(sample.x0))
         features = self.extractor.features(noisy, sigma, batch.prompts, self.depths)
         frozen = {name: weight.detach() for name, weight in self.head.named_parameters()}
@@ -117,9 +124,9 @@ class GAN(RegularizerTerm):
     def compute_discriminator_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """``softplus(D(x0)) + softplus(-D(real)) + r1_weight (D(real) - D(real + noise))^2``."""
         x0, real = self.sample(batch), batch.real
-        sigma = self.renoise.sample_sigma(x0)
+        sigma = self.sample_sigma(x0)
         eps = torch.randn_like(x0)
-        perturbed = real + self.r1_sigma * torch.randn_like(real)
+        perturbed = real + self.settings.r1_sigma * torch.randn_like(real)
         with torch.no_grad():
             features = [
                 self.extractor.features(flow.add_noise(x, sigma, eps), sigma, batch.prompts, self.depths)
@@ -127,7 +134,7 @@ class GAN(RegularizerTerm):
             ]
         d_fake, d_real, d_perturbed = (self.head(each, sigma) for each in features)
         penalty = (d_real - d_perturbed).square().mean()
-        loss = F.softplus(d_fake).mean() + F.softplus(-d_real).mean() + self.r1_weight * penalty
+        loss = F.softplus(d_fake).mean() + F.softplus(-d_real).mean() + self.settings.r1_weight * penalty
         fake, judged = (each.detach().reshape(len(x0), -1).mean(dim=1) for each in (d_fake, d_real))
         accuracy = ((fake < 0).float().mean() + (judged > 0).float().mean()) / 2
         return loss, {"accuracy": accuracy, "r1": penalty.detach()}
