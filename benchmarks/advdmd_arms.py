@@ -38,10 +38,12 @@ STARTS = {
 }
 
 
+MATCHING = "cfg_augmentation: {guidance_scale: 1.5}, distribution_matching: {}"
+
+
 def distillation(steps: int) -> str:
     """The terms of Decoupled-DMD; one step keeps its trajectories as a regularizer, with the weight of micro-1."""
-    kept = ", trajectory_mse: {weight: 6.0}" if steps == 1 else ""
-    return f"cfg_augmentation: {{guidance_scale: 1.5}}, distribution_matching: {{}}{kept}"
+    return MATCHING + (", trajectory_mse: {weight: 6.0}" if steps == 1 else "")
 
 
 def adversary(steps: int) -> list[str]:
@@ -55,6 +57,13 @@ def decoupled(steps: int) -> list[str]:
 
 def gan(steps: int) -> list[str]:
     return [f"method.terms={{{distillation(steps)}, gan: {{weight: 0.3}}}}", *adversary(steps)]
+
+
+def gan_heads(steps: int) -> list[str]:
+    """The heads of AdvDMD's discriminator as a GAN at low noise levels, chosen on validation prompts for 1 step; no
+    trajectories, so that emoji images can be the real samples at 1 step too."""
+    found = "gan: {weight: 1.0, sigma_max: 0.3, depths: [0.25, 0.5, 0.75]}"
+    return [f"method.terms={{{MATCHING}, {found}}}", "method.real_source=emoji", ADVERSARY]
 
 
 def dmd2(steps: int) -> list[str]:
@@ -108,4 +117,5 @@ ARMS = {
     "AdvDMD": Arm(GRPO, (4, 2)),
     "AdvDMD, surrogate": Arm(surrogate, (4, 2)),
     "Decoupled-DMD + GAN": Arm(gan),
+    "Decoupled-DMD + GAN heads": Arm(gan_heads),
 }
