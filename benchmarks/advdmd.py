@@ -9,8 +9,8 @@ OMP_NUM_THREADS=1), in which a discriminator's own training is included. Adversa
 samples, at 1 step the teacher's. One step has no AdvDMD: its rollout has no stochastic step.
 
 Students are measured on test prompts; the teacher's images of the first 200 come with it.
-Finished runs are kept: the same command resumes. ``<out>`` gets table.md, targets.md and figures.json. ``--plan``
-prints the time, and stops.
+Finished runs are kept: the same command resumes. ``<out>`` gets table.md, targets.md, figures.json, and for each number
+of steps a picture of the first prompts. ``--plan`` prints the time, and stops.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from advdmd_results import METRICS, REAL, START, TEACHER, targets, title
 from dmdr import COMMON, ENDLESS, Figures, folder_name, kept
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from strip import draw_strip
 from torch import Tensor
 
 from fewstep import api
@@ -53,6 +54,7 @@ from fewstep.models.components import resolve_model
 from fewstep.models.pipeline import TextToImagePipeline, load
 
 SUBSTEPS = 16  # of the teacher, in the trajectories of a 1-step student
+SHOWN, LABEL_WIDTH = 8, 200  # prompts in a picture, and pixels of its labels
 
 
 def timed(minutes: float, seed: int) -> list[str]:
@@ -183,15 +185,41 @@ class Evaluator:
         }
 
 
+def run_folder(name: str, steps: int, seed: int, options: argparse.Namespace) -> Path:
+    found: Path = options.out / f"{folder_name(name)}-{steps}-{seed}"
+    return found
+
+
 def run(name: str, steps: int, seed: int, evaluator: Evaluator, options: argparse.Namespace) -> Figures:
     """The figures of one arm and seed, from disk if they are there."""
-    folder = options.out / f"{folder_name(name)}-{steps}-{seed}"
+    folder = run_folder(name, steps, seed, options)
 
     def made() -> Figures:
         how = train(ARMS[name], steps, seed, folder, options)
         return {**evaluator(load(folder / "student"), steps), **how}
 
     return kept(folder.with_suffix(".json"), made)
+
+
+def picture(steps: int, evaluator: Evaluator, options: argparse.Namespace) -> Path:
+    """Draws the first English test prompts, with the first seed of each arm."""
+    chosen = [row for row, prompt in enumerate(evaluator.prompts) if prompt.isascii()][:SHOWN]
+    prompts = [evaluator.prompts[row] for row in chosen]
+    folders = {START: options.out / f"start-{steps}"} if STARTS[steps].recipe is not None else {}
+    folders |= {name: run_folder(name, steps, options.seeds[0], options) for name in options.arms}
+    rows = {"teacher\n50 steps": evaluator.teacher_images(load("micro"))[chosen]}
+    for name, folder in folders.items():
+        if (folder / "student").is_dir():
+            # noise of the teacher's images: prompt i has seed i
+            each = [
+                generate(load(folder / "student"), [prompt], SamplingParams(steps=steps, seed=row)).images
+                for row, prompt in zip(chosen, prompts, strict=True)
+            ]
+            rows[f"{name}\n{steps} {'step' if steps == 1 else 'steps'}"] = torch.cat(each)
+    rows["real images\n"] = evaluator.real_images(1)[chosen]
+    path = options.out / f"steps-{steps}.webp"
+    draw_strip(rows, prompts, label_width=LABEL_WIDTH).save(path, quality=90)
+    return path
 
 
 def cost(options: argparse.Namespace) -> str:
@@ -239,6 +267,8 @@ def main() -> None:
         write_text(options.out / "table.md", markdown(whole, METRICS, "AdvDMD, students of 4, 2 and 1 steps"))
         write_text(options.out / "targets.md", targets(found, reference))
     print(targets(found, evaluator.reference))
+    for steps in options.steps:
+        print(picture(steps, evaluator, options))
 
 
 if __name__ == "__main__":

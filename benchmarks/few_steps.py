@@ -4,7 +4,8 @@
 
 All train by Decoupled-DMD, those of "trajectories" on the teacher's trajectories first, as the recipe ``micro-any``.
 Students of one number of steps start from the bundled one and take ``--updates`` updates; so do the arms "any", the
-"4x" ones with 4 times as many, which is what the four others take together. The ways to train 2 steps start from the
+"4x" ones with 4 times as many, which is what the four others take together, and "more often 1" with 6 times as many,
+half of which have 1 step: that takes the same time. The ways to train 2 steps start from the
 teacher and take twice as many. Each student is measured at its numbers of steps on test prompts, as in advdmd.py, whose
 evaluation this is.
 
@@ -41,7 +42,7 @@ LORA = ("models={train: lora, rank: 32, compile: auto}", "optim.student.lr=1.0e-
 @dataclass(frozen=True)
 class Arm:
     """
-    counts: numbers of steps that the student is trained for.
+    counts: numbers of steps that the student is trained for; a repeated one is trained more often.
     updates: relative to those of the others.
     recipe, base: that it is trained by, and its overrides in all arms of that recipe.
     """
@@ -71,6 +72,7 @@ ARMS = {
     "any, 4x": Arm(COUNTS, 4),
     **{title("one, trajectories", count): trajectories((count,)) for count in COUNTS},
     "any, trajectories, 4x": trajectories(COUNTS, 4),
+    "any, trajectories, more often 1": trajectories((1, 1, 1, 1, 2, 2, 4, 8), 6),
     "full copies, 2 steps": Arm((2,), 2, "null"),
     "LoRA, 2 steps": Arm((2,), 2, "null", LORA),
     "LoRA for each step, 2 steps": Arm((2,), 2, "null", (*LORA, "models.lora_per_step=true")),
@@ -119,7 +121,7 @@ def main() -> None:
         for name in options.arms:
             folder = options.out / f"{folder_name(name)}-{seed}"
             how = kept(folder.with_suffix(".json"), partial(train, ARMS[name], seed, folder, options))
-            for count in ARMS[name].counts:
+            for count in sorted(set(ARMS[name].counts)):
                 figures = kept(
                     options.out / f"{folder.name}-at-{count}.json",
                     partial(evaluator, load(folder / "student"), count),

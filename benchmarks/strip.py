@@ -37,21 +37,21 @@ CELL, GAP, LABEL_WIDTH, HEADER_HEIGHT = 96, 6, 104, 58
 BACKGROUND, TEXT, FAINT = "#ffffff", "#1f2328", "#656d76"
 
 
-def draw_strip(rows: dict[str, Tensor], prompts: list[str]) -> Image.Image:
+def draw_strip(rows: dict[str, Tensor], prompts: list[str], label_width: int = LABEL_WIDTH) -> Image.Image:
     """A labeled grid.
 
     Args:
         rows: two lines of label, separated by a newline -> its images, uint8 [N, H, W, 3], one for each prompt.
         prompts: N of them, above the columns.
     """
-    width = LABEL_WIDTH + len(prompts) * (CELL + GAP) + GAP
+    width = label_width + len(prompts) * (CELL + GAP) + GAP
     height = HEADER_HEIGHT + len(rows) * (CELL + GAP) + GAP
     strip = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(strip)
     small, large = ImageFont.load_default(11), ImageFont.load_default(14)
     for column, prompt in enumerate(prompts):
         lines = "\n".join(textwrap.wrap(prompt, width=15)[:4])
-        draw.multiline_text((LABEL_WIDTH + column * (CELL + GAP), GAP), lines, fill=FAINT, font=small, spacing=2)
+        draw.multiline_text((label_width + column * (CELL + GAP), GAP), lines, fill=FAINT, font=small, spacing=2)
     for row, (label, images) in enumerate(rows.items()):
         top = HEADER_HEIGHT + row * (CELL + GAP)
         name, detail = label.split("\n")
@@ -59,7 +59,7 @@ def draw_strip(rows: dict[str, Tensor], prompts: list[str]) -> Image.Image:
         draw.text((GAP * 2, top + CELL // 2 + 2), detail, fill=FAINT, font=small)
         for column, image in enumerate(images):
             scaled = Image.fromarray(image.numpy()).resize((CELL, CELL), Image.Resampling.BICUBIC)
-            strip.paste(scaled, (LABEL_WIDTH + column * (CELL + GAP), top))
+            strip.paste(scaled, (label_width + column * (CELL + GAP), top))
     return strip
 
 

@@ -7,6 +7,7 @@ import torch
 from dmd_setup import LEVELS, SHIFT, batch_of, dmd
 from gaussian import SHAPE, Gaussian, prompts_of
 
+from fewstep.config.load import load_recipe
 from fewstep.core import flow
 from fewstep.core.schedules import Piecewise, Ramp
 from fewstep.data.batch import DistillBatch
@@ -14,6 +15,7 @@ from fewstep.data.step_depth import StepDepth
 from fewstep.data.teacher_trajectories import teacher_trajectory
 from fewstep.methods.dmd.rollout import backward_simulation, sample_rollout_timesteps
 from fewstep.methods.dmd.student_sampler import StudentSampler
+from fewstep.methods.models_setup import student_generation_config
 from fewstep.methods.trajectory import trajectory_mse
 
 # --- backward simulation ------------------------------------------------------------------------------------------
@@ -63,6 +65,16 @@ def test_the_first_step_is_trained_as_often_as_its_weight_says():
     assert sample_rollout_timesteps(LEVELS[:1], "fixed", 0.0) == [1.0]
     never = StudentSampler(Gaussian(), LEVELS, SHIFT, first_step_weight=0.0)
     assert all(float(never(batch_of()).anchor[0]) < 1 for _ in range(50))
+
+
+def test_a_repeated_step_count_is_drawn_more_often(tiny):
+    recipe = load_recipe("micro-any", ["student.step_counts=[1, 1, 2, 4]"])
+    assert student_generation_config(recipe, tiny).step_counts == [1, 2, 4]
+    sampler = StudentSampler(Gaussian(), LEVELS, SHIFT, trained_levels=recipe.student.trained_levels)
+    torch.manual_seed(0)
+    anchors = [float(sampler(batch_of()).anchor[0]) for _ in range(600)]
+    # 1 in half of the batches, an eighth from 2, a sixteenth from 4
+    assert anchors.count(1.0) / len(anchors) == pytest.approx(11 / 16, abs=0.05)
 
 
 def test_a_student_of_several_step_counts_is_sampled_at_the_levels_of_each():

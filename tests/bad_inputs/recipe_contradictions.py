@@ -13,10 +13,9 @@ SECTION = Section(
     "Each value is possible, but not beside the others.",
     (
         Message(
-            "{recipe}: student: step_counts {counts}: expected different numbers, steps ({steps}) among them",
+            "{recipe}: student: step_counts {counts}: steps ({steps}) is not among them",
             "`student.steps` is the number that is sampled with by default.",
-            with_override("student.step_counts=[1, 2]", "steps (4) among them"),
-            with_override("student.step_counts=[4, 4]", "different numbers"),
+            with_override("student.step_counts=[1, 2]", "steps (4) is not among them"),
         ),
         Message(
             "{recipe}: student: step_chooser: no effect on one number of steps; set step_counts, or leave it out",

@@ -19,7 +19,7 @@ EASY_WEIGHT = 0.25
 class StepDepth:
     """
     Attributes:
-        counts: numbers of steps that the student is trained for; every batch has one of them, each equally often.
+        counts: numbers of steps that the student is trained for; every batch has one of them, all as likely.
         needed: [N], the number of steps that each prompt needs.
     """
 

@@ -276,7 +276,7 @@ def student_generation_config(recipe: DistillRecipe, teacher: TextToImagePipelin
     student, config = recipe.student, teacher.generation_config
     return GenerationConfig(
         steps=student.steps,
-        step_counts=student.step_counts,
+        step_counts=student.step_counts and sorted(set(student.step_counts)),
         guidance_scale=0.0,
         guidance_distilled=True,
         sigmas=flow.sigmas_from_timesteps(student.levels, teacher.shift),

@@ -28,11 +28,11 @@ def step_depth(recipe: DistillRecipe, encoder: PromptEncoder, texts: EncodableTe
     chooser = StepChooser.load(resolve_model(name))
     if chooser is None:
         raise UserError(f"student.step_chooser: {name} has no {STEP_CHOOSER}; make it with fewstep steps train")
-    if sorted(counts) != list(chooser.counts):
+    if sorted(set(counts)) != list(chooser.counts):
         theirs = ", ".join(map(str, chooser.counts))
         raise UserError(
             f"student.step_chooser: {name} chooses among {theirs} steps, student.step_counts are others; make it "
-            f"again with fewstep steps train --counts {','.join(map(str, sorted(counts)))}"
+            f"again with fewstep steps train --counts {','.join(map(str, sorted(set(counts))))}"
         )
     if chooser.made_by != template_hash(encoder):
         raise UserError(
