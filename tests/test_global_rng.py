@@ -102,13 +102,18 @@ def test_every_random_operation_of_torch_is_drawn_per_sample_or_refused() -> Non
     }  # reached through torch.lstm and its like
 
 
-def test_continuous_levels_are_the_same_on_all_processes() -> None:
+@pytest.mark.parametrize("first_step_weight", [1.0, 0.5])
+def test_continuous_levels_are_the_same_on_all_processes(first_step_weight: float) -> None:
+    def draw() -> list[list[float]]:
+        anchors = [1.0, 0.75, 0.5, 0.25]
+        return [sample_rollout_timesteps(anchors, "continuous", first_step_weight) for _ in range(8)]
+
     levels = []
     for rank in range(2):
         torch.manual_seed(11)
         with GlobalBatchRNG(Shard(rank, 2)):
-            levels.append([sample_rollout_timesteps([1.0, 0.75, 0.5, 0.25], "continuous") for _ in range(8)])
+            levels.append(draw())
     torch.manual_seed(11)
-    alone = [sample_rollout_timesteps([1.0, 0.75, 0.5, 0.25], "continuous") for _ in range(8)]
+    alone = draw()
     assert levels[0] == levels[1] == alone
     assert max(len(each) for each in alone) > 2

@@ -35,9 +35,8 @@ def sample_rollout_timesteps(
     if first_step_weight == 1 or len(anchors) == 1:
         count = int(torch.randint(len(anchors), ())) + 1
     else:
-        weights = torch.ones(len(anchors))
-        weights[0] = first_step_weight
-        count = int(torch.multinomial(weights, 1)) + 1
+        later = float(torch.rand(())) * (first_step_weight + len(anchors) - 1) - first_step_weight
+        count = 1 if later < 0 else min(int(later) + 2, len(anchors))
     if schedule == "fixed":
         return list(anchors[:count])
     with shared_draws():  # levels of the whole batch, not one for each sample
