@@ -54,7 +54,7 @@ from fewstep.models.components import resolve_model
 from fewstep.models.pipeline import TextToImagePipeline, load
 
 SUBSTEPS = 16  # of the teacher, in the trajectories of a 1-step student
-SHOWN, LABEL_WIDTH = 8, 200  # prompts in a picture, and pixels of its labels
+SHOWN, LABEL_WIDTH = 8, 216  # prompts in a picture, and pixels of its labels
 
 
 def timed(minutes: float, seed: int) -> list[str]:
