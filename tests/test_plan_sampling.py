@@ -32,6 +32,17 @@ def test_sampling_the_teacher_and_the_evaluation_are_planned(tiny_folder, monkey
     assert sampled["sampling activations"] == pytest.approx(real, rel=0.1)
 
 
+def test_trajectories_of_several_step_counts_take_the_memory_of_the_most(tiny_folder):
+    """And the passes of the mean: 1, 1, 1, 1, 2, 2, 4 and 8 steps have 2.5."""
+    alone = ("method={name: trajectory}", "optim.fake_score=null")
+    several = "student={steps: 8, step_counts: [1, 1, 1, 1, 2, 2, 4, 8]}"
+    found, most = (plan(recipe_of(tiny_folder, *alone, each)) for each in (several, "student={steps: 8}"))
+    saved = [each.peaks["training step"]["saved activations"] for each in (found, most)]
+    assert saved[0] == pytest.approx(saved[1], rel=1e-3)
+    assert most.backwards == 8
+    assert found.backwards == pytest.approx(2.5, abs=0.8)
+
+
 def test_what_is_not_sampled_is_not_planned(tiny_folder, monkeypatch):
     monkeypatch.setattr("fewstep.plan.passes.DRAWS", 1)
     plain = plan(recipe_of(tiny_folder, "evaluate.enabled=false"))

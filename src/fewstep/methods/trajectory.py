@@ -62,10 +62,10 @@ def trajectory_mse(student: Denoiser, batch: DistillBatch, sigmas: Sequence[floa
     return found
 
 
-def drawn_sigmas(schedules: Sequence[Sequence[float]], batch: DistillBatch) -> Sequence[float]:
-    """One of the noise levels that the student is trained at, all as likely; in a dry run those of the most steps,
+def drawn_sigmas(schedules: Sequence[Sequence[float]], longest: bool = False) -> Sequence[float]:
+    """One of the noise levels that the student is trained at, all as likely; with ``longest`` those of the most steps,
     which take the most memory."""
-    if batch.noise.is_meta:
+    if longest:
         return max(schedules, key=len)
     return schedules[int(torch.randint(len(schedules), ()))] if len(schedules) > 1 else schedules[0]
 
@@ -77,10 +77,11 @@ class TrajectoryDistillation(DistillMethod):
     Args:
         schedules: for each number of steps that the student is trained for, its noise levels from 1 down, with the
             terminal 0.
+        longest: always the most steps, for a plan of the memory.
     """
 
-    def __init__(self, student: nn.Module, schedules: Sequence[Sequence[float]]) -> None:
-        self.student, self.schedules = student, schedules
+    def __init__(self, student: nn.Module, schedules: Sequence[Sequence[float]], longest: bool = False) -> None:
+        self.student, self.schedules, self.longest = student, schedules, longest
         self.trainables = [
             Trainable(
                 *("student", student, self.compute_student_loss),
@@ -102,10 +103,11 @@ class TrajectoryDistillation(DistillMethod):
     def build(cls, setup: MethodSetup) -> Self:
         shift = setup.models.teacher.shift
         schedules = [flow.sigmas_from_timesteps(levels, shift) for levels in setup.recipe.student.trained_levels]
-        return cls(setup.models.student.denoiser, schedules)
+        planned = setup.dist.device.type == "meta" and not setup.count_passes
+        return cls(setup.models.student.denoiser, schedules, longest=planned)
 
     def compute_student_loss(self, batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over steps of the mean squared distance of the states, and each of them as a metric."""
-        distances = trajectory_mse(self.student, batch, drawn_sigmas(self.schedules, batch))
+        distances = trajectory_mse(self.student, batch, drawn_sigmas(self.schedules, self.longest))
         metrics = {f"trajectory_mse_{state}": distance.detach() for state, distance in distances.items()}
         return torch.stack(list(distances.values())).sum(), metrics

@@ -37,14 +37,15 @@ class TrajectoryMSE(RegularizerTerm):
     """
     schedules: for each number of steps that the student is trained for, its noise levels from 1 down, with the
         terminal 0.
+    longest: always the most steps, for a plan of the memory.
     """
 
     Settings = TrajectoryMSESettings
     requires_real = True
     uses_sample = False
 
-    def __init__(self, student: Denoiser, schedules: Sequence[Sequence[float]]) -> None:
-        self.student, self.schedules = student, schedules
+    def __init__(self, student: Denoiser, schedules: Sequence[Sequence[float]], longest: bool = False) -> None:
+        self.student, self.schedules, self.longest = student, schedules, longest
 
     @classmethod
     def metric_names(cls, settings: TermSettings) -> set[str]:
@@ -52,8 +53,9 @@ class TrajectoryMSE(RegularizerTerm):
 
     @classmethod
     def build(cls, settings: TermSettings, setup: TermSetup) -> Self:
-        return cls(setup.student, setup.trained_sigmas)
+        planned = setup.dist.device.type == "meta" and not setup.count_passes
+        return cls(setup.student, setup.trained_sigmas, longest=planned)
 
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
-        distances = trajectory_mse(self.student, batch, drawn_sigmas(self.schedules, batch))
+        distances = trajectory_mse(self.student, batch, drawn_sigmas(self.schedules, self.longest))
         return torch.stack(list(distances.values())).sum()
