@@ -210,12 +210,9 @@ def picture(steps: int, evaluator: Evaluator, options: argparse.Namespace) -> Pa
     rows = {"teacher\n50 steps": evaluator.teacher_images(load("micro"))[chosen]}
     for name, folder in folders.items():
         if (folder / "student").is_dir():
-            # noise of the teacher's images: prompt i has seed i
-            each = [
-                generate(load(folder / "student"), [prompt], SamplingParams(steps=steps, seed=row)).images
-                for row, prompt in zip(chosen, prompts, strict=True)
-            ]
-            rows[f"{name}\n{steps} {'step' if steps == 1 else 'steps'}"] = torch.cat(each)
+            sampling = SamplingParams(steps=steps, seeds=chosen)  # the noise of the teacher's images
+            images = generate(load(folder / "student"), prompts, sampling).images
+            rows[f"{name}\n{steps} {'step' if steps == 1 else 'steps'}"] = images
     rows["real images\n"] = evaluator.real_images(1)[chosen]
     path = options.out / f"steps-{steps}.webp"
     draw_strip(rows, prompts, label_width=LABEL_WIDTH).save(path, quality=90)

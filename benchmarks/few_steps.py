@@ -5,9 +5,8 @@
 All train by Decoupled-DMD, those of "trajectories" on the teacher's trajectories first, as the recipe ``micro-any``.
 Students of one number of steps start from the bundled one and take ``--updates`` updates; so do the arms "any", the
 "4x" ones with 4 times as many, which is what the four others take together, and "more often 1" with 6 times as many,
-half of which have 1 step: that takes the same time. The ways to train 2 steps start from the
-teacher and take twice as many. Each student is measured at its numbers of steps on test prompts, as in advdmd.py, whose
-evaluation this is.
+half of which have 1 step: that takes the same time. The ways to train 2 steps start from the teacher and take twice as
+many. Each student is measured at its numbers of steps on test prompts, as in advdmd.py, whose evaluation this is.
 
 Finished runs are kept: the same command resumes. ``<out>`` gets table.md and figures.json. Set OMP_NUM_THREADS=1 to
 run two at once.

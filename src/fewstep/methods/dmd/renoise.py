@@ -55,9 +55,9 @@ class Renoise:
             u_dm = self.dm_levels(torch.rand_like(anchor))
         return self.sigma(u_ca * bound_ca), self.sigma(u_dm * bound_dm)
 
-    def sample_sigma(self, x: Tensor) -> Tensor:
-        """One sigma for each sample of ``x`` [B, ...]: u ~ U(0, 1), shifted and clamped, [B]."""
-        return self.sigma(torch.rand_like(x.flatten(1)[:, 0]))
+    def sample_sigma(self, x: Tensor, highest: float = 1.0) -> Tensor:
+        """One sigma for each sample of ``x`` [B, ...]: u ~ U(0, highest), shifted and clamped, [B]."""
+        return self.sigma(highest * torch.rand_like(x.flatten(1)[:, 0]))
 
     def sample_fake_sigma(self, x: Tensor) -> Tensor:
         """As :meth:`sample_sigma`, for the fake score's loss: with the levels of DM."""

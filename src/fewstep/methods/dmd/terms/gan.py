@@ -101,7 +101,7 @@ class GAN(RegularizerTerm):
 
     def sample_sigma(self, x: Tensor) -> Tensor:
         """One sigma for each sample of ``x`` [B, ...]: bounded before the shift, as in the renoise schedules."""
-        return self.renoise.sigma(self.highest * torch.rand_like(x.flatten(1)[:, 0]))
+        return self.renoise.sample_sigma(x, self.highest)
 
     def loss(self, sample: StudentSample | None, batch: DistillBatch) -> Tensor:
         """The student's: ``softplus(-D(x0))``, non-saturating."""
