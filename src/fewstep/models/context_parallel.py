@@ -58,15 +58,19 @@ class ContextParallel:
         of ``size``."""
         from diffusers import ContextParallelConfig
         from diffusers.models._modeling_parallel import ParallelConfig
+        from diffusers.models.attention import AttentionModuleMixin
+        from diffusers.models.attention_processor import Attention
 
         config = ParallelConfig(ContextParallelConfig(ulysses_degree=self.size))
         # enable_parallelism also divides the transformer's inputs, which its denoiser does here, and needs a GPU
         device = torch.device(self.mesh.device_type)
         config.setup(dist.get_rank(), dist.get_world_size(), device, mesh=self.mesh)
         for module in modules.modules():
-            processor = getattr(module, "processor", None)
-            if processor is not None and hasattr(processor, "_parallel_config"):
-                processor._parallel_config = config
+            if isinstance(module, Attention | AttentionModuleMixin):
+                # a processor without this attribute would ignore it: each process would attend to its own tokens alone
+                if not hasattr(module.processor, "_parallel_config"):
+                    raise TypeError(f"{type(module.processor).__name__} cannot exchange tokens between processes")
+                module.processor._parallel_config = config
 
 
 def _all_parts(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
